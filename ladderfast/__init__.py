@@ -1,0 +1,1 @@
+"""ladderfast: Ladder-family networks for PyTorch on hand-written kernels."""

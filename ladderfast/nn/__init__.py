@@ -1,0 +1,1 @@
+from ladderfast.nn.combinator import GaussianCombinator

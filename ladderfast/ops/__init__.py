@@ -1,0 +1,1 @@
+from ladderfast.ops.combinator import gaussian_combinator
