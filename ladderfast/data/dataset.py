@@ -1,0 +1,134 @@
+"""What training asks of data: samples with and without labels, and minibatches of both in a fixed order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .shuffle import LABELLED, UNLABELLED, check_seed, draw_labels, shuffles
+
+
+class Dataset:
+    """Training and test samples, some of the training samples with their label.
+
+    x_train: (N, *) and x_test: (M, *), y_train: (N,) and y_test: (M,) class labels; image_shape: (height,
+    width) of a sample, for pictures. `num_labels` labels are drawn by `seed`, the same number of each class
+    (`None`: all of them). The labelled samples stay among the unlabelled ones.
+
+    Attributes: x_unlabelled (N, *), x_labelled (num_labels, *), y_labelled, x_test, y_test, image_shape.
+    """
+
+    def __init__(
+        self,
+        x_train: Tensor,
+        y_train: Tensor,
+        x_test: Tensor,
+        y_test: Tensor,
+        *,
+        image_shape: tuple[int, int],
+        num_labels: int | None = None,
+        seed: int = 1,
+    ) -> None:
+        for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+            if len(x) != len(y):
+                raise ValueError(f"x_{name} and y_{name} must be of one length, got {len(x)} and {len(y)}")
+        chosen = draw_labels(y_train, num_labels, seed=seed)
+        self.x_unlabelled = x_train
+        # With every label this is the same memory, not a second copy of the training set.
+        self.x_labelled = x_train if num_labels is None else x_train[chosen]
+        self.y_labelled = y_train[chosen]
+        self.x_test = x_test
+        self.y_test = y_test
+        self.image_shape = image_shape
+
+
+class Batch(NamedTuple):
+    """One step's samples, on the device: x_labelled (B_l, *), y_labelled (B_l,), x_unlabelled (B_u, *)."""
+
+    x_labelled: Tensor
+    y_labelled: Tensor
+    x_unlabelled: Tensor
+
+
+class Batches:
+    """A dataset on one device, and its minibatches by (epoch, step), both counted from 0.
+
+    An epoch is one pass over the unlabelled samples, in an order given by (seed, epoch); samples left over
+    after the last full batch are left out of that epoch. The labelled samples are a stream of their own:
+    pass after pass through all of them, each pass in its own order, cut into batches wherever a batch ends.
+    Batch sizes are those of one process; with several (`rank` of `world_size`) the processes share the
+    epoch. Any (epoch, step) is reached directly.
+
+    The dataset's attributes (x_unlabelled, x_labelled, y_labelled, x_test, y_test, image_shape) are here as
+    well, on `device` and in `dtype`. `len()` is the number of steps in an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_labelled: int,
+        batch_unlabelled: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_seed(seed)
+        if batch_labelled < 1:
+            raise ValueError(f"batch_labelled must be at least 1, got {batch_labelled}")
+        if not 1 <= batch_unlabelled * world_size <= len(dataset.x_unlabelled):
+            raise ValueError(
+                f"batch_unlabelled must be from 1 to {len(dataset.x_unlabelled) // world_size}, the "
+                f"unlabelled samples of each process, got {batch_unlabelled}"
+            )
+        self.batch_labelled, self.batch_unlabelled = batch_labelled, batch_unlabelled
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.image_shape = dataset.image_shape
+        self.x_unlabelled = dataset.x_unlabelled.to(device, dtype)
+        shared = dataset.x_labelled is dataset.x_unlabelled
+        self.x_labelled = self.x_unlabelled if shared else dataset.x_labelled.to(device, dtype)
+        self.y_labelled = dataset.y_labelled.to(device)
+        self.x_test = dataset.x_test.to(device, dtype)
+        self.y_test = dataset.y_test.to(device)
+        self._steps = len(dataset.x_unlabelled) // (batch_unlabelled * world_size)
+        self._epoch: int | None = None
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def get(self, epoch: int, step: int) -> Batch:
+        """The batch of step `step` of epoch `epoch`."""
+        if epoch != self._epoch:
+            self._orders = [order.to(self.x_unlabelled.device) for order in self._order(epoch)]
+            self._epoch = epoch
+        labelled, unlabelled = self._orders[0][step], self._orders[1][step]
+        return Batch(
+            self.x_labelled.index_select(0, labelled),
+            self.y_labelled.index_select(0, labelled),
+            self.x_unlabelled.index_select(0, unlabelled),
+        )
+
+    def labelled_batches(self) -> list[Tensor]:
+        """All labelled samples once, in order, in near-equal parts of at most `batch_labelled`."""
+        parts = -(-len(self.x_labelled) // self.batch_labelled)
+        return list(torch.tensor_split(self.x_labelled, parts))
+
+    def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """This process's indices of a whole epoch: labelled (steps, B_l), unlabelled (steps, B_u)."""
+        size = len(self.x_unlabelled)
+        unlabelled = shuffles(size, seed=self.seed, stream=UNLABELLED, first=epoch)[0]
+
+        size, taken = len(self.x_labelled), self._steps * self.world_size * self.batch_labelled
+        first, offset = divmod(epoch * taken, size)
+        passes = -(-(offset + taken) // size)
+        labelled = shuffles(size, seed=self.seed, stream=LABELLED, first=first, count=passes).reshape(-1)
+
+        def mine(order, batch: int) -> Tensor:
+            rows = order[: self._steps * self.world_size * batch].reshape(self._steps, self.world_size, batch)
+            return torch.from_numpy(rows[:, self.rank].copy())
+
+        return mine(labelled[offset:], self.batch_labelled), mine(unlabelled, self.batch_unlabelled)
