@@ -1,0 +1,5 @@
+"""The networks."""
+
+from ladderfast.models.ladder import LadderNetwork, LadderOutput
+
+__all__ = ["LadderNetwork", "LadderOutput"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -49,3 +53,158 @@ class GaussianCombinator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}" + (", squash_v=True" if self.squash_v else "")
+
+
+class _UnitwiseCombinator(nn.Module):
+    """A combinator whose parameters are the rows of `weight` (rows, C), one column a unit or channel."""
+
+    start: ClassVar[tuple[float, ...]]
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.empty(len(self.start), num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the published start values."""
+        with torch.no_grad():
+            self.weight.copy_(self.weight.new_tensor(self.start).unsqueeze(1).expand_as(self.weight))
+
+    @abstractmethod
+    def combine(self, z: Tensor, u: Tensor, *rows: Tensor) -> Tensor:
+        """The formula; `rows` are those of `weight`, shaped to broadcast over z."""
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        if z.dim() < 2 or z.shape[1] != self.num_features:
+            raise ValueError(f"z must have shape (N, {self.num_features}, *), got {tuple(z.shape)}")
+        if u.shape != z.shape:
+            raise ValueError(f"u must have the shape of z, {tuple(z.shape)}, got {tuple(u.shape)}")
+        dtype = z.dtype
+        weight: Tensor = self.weight
+        if dtype in (torch.bfloat16, torch.float16):  # one rounding, at the end
+            z, u, weight = z.float(), u.float(), weight.float()
+        rows = weight.reshape(*weight.shape, *[1] * (z.dim() - 2)).unbind()
+        return self.combine(z, u, *rows).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"
+
+
+class SigmoidCombinator(_UnitwiseCombinator):
+    """The first preprint's combinator (Rasmus et al. 2015, arXiv:1507.02672v1).
+
+        g(z, u) = a1 + a2 z + a3 u + a4 z u + b1 sigmoid(c1 + c2 z + c3 u + c4 z u)
+
+    Args:
+        num_features: units of a dense layer, channels of a convolutional one (C).
+
+    Shape:
+        z, u (N, C, *) -> (N, C, *). The parameter `weight` is (9, C), rows a1 .. a4, b1, c1 .. c4;
+        a2, b1 and c2 start at 1, the others at 0.
+    """
+
+    start = (0, 1, 0, 0, 1, 0, 1, 0, 0)
+
+    def combine(self, z: Tensor, u: Tensor, *rows: Tensor) -> Tensor:
+        a1, a2, a3, a4, b1, c1, c2, c3, c4 = rows
+        zu = z * u
+        return a1 + a2 * z + a3 * u + a4 * zu + b1 * torch.sigmoid(c1 + c2 * z + c3 * u + c4 * zu)
+
+
+class SigmoidNoProductCombinator(_UnitwiseCombinator):
+    """`SigmoidCombinator` without its two terms in z u.
+
+        g(z, u) = a1 + a2 z + a3 u + b1 sigmoid(c1 + c2 z + c3 u)
+
+    Args:
+        num_features: units of a dense layer, channels of a convolutional one (C).
+
+    Shape:
+        z, u (N, C, *) -> (N, C, *). The parameter `weight` is (7, C), rows a1 .. a3, b1, c1 .. c3;
+        a2, b1 and c2 start at 1, the others at 0.
+    """
+
+    start = (0, 1, 0, 1, 0, 1, 0)
+
+    def combine(self, z: Tensor, u: Tensor, *rows: Tensor) -> Tensor:
+        a1, a2, a3, b1, c1, c2, c3 = rows
+        return a1 + a2 * z + a3 * u + b1 * torch.sigmoid(c1 + c2 * z + c3 * u)
+
+
+class BilinearCombinator(_UnitwiseCombinator):
+    """`SigmoidCombinator` without its sigmoid.
+
+        g(z, u) = a1 + a2 z + a3 u + a4 z u
+
+    Args:
+        num_features: units of a dense layer, channels of a convolutional one (C).
+
+    Shape:
+        z, u (N, C, *) -> (N, C, *). The parameter `weight` is (4, C), rows a1 .. a4; a2 starts at 1,
+        the others at 0, so that the output is z at first.
+    """
+
+    start = (0, 1, 0, 0)
+
+    def combine(self, z: Tensor, u: Tensor, *rows: Tensor) -> Tensor:
+        a1, a2, a3, a4 = rows
+        return a1 + a2 * z + a3 * u + a4 * (z * u)
+
+
+class AdditiveCombinator(_UnitwiseCombinator):
+    """Two functions of one argument each, added.
+
+        g(z, u) = n_z(z) + n_u(u)
+        n(x) = w2 sigmoid(b1 + w1 x) + w3 x + b2, with one b1 for both
+
+    Args:
+        num_features: units of a dense layer, channels of a convolutional one (C).
+
+    Shape:
+        z, u (N, C, *) -> (N, C, *). The parameter `weight` is (9, C), rows b1, then w1, w2, w3, b2 of z,
+        then those of u; every w1 and w2 starts at 1, the others at 0.
+    """
+
+    start = (0, 1, 1, 0, 0, 1, 1, 0, 0)
+
+    def combine(self, z: Tensor, u: Tensor, *rows: Tensor) -> Tensor:
+        b1, w1z, w2z, w3z, b2z, w1u, w2u, w3u, b2u = rows
+        of_z = w2z * torch.sigmoid(b1 + w1z * z) + w3z * z + b2z
+        of_u = w2u * torch.sigmoid(b1 + w1u * u) + w3u * u + b2u
+        return of_z + of_u
+
+
+# None: the layer has no combinator, hence no denoising cost.
+COMBINATORS: dict[str, Callable[..., nn.Module] | None] = {
+    "gaussian": GaussianCombinator,
+    "sigmoid": SigmoidCombinator,
+    "sigmoid_no_product": SigmoidNoProductCombinator,
+    "bilinear": BilinearCombinator,
+    "additive": AdditiveCombinator,
+    "none": None,
+}
+
+
+def make_combinator(
+    name: str,
+    num_features: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module | None:
+    """The combinator called `name` for `num_features` units or channels; None for "none".
+
+    Raises:
+        ValueError: an unknown name; the message lists those of `COMBINATORS`.
+    """
+    if name not in COMBINATORS:
+        raise ValueError(f"combinator must be one of {', '.join(COMBINATORS)}, got {name!r}")
+    make = COMBINATORS[name]
+    return None if make is None else make(num_features, device=device, dtype=dtype)
