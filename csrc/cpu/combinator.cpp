@@ -1,0 +1,396 @@
+// CPU kernels of the op `combinator`; contract in ../combinator.h.
+//
+// Bound by memory traffic: forward reads z, u and writes z_hat (12 bytes an element in float32), backward reads grad,
+// z, u and writes grad_z, grad_u (20 bytes). The arithmetic, two exponentials and two divisions an element, about 40
+// cycles a vector forward and 70 backward, is just below that on two cores. Measured figures: bench/results.
+//
+// Two ways through the packed layout (seeds, rows, channels, inner):
+//
+//   columns  inner < 16. A row is channels * inner columns; so many rows are taken as one that a row has at least 64
+//            columns and, where possible, whole vectors. A vector covers neighbouring columns, each with its own ten
+//            parameters; the ten sums of a tile of rows stay in registers, then go to a table.
+//   runs     inner >= 16. A vector runs along `inner`, the ten parameters are broadcast.
+//
+// Work items and the partial sums they leave depend on the shape alone.
+#undef LF_THIS_FILE
+#define LF_THIS_FILE "combinator.cpp"
+
+#ifndef LADDERFAST_CPU_COMBINATOR_PLAN
+#define LADDERFAST_CPU_COMBINATOR_PLAN
+
+#include "../combinator.h"
+#include "isa.h"
+
+namespace ladderfast::cpu {
+
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static const int64_t kBlock = 512;       // columns of one item: their parameters and sums fit the first-level cache
+static const int64_t kTile = 16;         // rows, or vectors of a run, that are summed in registers
+static const int64_t kRows = 64;         // rows of one item, at most
+static const int64_t kAhead = 512;       // bytes that backward prefetches ahead in each of a tile's rows
+static const int64_t kSegment = 8192;    // elements of a run that one item takes, at most
+static const int64_t kLongInner = 16;    // from here on by runs
+static const int64_t kReduceBlock = 64;  // channels of one item of the final sums
+
+// How a shape is cut; compiled once, before any instruction set is chosen.
+// `slots` partial sums are kept for each seed, each of 10 * width elements.
+struct Plan {
+    bool columns;
+    int64_t per_seed;  // elements of one seed
+    int64_t width;     // columns of a (merged) row, or channels
+    int64_t rows;      // (merged) rows, the last one possibly short
+    int64_t rows_per_item, row_chunks;
+    int64_t blocks;  // columns: blocks of kBlock columns; runs: segments of a run
+    int64_t slots;
+
+    explicit Plan(const CombinatorShape& s) {
+        per_seed = s.rows * s.channels * s.inner;
+        columns = s.inner < kLongInner;
+        rows = s.rows;
+        width = s.channels;
+        if (columns) {
+            const int64_t natural = s.channels * s.inner;
+            width = natural;
+            if (natural > 0 && natural < 64) {
+                int64_t merged = 1;  // the fewest rows that make whole vectors of 16
+                while (natural * merged % 16 != 0) merged *= 2;
+                width = natural * merged * ceil_div(64, natural * merged);
+            }
+            rows = width > 0 ? ceil_div(per_seed, width) : 0;
+        }
+        row_chunks = ceil_div(rows, kRows);
+        rows_per_item = row_chunks > 0 ? ceil_div(rows, row_chunks) : 0;
+        if (row_chunks > 0) row_chunks = ceil_div(rows, rows_per_item);
+        blocks = columns ? ceil_div(width, kBlock) : ceil_div(s.inner, kSegment);
+        slots = columns ? row_chunks : row_chunks * blocks;
+        if (per_seed == 0) row_chunks = blocks = slots = 0;
+    }
+
+    int64_t items_per_seed(const CombinatorShape& s) const { return row_chunks * blocks * (columns ? 1 : s.channels); }
+};
+
+}  // namespace ladderfast::cpu
+
+#endif
+
+#include "foreach_isa.h"
+
+namespace ladderfast::cpu {
+namespace LF_ISA {
+
+#include "vec.h"
+#include "../math/combinator.h"
+
+template <class T>
+static LF_HD Combinator<Vec<T>> load_columns(const T* table, int64_t column) {
+    Combinator<Vec<T>> p;
+    for (int j = 0; j < 10; ++j) p.a[j] = Vec<T>::load(table + j * kBlock + column);
+    return p;
+}
+
+template <class T>
+static LF_HD Combinator<Vec<T>> broadcast_channel(const T* params, int64_t channels, int64_t channel) {
+    Combinator<Vec<T>> p;
+    for (int j = 0; j < 10; ++j) p.a[j] = Vec<T>::broadcast(params[j * channels + channel]);
+    return p;
+}
+
+// The parameters of columns [first, first + count), each row padded to whole vectors.
+template <class T>
+static inline void fill_table(T* table, const T* params, const CombinatorShape& s, int64_t first, int64_t count) {
+    const int64_t natural = s.channels * s.inner;
+    for (int j = 0; j < 10; ++j) {
+        T* row = table + j * kBlock;
+        const T* from = params + j * s.channels;
+        if (s.inner == 1 && first + count <= natural) {
+            memcpy(row, from + first, count * sizeof(T));
+        } else {
+            for (int64_t i = 0; i < count; ++i) row[i] = from[(first + i) % natural / s.inner];
+        }
+        for (int64_t i = count; i % Vec<T>::width != 0; ++i) row[i] = 0;
+    }
+}
+
+// One item of the columns way: rows [row, row_end) of one seed, columns [first, first + count) of each.
+struct ColumnItem {
+    int64_t seed, chunk, row, row_end, first, count;
+
+    ColumnItem(const Plan& plan, int64_t item) {
+        const int64_t block = item % plan.blocks;
+        chunk = item / plan.blocks % plan.row_chunks;
+        seed = item / plan.blocks / plan.row_chunks;
+        first = block * kBlock;
+        count = min_of(kBlock, plan.width - first);
+        row = chunk * plan.rows_per_item;
+        row_end = min_of(row + plan.rows_per_item, plan.rows);
+    }
+
+    // Columns of this block that row `r` has: all but for the last, short row.
+    int64_t columns_of(const Plan& plan, int64_t r) const {
+        const int64_t left = plan.per_seed - r * plan.width - first;
+        return left < 0 ? 0 : min_of(count, left);
+    }
+};
+
+// One item of the runs way: one channel, one segment of its runs, rows [row, row_end).
+struct RunItem {
+    int64_t seed, slot, row, row_end, channel, first, count;
+
+    RunItem(const Plan& plan, const CombinatorShape& s, int64_t item) {
+        channel = item % s.channels;
+        const int64_t segment = item / s.channels % plan.blocks;
+        const int64_t chunk = item / s.channels / plan.blocks % plan.row_chunks;
+        seed = item / s.channels / plan.blocks / plan.row_chunks;
+        slot = chunk * plan.blocks + segment;
+        first = segment * kSegment;
+        count = min_of(kSegment, s.inner - first);
+        row = chunk * plan.rows_per_item;
+        row_end = min_of(row + plan.rows_per_item, plan.rows);
+    }
+
+    int64_t offset(const CombinatorShape& s, int64_t r) const {
+        return ((seed * s.rows + r) * s.channels + channel) * s.inner + first;
+    }
+};
+
+template <bool squash, class T>
+static inline void forward_columns(const T* z, const T* u, const T* params, T* z_hat, const CombinatorShape& s,
+                                   const Plan& plan, int64_t begin, int64_t end) {
+    using V = Vec<T>;
+    alignas(64) T table[10 * kBlock];
+    for (int64_t i = begin; i < end; ++i) {
+        const ColumnItem item(plan, i);
+        fill_table(table, params + item.seed * 10 * s.channels, s, item.first, item.count);
+        for (int64_t r = item.row; r < item.row_end; ++r) {
+            const int64_t at = item.seed * plan.per_seed + r * plan.width + item.first;
+            const int64_t count = item.columns_of(plan, r);
+            int64_t c = 0;
+            for (; c + V::width <= count; c += V::width) {
+                const auto p = load_columns(table, c);
+                combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p).store(z_hat + at + c);
+            }
+            if (c < count) {
+                const auto p = load_columns(table, c);
+                combinator_forward<squash>(V::load(z + at + c, count - c), V::load(u + at + c, count - c), p)
+                    .store(z_hat + at + c, count - c);
+            }
+        }
+    }
+}
+
+template <bool squash, class T>
+static inline void forward_runs(const T* z, const T* u, const T* params, T* z_hat, const CombinatorShape& s,
+                                const Plan& plan, int64_t begin, int64_t end) {
+    using V = Vec<T>;
+    for (int64_t i = begin; i < end; ++i) {
+        const RunItem item(plan, s, i);
+        const auto p = broadcast_channel(params + item.seed * 10 * s.channels, s.channels, item.channel);
+        for (int64_t r = item.row; r < item.row_end; ++r) {
+            const int64_t at = item.offset(s, r);
+            int64_t c = 0;
+            for (; c + V::width <= item.count; c += V::width)
+                combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p).store(z_hat + at + c);
+            if (c < item.count)
+                combinator_forward<squash>(V::load(z + at + c, item.count - c), V::load(u + at + c, item.count - c), p)
+                    .store(z_hat + at + c, item.count - c);
+        }
+    }
+}
+
+template <bool squash, class T>
+static inline void backward_columns(const T* grad, const T* z, const T* u, const T* params, T* grad_z, T* grad_u,
+                                    T* workspace, const CombinatorShape& s, const Plan& plan, int64_t begin,
+                                    int64_t end) {
+    using V = Vec<T>;
+    alignas(64) T table[10 * kBlock];
+    alignas(64) T sums_table[10 * kBlock];
+    for (int64_t i = begin; i < end; ++i) {
+        const ColumnItem item(plan, i);
+        fill_table(table, params + item.seed * 10 * s.channels, s, item.first, item.count);
+        memset(sums_table, 0, sizeof(sums_table));
+        for (int64_t tile = item.row; tile < item.row_end; tile += kTile) {
+            const int64_t tile_end = min_of(tile + kTile, item.row_end);
+            for (int64_t c = 0; c < item.count; c += V::width) {
+                const auto p = load_columns(table, c);
+                V sums[10];
+                for (int j = 0; j < 10; ++j) sums[j] = V::broadcast(0);
+                for (int64_t r = tile; r < tile_end; ++r) {
+                    const int64_t at = item.seed * plan.per_seed + r * plan.width + item.first + c;
+                    const int64_t n = item.columns_of(plan, r) - c;
+                    V gz, gu;
+                    if (n >= V::width) {
+                        // A tile is more streams than the hardware follows by itself.
+                        __builtin_prefetch(grad + at + kAhead / sizeof(T));
+                        __builtin_prefetch(z + at + kAhead / sizeof(T));
+                        __builtin_prefetch(u + at + kAhead / sizeof(T));
+                        combinator_backward<squash>(V::load(grad + at), V::load(z + at), V::load(u + at), p, gz, gu,
+                                                    sums);
+                        gz.store(grad_z + at);
+                        gu.store(grad_u + at);
+                    } else if (n > 0) {
+                        combinator_backward<squash>(V::load(grad + at, n), V::load(z + at, n), V::load(u + at, n), p,
+                                                    gz, gu, sums);
+                        gz.store(grad_z + at, n);
+                        gu.store(grad_u + at, n);
+                    }
+                }
+                for (int j = 0; j < 10; ++j) {
+                    T* total = sums_table + j * kBlock + c;
+                    (V::load(total) + sums[j]).store(total);
+                }
+            }
+        }
+        T* out = workspace + (item.seed * plan.slots + item.chunk) * 10 * plan.width + item.first;
+        for (int j = 0; j < 10; ++j) memcpy(out + j * plan.width, sums_table + j * kBlock, item.count * sizeof(T));
+    }
+}
+
+template <bool squash, class T>
+static inline void backward_runs(const T* grad, const T* z, const T* u, const T* params, T* grad_z, T* grad_u,
+                                 T* workspace, const CombinatorShape& s, const Plan& plan, int64_t begin, int64_t end) {
+    using V = Vec<T>;
+    for (int64_t i = begin; i < end; ++i) {
+        const RunItem item(plan, s, i);
+        const auto p = broadcast_channel(params + item.seed * 10 * s.channels, s.channels, item.channel);
+        double total[10] = {};
+        for (int64_t r = item.row; r < item.row_end; ++r) {
+            const int64_t at = item.offset(s, r);
+            V gz, gu;
+            int64_t c = 0;
+            while (c < item.count) {
+                V sums[10];
+                for (int j = 0; j < 10; ++j) sums[j] = V::broadcast(0);
+                const int64_t tile_end = min_of(c + kTile * V::width, item.count);
+                for (; c + V::width <= tile_end; c += V::width) {
+                    combinator_backward<squash>(V::load(grad + at + c), V::load(z + at + c), V::load(u + at + c), p, gz,
+                                                gu, sums);
+                    gz.store(grad_z + at + c);
+                    gu.store(grad_u + at + c);
+                }
+                if (const int64_t n = tile_end - c; n > 0) {
+                    combinator_backward<squash>(V::load(grad + at + c, n), V::load(z + at + c, n),
+                                                V::load(u + at + c, n), p, gz, gu, sums);
+                    gz.store(grad_z + at + c, n);
+                    gu.store(grad_u + at + c, n);
+                    c = tile_end;
+                }
+                for (int j = 0; j < 10; ++j) total[j] += sums[j].sum();
+            }
+        }
+        T* out = workspace + (item.seed * plan.slots + item.slot) * 10 * s.channels + item.channel;
+        for (int j = 0; j < 10; ++j) out[j * s.channels] = (T)total[j];
+    }
+}
+
+// Final sums of kReduceBlock channels, in double, in the order of the slots.
+template <class T>
+static inline void reduce(const T* workspace, const T* params, T* grad_params, const CombinatorShape& s,
+                          const Plan& plan, int64_t begin, int64_t end) {
+    const int64_t channel_blocks = ceil_div(s.channels, kReduceBlock);
+    // Copies of a channel within a row of partial sums, and how far apart they are.
+    const int64_t inner = plan.columns ? s.inner : 1;
+    const int64_t natural = s.channels * inner;
+    const int64_t copies = natural > 0 ? plan.width / natural : 0;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t seed = item / channel_blocks;
+        const int64_t first = item % channel_blocks * kReduceBlock;
+        const int64_t count = min_of(kReduceBlock, s.channels - first);
+        alignas(64) double sums[10][kReduceBlock] = {};
+        for (int64_t slot = 0; slot < plan.slots; ++slot) {
+            for (int j = 0; j < 10; ++j) {
+                const T* row = workspace + ((seed * plan.slots + slot) * 10 + j) * plan.width + first * inner;
+                for (int64_t copy = 0; copy < copies; ++copy, row += natural) {
+                    if (inner == 1) {
+                        for (int64_t c = 0; c < count; ++c) sums[j][c] += row[c];
+                    } else {
+                        for (int64_t c = 0; c < count; ++c)
+                            for (int64_t k = 0; k < inner; ++k) sums[j][c] += row[c * inner + k];
+                    }
+                }
+            }
+        }
+        for (int64_t c = 0; c < count; ++c) {
+            Combinator<double> p;
+            double channel[10];
+            for (int j = 0; j < 10; ++j) {
+                p.a[j] = params[(seed * 10 + j) * s.channels + first + c];
+                channel[j] = sums[j][c];
+            }
+            combinator_finish(channel, p);
+            for (int j = 0; j < 10; ++j) grad_params[(seed * 10 + j) * s.channels + first + c] = (T)channel[j];
+        }
+    }
+}
+
+#define LF_COMBINATOR_INSTANCES(T, suffix)                                                                             \
+    static void forward_##suffix(const T* z, const T* u, const T* params, T* z_hat, bool squash_v,                     \
+                                 const CombinatorShape& s, int64_t begin, int64_t end) {                               \
+        const Plan plan(s);                                                                                            \
+        if (plan.columns && squash_v) forward_columns<true>(z, u, params, z_hat, s, plan, begin, end);                 \
+        if (plan.columns && !squash_v) forward_columns<false>(z, u, params, z_hat, s, plan, begin, end);               \
+        if (!plan.columns && squash_v) forward_runs<true>(z, u, params, z_hat, s, plan, begin, end);                   \
+        if (!plan.columns && !squash_v) forward_runs<false>(z, u, params, z_hat, s, plan, begin, end);                 \
+    }                                                                                                                  \
+    static void backward_##suffix(const T* g, const T* z, const T* u, const T* params, T* gz, T* gu, T* workspace,     \
+                                  bool squash_v, const CombinatorShape& s, int64_t begin, int64_t end) {               \
+        const Plan plan(s);                                                                                            \
+        if (plan.columns && squash_v) backward_columns<true>(g, z, u, params, gz, gu, workspace, s, plan, begin, end); \
+        if (plan.columns && !squash_v)                                                                                 \
+            backward_columns<false>(g, z, u, params, gz, gu, workspace, s, plan, begin, end);                          \
+        if (!plan.columns && squash_v) backward_runs<true>(g, z, u, params, gz, gu, workspace, s, plan, begin, end);   \
+        if (!plan.columns && !squash_v) backward_runs<false>(g, z, u, params, gz, gu, workspace, s, plan, begin, end); \
+    }                                                                                                                  \
+    static void reduce_##suffix(const T* workspace, const T* params, T* grad_params, const CombinatorShape& s,         \
+                                int64_t begin, int64_t end) {                                                          \
+        reduce(workspace, params, grad_params, s, Plan(s), begin, end);                                                \
+    }
+
+LF_COMBINATOR_INSTANCES(float, f32)
+LF_COMBINATOR_INSTANCES(double, f64)
+#undef LF_COMBINATOR_INSTANCES
+
+}  // namespace LF_ISA
+}  // namespace ladderfast::cpu
+
+#if LF_DISPATCH
+namespace ladderfast::cpu {
+
+int64_t combinator_forward_items(const CombinatorShape& s) { return s.seeds * Plan(s).items_per_seed(s); }
+
+int64_t combinator_backward_items(const CombinatorShape& s) { return s.seeds * Plan(s).items_per_seed(s); }
+
+int64_t combinator_reduce_items(const CombinatorShape& s) { return s.seeds * ceil_div(s.channels, kReduceBlock); }
+
+int64_t combinator_workspace(const CombinatorShape& s) {
+    const Plan plan(s);
+    return s.seeds * plan.slots * 10 * plan.width;
+}
+
+#define LF_COMBINATOR_DISPATCH(T, suffix)                                                                        \
+    template <>                                                                                                  \
+    void combinator_forward<T>(const T* z, const T* u, const T* params, T* z_hat, bool squash_v,                 \
+                               const CombinatorShape& s, int64_t begin, int64_t end) {                           \
+        static const auto kernel = LF_SELECT(forward_##suffix);                                                  \
+        kernel(z, u, params, z_hat, squash_v, s, begin, end);                                                    \
+    }                                                                                                            \
+    template <>                                                                                                  \
+    void combinator_backward<T>(const T* g, const T* z, const T* u, const T* params, T* gz, T* gu, T* workspace, \
+                                bool squash_v, const CombinatorShape& s, int64_t begin, int64_t end) {           \
+        static const auto kernel = LF_SELECT(backward_##suffix);                                                 \
+        kernel(g, z, u, params, gz, gu, workspace, squash_v, s, begin, end);                                     \
+    }                                                                                                            \
+    template <>                                                                                                  \
+    void combinator_reduce<T>(const T* workspace, const T* params, T* grad_params, const CombinatorShape& s,     \
+                              int64_t begin, int64_t end) {                                                      \
+        static const auto kernel = LF_SELECT(reduce_##suffix);                                                   \
+        kernel(workspace, params, grad_params, s, begin, end);                                                   \
+    }
+
+LF_COMBINATOR_DISPATCH(float, f32)
+LF_COMBINATOR_DISPATCH(double, f64)
+#undef LF_COMBINATOR_DISPATCH
+
+}  // namespace ladderfast::cpu
+#endif

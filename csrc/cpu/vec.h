@@ -1,0 +1,120 @@
+// Vec<T>: one hardware vector of float or double, with exp and sigmoid. Textual header, included per instruction set
+// inside its namespace (isa.h); LF_VECTOR_BYTES is the width.
+
+template <class T>
+struct VecTraits;
+
+template <>
+struct VecTraits<float> {
+    using Int = int32_t;
+    typedef float Raw __attribute__((vector_size(LF_VECTOR_BYTES)));
+    typedef int32_t RawInt __attribute__((vector_size(LF_VECTOR_BYTES)));
+    typedef float Unaligned __attribute__((vector_size(LF_VECTOR_BYTES), aligned(4), may_alias));
+};
+
+template <>
+struct VecTraits<double> {
+    using Int = int64_t;
+    typedef double Raw __attribute__((vector_size(LF_VECTOR_BYTES)));
+    typedef int64_t RawInt __attribute__((vector_size(LF_VECTOR_BYTES)));
+    typedef double Unaligned __attribute__((vector_size(LF_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class T>
+struct Vec {
+    using Raw = typename VecTraits<T>::Raw;
+    using Unaligned = typename VecTraits<T>::Unaligned;
+    static constexpr int width = LF_VECTOR_BYTES / sizeof(T);
+    Raw raw;
+
+    static LF_HD Vec load(const T* p) { return {(Raw) * reinterpret_cast<const Unaligned*>(p)}; }
+    static LF_HD Vec broadcast(T x) { return {x - Raw{}}; }
+    LF_HD void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = raw; }
+
+    // The first n < width elements; the others are read as 0 and not written.
+    static LF_HD Vec load(const T* p, int64_t n) {
+        alignas(LF_VECTOR_BYTES) T buffer[width] = {};
+        for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+        return load(buffer);
+    }
+    LF_HD void store(T* p, int64_t n) const {
+        alignas(LF_VECTOR_BYTES) T buffer[width];
+        store(buffer);
+        for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+    }
+
+    friend LF_HD Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
+    friend LF_HD Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }
+    friend LF_HD Vec operator*(Vec a, Vec b) { return {a.raw * b.raw}; }
+    friend LF_HD Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
+
+    LF_HD T sum() const {
+        T total = raw[0];
+        for (int i = 1; i < width; ++i) total += raw[i];
+        return total;
+    }
+};
+
+// exp(x) by 2^n exp(r), |r| <= ln(2) / 2, for x clamped to the range where the result is a normal number; NaN stays
+// NaN. Error below 1.5 units in the last place. `round` is 1.5 * 2^(mantissa bits), which leaves the integer n in the
+// low bits of x / ln 2 + round.
+LF_HD Vec<float> exp(Vec<float> x) {
+    using V = VecTraits<float>::Raw;
+    using I = VecTraits<float>::RawInt;
+    const V lo = V{} - 87.0f, hi = V{} + 88.0f, round = V{} + 12582912.0f;
+    V y = x.raw < lo ? lo : x.raw;
+    y = y > hi ? hi : y;
+    const V shifted = y * 1.44269504f + round;
+    const V n = shifted - round;
+    V r = y - n * 0x1.62e4p-1f;
+    r = r - n * 1.42860677e-6f;
+    V p = V{} + 0.00139262504f;
+    p = p * r + 0.00836323295f;
+    p = p * r + 0.0416665524f;
+    p = p * r + 0.166665763f;
+    p = p * r + 0.5f;
+    p = (p * r) * r + r;
+    const I scale = ((I)shifted << 23) + 0x3f800000;
+    return {(p + 1.0f) * (V)scale};
+}
+
+LF_HD Vec<double> exp(Vec<double> x) {
+    using V = VecTraits<double>::Raw;
+    using I = VecTraits<double>::RawInt;
+    const V lo = V{} - 708.0, hi = V{} + 709.0, round = V{} + 6755399441055744.0;
+    V y = x.raw < lo ? lo : x.raw;
+    y = y > hi ? hi : y;
+    const V shifted = y * 1.4426950408889634 + round;
+    const V n = shifted - round;
+    V r = y - n * 0x1.62e42feep-1;
+    r = r - n * 0x1.a39ef35793c76p-33;
+    V p = V{} + 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = (p * r) * r + r;
+    const I scale = ((I)shifted << 52) + 0x3ff0000000000000;
+    return {(p + 1.0) * (V)scale};
+}
+
+template <class V>
+struct Sigmoid {
+    V value, slope;
+};
+
+// s(x) and s'(x). The slope is e / (1 + e)^2 rather than s (1 - s), which would cancel for large x.
+template <class T>
+LF_HD Sigmoid<Vec<T>> sigmoid(Vec<T> x) {
+    const Vec<T> one = Vec<T>::broadcast(1);
+    const Vec<T> e = exp(Vec<T>{-x.raw});
+    const Vec<T> s = one / (one + e);
+    return {s, e * s * s};
+}

@@ -1,0 +1,23 @@
+// What ladderfast.info reports about the extension. Nothing here touches a tensor.
+#include <pybind11/pybind11.h>
+
+#include "combinator.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Build facts of the ladderfast extension; loading it registers torch.ops.ladderfast.";
+    m.def("instruction_set", &ladderfast::cpu::instruction_set,
+          "Instruction set that the CPU kernels use on this machine.");
+    m.attr("compiler") = __VERSION__;
+    m.attr("torch_version") = LADDERFAST_TORCH_VERSION;
+#ifdef LADDERFAST_WITH_CUDA
+    m.attr("cuda") = true;
+    m.attr("cuda_architectures") = LADDERFAST_CUDA_ARCHITECTURES;
+    m.attr("cuda_version") = LADDERFAST_CUDA_VERSION;
+#else
+    m.attr("cuda") = false;
+    m.attr("cuda_architectures") = "";
+    m.attr("cuda_version") = "";
+#endif
+}

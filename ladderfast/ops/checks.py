@@ -1,0 +1,31 @@
+"""What the public functions of all ops check alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape_text(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def check_dtype(op: str, name: str, t: Tensor) -> None:
+    """A tensor of a floating dtype that the ops know, or a TypeError."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}")
+    if t.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
+
+
+def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in the widest of their dtypes; otherwise as they are."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = first.dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in tensors)

@@ -1,0 +1,136 @@
+"""Builds the extension `ladderfast._C`.
+
+Environment:
+    LADDERFAST_CPP=0           install without the extension; everything runs on the reference
+    LADDERFAST_CUDA=auto|0|1   CUDA kernels: where torch has CUDA and nvcc is found (auto), never, or else fail
+    TORCH_CUDA_ARCH_LIST       architectures, as for every torch extension; "8.0;9.0+PTX" where no GPU is seen
+    MAX_JOBS                   compilers at once
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from glob import glob
+
+from setuptools import setup
+
+
+def stop(message: str) -> None:
+    sys.exit(f"\nladderfast: {message}\n")
+
+
+def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default)
+    if value not in allowed:
+        stop(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+    return value
+
+
+def nvcc_version(cuda_home: str | None) -> str | None:
+    """Release of nvcc, such as "13.0", or None where there is none."""
+    nvcc = os.path.join(cuda_home, "bin", "nvcc") if cuda_home else shutil.which("nvcc")
+    if nvcc is None or not os.path.exists(nvcc):
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    return text.split("release ")[1].split(",")[0] if "release " in text else None
+
+
+def cuda_wanted(torch) -> bool:
+    from torch.utils import cpp_extension
+
+    asked = choice("LADDERFAST_CUDA", "auto", ("auto", "0", "1"))
+    if asked == "0":
+        return False
+    reason = None
+    if torch.version.cuda is None:
+        reason = f"the installed torch {torch.__version__} has no CUDA"
+    elif (found := nvcc_version(cpp_extension.CUDA_HOME)) is None:
+        reason = "nvcc was not found (set CUDA_HOME)"
+    elif found.split(".")[0] != torch.version.cuda.split(".")[0]:
+        reason = f"nvcc is of CUDA {found} and torch {torch.__version__} of CUDA {torch.version.cuda}"
+    if reason and asked == "1":
+        stop(f"LADDERFAST_CUDA=1, but {reason}.")
+    return reason is None
+
+
+def extension():
+    try:
+        import torch
+    except ImportError:
+        stop(
+            "building the extension needs torch >= 2.10. Install torch first (and pass --no-build-isolation to tools "
+            "that build in an environment of their own), or set LADDERFAST_CPP=0 to install without the extension."
+        )
+    from torch.utils import cpp_extension
+
+    compiler = os.environ.get("CXX", "c++").split()
+    names = [compiler[-1]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        stop(
+            f"no C++ compiler was found (looked for {', '.join(names)}). Install one, for example with "
+            "'apt install g++', or set LADDERFAST_CPP=0 to install without the extension."
+        )
+    import pybind11
+
+    sources = ["csrc/ops.cpp", "csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    cxx = [
+        "-O3",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-Wall",
+        "-Wno-psabi",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f'-DLADDERFAST_TORCH_VERSION="{torch.__version__}"',
+    ]
+    arguments = {"include_dirs": [pybind11.get_include(), "csrc"]}
+    if not cuda_wanted(torch):
+        return cpp_extension.CppExtension(
+            "ladderfast._C", sources, extra_compile_args={"cxx": cxx}, **arguments
+        )
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
+    else:
+        devices = range(torch.cuda.device_count())
+        architectures = ";".join(
+            sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in devices})
+        )
+    cxx += [
+        "-DUSE_CUDA",
+        "-DLADDERFAST_WITH_CUDA",
+        f'-DLADDERFAST_CUDA_ARCHITECTURES="{architectures}"',
+        f'-DLADDERFAST_CUDA_VERSION="{torch.version.cuda}"',
+    ]
+    return cpp_extension.CUDAExtension(
+        "ladderfast._C",
+        sources + sorted(glob("csrc/cuda/*.cu")),
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17"]},
+        **arguments,
+    )
+
+
+def main() -> None:
+    if choice("LADDERFAST_CPP", "1", ("0", "1")) == "0":
+        setup()
+        return
+    building = any(
+        command.startswith(("build", "bdist", "editable", "develop", "install")) for command in sys.argv[1:]
+    )
+    if not building:  # metadata and sdist need neither torch nor a compiler
+        setup()
+        return
+    module = extension()
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(ext_modules=[module], cmdclass={"build_ext": BuildExtension})
+
+
+main()
