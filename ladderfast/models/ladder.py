@@ -316,16 +316,15 @@ class LadderNetwork(nn.Module):
         h = [_add_noise(x, self.noise_std[0]) for x in halves]
         laterals, targets = [h[-1]], [] if clean is None else [clean]
         for index, layer in enumerate(self.encoder, 1):
-            parts = h if clean is None else [*h, clean]
-            z_pre = layer.project(*parts)
+            if index > clean_layers:
+                clean = None
+            z_pre = layer.project(*h) if clean is None else layer.project(*h, clean)
             z = [_add_noise(_normalise(part), self.noise_std[index]) for part in z_pre[: len(h)]]
             h = [layer.activate(half) for half in z]
             laterals.append(z[-1])
-            if clean is not None and index <= clean_layers:
+            if clean is not None:
                 targets.append(z_pre[-1])
-            clean = (
-                layer.activate(_normalise(z_pre[-1])) if clean is not None and index < clean_layers else None
-            )
+                clean = layer.activate(_normalise(z_pre[-1]))
         return h, laterals, targets
 
     def _decode(self, logits: Tensor, laterals: Sequence[Tensor], *, lowest: int) -> list[Tensor]:
