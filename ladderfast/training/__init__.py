@@ -1,0 +1,28 @@
+"""Training: recipes, objectives, the loop, checkpoints, logs and reports.
+
+It needs the packages of the extra `train`; the modules and ops do not.
+"""
+
+from importlib.util import find_spec
+
+_NEEDED = ("jsonargparse", "lightning_fabric", "matplotlib", "rich", "sklearn", "tensorboard", "yaml")
+_INSTEAD = {"lightning_fabric": "lightning"}  # the larger package has it as well
+
+
+def _check_installed() -> None:
+    missing = [
+        name
+        for name in _NEEDED
+        if find_spec(name) is None and not (name in _INSTEAD and find_spec(_INSTEAD[name]) is not None)
+    ]
+    if missing:
+        raise ImportError(f'training needs {", ".join(missing)}: pip install "ladderfast[train]"')
+
+
+_check_installed()
+
+from .objectives import LadderObjective, Objective  # noqa: E402
+from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
+from .run import Run  # noqa: E402
+
+__all__ = ["LadderObjective", "Objective", "Recipe", "Run", "read_recipe", "recipe_names"]

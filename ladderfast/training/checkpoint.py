@@ -1,0 +1,103 @@
+"""Checkpoints that survive a crash at any moment, and that load without executing code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:
+    """Have `write` fill a new file, and give it the name `path` only when all of it is on the disk.
+
+    What had that name before is then called `keep`, or gone. Between the two renamings there is no `path`.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Make `state` the newest checkpoint of the folder, and what was the newest the previous one.
+
+    state: tensors, numbers, text, None, and dicts and lists of these.
+    """
+    write_atomically(folder / NEWEST, lambda file: torch.save(state, file), keep=folder / PREVIOUS)
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, on the CPU; None where there is none.
+
+    Warns where the newest is damaged and the previous one serves. Raises ValueError where there are
+    checkpoints but none that is whole.
+    """
+    damages = []
+    for name in (NEWEST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            state = _read(path)
+        except OSError:
+            raise
+        except Exception as error:  # of damaged bytes one can make anything
+            damages.append(f"{path} is damaged ({str(error).splitlines()[0]})")
+            continue
+        if damages:
+            warnings.warn(f"{damages[0]}; going back to {path}", RuntimeWarning, stacklevel=2)
+        return state
+    if damages:
+        raise ValueError("; ".join(damages))
+    return None
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's global generators, of the CPU and of the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"wrong checksum of {damaged}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "recipe" not in state:
+        raise ValueError("it is not a checkpoint of a run")
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    # The renaming itself is only on the disk once the folder is; not every system can open one.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

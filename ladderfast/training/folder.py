@@ -1,0 +1,61 @@
+"""The folder that a run leaves, and whether another may use it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .logs import EVENTS, METRICS
+from .recipe import Recipe, read_recipe
+
+DEFAULT = "runs/{recipe}-seed{seed}"
+RECIPE, RESULTS, REPORT = "recipe.yaml", "results.json", "report.html"
+FILES = (RECIPE, METRICS, RESULTS, REPORT, checkpoint.NEWEST, checkpoint.PREVIOUS)
+
+# What may differ between a run and its continuation: none of it has a part in the result.
+FREE = {"data.data_dir", "data.download", "log_every", "checkpoint_steps", "checkpoint_minutes"}
+
+
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError if a run, finished or not, has the folder."""
+    if any((folder / name).exists() for name in FILES):
+        raise FileExistsError(
+            f"{folder} already holds a run: continue it (--resume), replace it (--overwrite), or write "
+            "elsewhere (--out)"
+        )
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what runs write, and nothing else that may be in the folder."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / EVENTS, ignore_errors=True)
+
+
+def continued(
+    folder: Path, saved: Mapping[str, Any] | None, recipe: Recipe, fields: Mapping[str, Any]
+) -> Recipe:
+    """The recipe of the run in `folder`, whose checkpoint is `saved`, if it is the one asked for.
+
+    Fields that are not given keep the value that they had. Raises ValueError for another recipe, or a field
+    that matters to the result and has another value now.
+    """
+    if saved is not None:
+        content: Any = saved["recipe"]
+    elif (folder / RECIPE).is_file():
+        content = folder / RECIPE
+    else:
+        return recipe
+    before, now = read_recipe(content), read_recipe(content, fields)
+    if before.name != recipe.name:
+        raise ValueError(f"{folder} holds a run of {before.name}, not of {recipe.name}")
+    wanted = now.flat()
+    for field, value in before.flat().items():
+        if wanted[field] != value and field not in FREE:
+            raise ValueError(
+                f"{field} was {value!r} in {folder} and cannot become {wanted[field]!r} in its continuation"
+            )
+    return now

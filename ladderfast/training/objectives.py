@@ -1,0 +1,89 @@
+"""What is minimised: an objective knows its kind of model, the training loop does not."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderfast.data import Batch, Batches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Objective(ABC):
+    """The cost of a batch, what is left to do after the last epoch, and pictures for the report.
+
+    `forward_methods` names the model's methods, other than its call, that `__call__` uses: where several
+    processes train together, their wrapper about the model has to know.
+    """
+
+    forward_methods: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms of the cost, by name, in nats and 0-dim; the total is their sum."""
+
+    def finish(self, model: Any, data: Batches) -> None:  # noqa: B027
+        """After the last epoch, before the last measurement."""
+
+    def figures(self, model: Any, data: Batches) -> dict[str, Figure]:
+        """Pictures for the report, by title."""
+        return {}
+
+
+class LadderObjective(Objective):
+    """Rasmus et al. 2015, Algorithm 1: C = cross-entropy(corrupted labelled output) + sum_l lambda_l cost_l.
+
+    Args:
+        denoising_weights: lambda of the layers 0..L, the input first. A cost of weight 0 is not computed;
+        with
+            all of them 0 this is the objective of the baseline.
+
+    Raises ValueError for a weight that is negative or not finite, or if their number is not the model's.
+    """
+
+    forward_methods = ("training_pass",)
+
+    def __init__(self, denoising_weights: Sequence[float]) -> None:
+        weights = [float(weight) for weight in denoising_weights]
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise ValueError(f"denoising_weights must be finite and not negative, got {weights}")
+        self.denoising_weights = weights
+        self._wanted = [weight > 0 for weight in weights]
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        out = model.training_pass(batch.x_labelled, batch.x_unlabelled, costs=self._wanted)
+        terms = {"cross_entropy": F.cross_entropy(out.logits, batch.y_labelled)}
+        for layer, (weight, cost) in enumerate(zip(self.denoising_weights, out.denoising, strict=True)):
+            if weight > 0:
+                terms[f"denoising_{layer}"] = weight * cost
+        return terms
+
+    def finish(self, model: Any, data: Batches) -> None:
+        """Make the evaluation statistics a plain average over one pass of the labelled samples."""
+        model.recompute_statistics(data.labelled_batches())
+
+    @torch.no_grad()
+    def figures(self, model: Any, data: Batches) -> dict[str, Figure]:
+        from .figures import combinator_shapes, reconstruction_grid
+
+        figures = {}
+        if self._wanted[0]:
+            x = data.x_test[:1000]
+            corrupted, reconstructed = model.reconstruct(x)
+            shown = [int((data.y_test[: len(x)] == c).nonzero()[0]) for c in data.y_test[: len(x)].unique()]
+            pictures = (t[shown].float().cpu() for t in (x, corrupted, reconstructed))
+            figures["Test images, corrupted, reconstructed"] = reconstruction_grid(
+                *pictures, data.image_shape
+            )
+        for layer, (combinator, wanted) in enumerate(zip(model.combinators, self._wanted, strict=True)):
+            if wanted:
+                figures[f"Combinator of layer {layer}"] = combinator_shapes(combinator, model.layers[layer])
+        return figures

@@ -1,0 +1,309 @@
+"""Recipes: one YAML file a row of a paper's table, read against a typed schema.
+
+A field is addressed by its dotted name. The arguments of the model, the data and the objective stand under
+`init_args` in the file and may be named with or without it: `model.noise_std` is `model.init_args.noise_std`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import nn
+
+from ladderfast.data import Dataset
+
+from .objectives import Objective
+
+# What each part of a recipe must be, and which of its arguments are not the recipe's to give.
+PARTS: dict[str, tuple[type, set[str]]] = {
+    "model": (nn.Module, {"device", "dtype"}),
+    "data": (Dataset, {"seed"}),
+    "objective": (Objective, set()),
+}
+
+
+@dataclass
+class Part:
+    """A class by its import path, and the arguments to make an instance with."""
+
+    class_path: str
+    init_args: dict[str, Any]
+
+    def build(self, name: str, **extra: Any) -> Any:
+        """An instance; `extra` goes to it as well, as far as it takes such arguments."""
+        cls = _import_class(name, self.class_path)
+        taken = inspect.signature(cls).parameters
+        try:
+            return cls(**self.init_args, **{k: v for k, v in extra.items() if k in taken})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything that a run needs.
+
+    Args:
+        title: what this is, in a few words.
+        paper: where it was published.
+        row: the table and row of the paper.
+        published: the published figure.
+        name: the recipe's name; that of its file by default.
+        epochs: passes over the unlabelled samples.
+        batch_labelled: labelled samples of a step, for each process.
+        batch_unlabelled: unlabelled samples of a step, for each process.
+        learning_rate: Adam's, before the decay.
+        decay_from: part of the epochs at the full learning rate; it then falls linearly, and would be 0 one
+            epoch after the last.
+        seed: of the labels drawn, the order of the samples, the start values and the noise.
+        accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
+        devices: how many devices, or which; one process runs for each.
+        num_nodes: machines.
+        strategy: Fabric's strategy for several processes; auto takes ddp.
+        precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
+        evaluate_every: epochs from one measurement of the test error to the next; the last is always
+        measured. log_every: steps between two readings of the costs, each of which waits for the device.
+        checkpoint_steps: save after every so many steps as well; null for epochs' ends and minutes alone.
+        checkpoint_minutes: save within an epoch when the last checkpoint is that old.
+    """
+
+    title: str
+    model: Part
+    data: Part
+    objective: Part
+    epochs: int
+    paper: str = ""
+    row: str = ""
+    published: str | None = None
+    name: str = ""
+    batch_labelled: int = 100
+    batch_unlabelled: int = 100
+    learning_rate: float = 0.002
+    decay_from: float = 0.667
+    seed: int = 1
+    accelerator: str = "auto"
+    devices: int | str | list[int] = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    evaluate_every: int = 1
+    log_every: int = 50
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_labelled",
+            "batch_unlabelled",
+            "num_nodes",
+            "evaluate_every",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise ValueError(f"checkpoint_steps must be at least 1 or null, got {self.checkpoint_steps}")
+        for name in ("learning_rate", "checkpoint_minutes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.decay_from <= 1:
+            raise ValueError(f"decay_from must be from 0 to 1, got {self.decay_from}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """The learning rate of epoch `epoch`, counted from 0.
+
+        Of E epochs the first D = round(decay_from E) have the full rate r; epoch e >= D has
+        r (E - e) / (E + 1 - D), a straight line from r in epoch D - 1 to 0 in epoch E: no epoch learns nothing.
+        """
+        full = round(self.decay_from * self.epochs)
+        return self.learning_rate * min(1.0, (self.epochs - epoch) / (self.epochs + 1 - full))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in a recipe's file, with every field."""
+        return dataclasses.asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its short dotted name."""
+        return _flatten(self.to_dict(), self.name)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = files("ladderfast") / "recipes"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by its name, its file or its content, with some fields changed.
+
+    recipe: a name out of `recipe_names()`, the path of a YAML file, or a mapping as in such a file.
+    fields: by name, dotted or nested; text is read as YAML where the field is not text, as on a command line.
+
+    Raises ValueError or TypeError with one sentence for what is unknown, missing, ill-typed or out of range;
+    FileNotFoundError and other OSErrors for a file that cannot be read.
+    """
+    source, content = _load(recipe)
+    flat = {"name": source, **_flatten(content, source)}
+    changes = _flatten(fields or {}, "the fields given")
+    for part in PARTS:
+        path = f"{part}.class_path"
+        if changes.get(path, flat.get(path)) != flat.get(path):  # another class has other arguments
+            flat = {k: v for k, v in flat.items() if not k.startswith(f"{part}.")}
+    flat.update(changes)
+
+    missing = [f"{part}.class_path" for part in PARTS if f"{part}.class_path" not in flat]
+    if missing:
+        raise ValueError(f"{source}: {missing[0]} is missing")
+    classes = {part: _import_class(part, flat[f"{part}.class_path"]) for part in PARTS}
+    parser = make_parser(classes)
+    known = [*parser.get_defaults().keys(), *(f"{part}.class_path" for part in PARTS)]
+    for field in flat:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            raise ValueError(
+                f"{source}: unknown field {field}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+    for field in known:
+        if field not in flat and _annotation(field, classes)[1]:
+            raise ValueError(f"{source}: {field} is missing")
+
+    given: dict[str, Any] = {part: {} for part in PARTS}
+    for field, value in flat.items():
+        part, _, name = field.rpartition(".")
+        if name != "class_path":
+            (given[part] if part else given)[name] = value
+    try:
+        parsed = parser.parse_object(given).as_dict()
+    except ArgumentError as error:
+        raise _explain(error, flat, classes, source) from error
+    for part, cls in classes.items():
+        parsed[part] = Part(f"{cls.__module__}.{cls.__qualname__}", parsed.get(part) or {})
+        parsed[part].class_path = flat[f"{part}.class_path"]
+    try:
+        return Recipe(**parsed)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def make_parser(classes: Mapping[str, type], **kwargs: Any) -> ArgumentParser:
+    """The schema of a recipe whose parts are of these classes."""
+    parser = ArgumentParser(exit_on_error=False, **kwargs)
+    parser.add_class_arguments(Recipe, None, skip=set(PARTS), fail_untyped=False)
+    for part, cls in classes.items():
+        parser.add_class_arguments(cls, part, skip=PARTS[part][1], fail_untyped=False)
+    return parser
+
+
+def describe_fields(recipe: Recipe) -> str:
+    """Every field of the recipe, with its type, value and meaning: the second half of a command's help."""
+    classes = {part: _import_class(part, getattr(recipe, part).class_path) for part in PARTS}
+    parser = make_parser(classes, usage="", add_help=False)
+    values = recipe.flat()
+    parser.set_defaults({k: v for k, v in values.items() if not k.endswith(".class_path")})
+    text = parser.format_help()
+    return text[text.index("Everything that a run needs") :].replace("required, ", "")
+
+
+def _load(recipe: str | Path | Mapping[str, Any]) -> tuple[str, Any]:
+    if isinstance(recipe, Mapping):
+        return str(recipe.get("name") or "recipe"), recipe
+    text = str(recipe)
+    if isinstance(recipe, Path) or text.endswith((".yaml", ".yml")) or "/" in text:
+        path = Path(recipe).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no recipe file {path}")
+        name, raw = path.stem, path.read_bytes()
+    elif text in recipe_names():
+        name, raw = text, (files("ladderfast") / "recipes" / f"{text}.yaml").read_bytes()
+    else:
+        near = difflib.get_close_matches(text, recipe_names(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
+        raise ValueError(f"there is no recipe {text!r}; {hint}")
+    try:
+        content = yaml.safe_load(raw.decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{text} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{text} must hold fields and their values, got {type(content).__name__}")
+    return name, content
+
+
+def _flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Short dotted names: {"model": {"init_args": {"noise_std": 0.3}}} is {"model.noise_std": 0.3}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if key not in PARTS:
+            flat[str(key).replace(".init_args.", ".")] = value
+            continue
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{source}: {key} must be a mapping with class_path and init_args, got {value!r}")
+        for name, inner in value.items():
+            if name != "init_args":
+                flat[f"{key}.{name}"] = inner
+            elif isinstance(inner, Mapping):
+                flat.update((f"{key}.{argument}", v) for argument, v in inner.items())
+            elif inner is not None:
+                raise TypeError(f"{source}: {key}.init_args must be a mapping, got {inner!r}")
+    return flat
+
+
+def _import_class(part: str, path: Any) -> type:
+    base = PARTS[part][0]
+    module, _, name = str(path).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{part}.class_path: {path!r} cannot be imported ({error})") from error
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise TypeError(
+            f"{part}.class_path must be a subclass of {base.__module__}.{base.__qualname__}, got {path!r}"
+        )
+    return found
+
+
+def _annotation(field: str, classes: Mapping[str, type]) -> tuple[str, bool]:
+    """The field's type in words, and whether it must be given."""
+    part, _, name = field.rpartition(".")
+    if name == "class_path":
+        return "str", True
+    parameter = inspect.signature(classes.get(part, Recipe)).parameters.get(name)
+    if parameter is None:
+        return "of another type", False
+    annotation = parameter.annotation
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return text, parameter.default is parameter.empty
+
+
+def _explain(
+    error: ArgumentError, flat: Mapping[str, Any], classes: Mapping[str, type], source: str
+) -> Exception:
+    """One sentence out of jsonargparse's several lines."""
+    found = re.search(r'Parser key "([^"]+)"', str(error))
+    if found and found[1] in flat:
+        field = found[1]
+        return TypeError(f"{source}: {field} must be {_annotation(field, classes)[0]}, got {flat[field]!r}")
+    return ValueError(f"{source}: {' '.join(str(error).split())}")
+
+
+def published_table() -> Sequence[tuple[str, str, str, str]]:
+    """(recipe, paper, row, published figure) of every recipe of the package."""
+    recipes = [read_recipe(name) for name in recipe_names()]
+    return [(r.name, r.paper, r.row, r.published or "") for r in recipes]

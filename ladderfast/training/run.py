@@ -1,0 +1,512 @@
+"""A run: what a recipe describes, set up, trained, measured and written down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ladderfast.data import Batches
+
+from . import checkpoint
+from . import folder as folders
+from .logs import Log, ProgressBar, Row
+from .objectives import Objective
+from .recipe import Recipe, read_recipe
+from .signals import StopRequest
+
+try:
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+except ImportError:  # the large package holds the same under another name
+    from lightning.fabric import Fabric  # type: ignore[no-redef]
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # type: ignore[no-redef]
+
+# An epoch's end is saved unless the last checkpoint is so young that writing would take more than this of
+# the time.
+CHECKPOINT_SHARE = 0.05
+
+
+class Run:
+    """One training run of a recipe.
+
+        run = ladderfast.Run("mnist_100_full", data_dir="mnist", seed=1)
+        run.step()          # one training step, its costs
+        run.fit()           # the rest, with progress; leaves a folder
+        run.evaluate()      # {"test_error": percent, ...}
+        run.model           # the network
+
+    Args:
+        recipe: a recipe's name or YAML file.
+        folder: where `fit` writes; None for nowhere. Nothing is written before. "{recipe}" and "{seed}"
+        stand for
+            themselves in the default only.
+        resume: continue the run in that folder from its last checkpoint, to the same bits as if it had never
+            stopped. Without a checkpoint it starts at the beginning. The fields are those of the run that is
+            continued, and none that matters to the result may be given another value.
+        overwrite: remove the run that is in that folder.
+        progress: show a progress bar, and say what happens, on stderr.
+        data_dir: the folder of the data's files, for data that are read from files.
+        **fields: any field of the recipe; those of a part as a mapping, model={"noise_std": 0.2}, or by
+        dotted
+            name, **{"model.noise_std": 0.2}.
+
+    Sets the seed of torch's global generators, of which the model takes its start values and its noise.
+
+    Raises:
+        TypeError, ValueError: a field that is unknown, ill-typed or out of range; data that are not what they
+            should be; a checkpoint that does not fit.
+        FileNotFoundError: no such recipe file, or data files.
+        FileExistsError: the folder holds a run already, and neither resume nor overwrite was said.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Path | Mapping[str, Any],
+        *,
+        folder: str | Path | None = folders.DEFAULT,
+        resume: bool = False,
+        overwrite: bool = False,
+        progress: bool = True,
+        data_dir: str | Path | None = None,
+        **fields: Any,
+    ) -> None:
+        if data_dir is not None:
+            fields["data.data_dir"] = str(data_dir)
+        self.recipe = read_recipe(recipe, fields)
+        if folder == folders.DEFAULT:
+            folder = folders.DEFAULT.format(recipe=self.recipe.name, seed=self.recipe.seed)
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.progress = progress
+        self._overwrite = overwrite
+        saved = None
+        if self.folder is not None and resume:
+            saved = checkpoint.load(self.folder)
+            self.recipe = folders.continued(self.folder, saved, self.recipe, fields)
+        elif self.folder is not None and not overwrite and getattr(rank_zero_only, "rank", 0) == 0:
+            folders.check_free(self.folder)
+        self._setup()
+        if saved is not None:
+            self._restore(saved)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, data_dir: str | Path | None = None, **fields: Any) -> Run:
+        """The run in `folder` at its last checkpoint, in this process alone, to evaluate or to use its model.
+
+        fields: may change where it is computed: accelerator, devices, precision.
+        """
+        folder = Path(folder).expanduser()
+        saved = checkpoint.load(folder)
+        if saved is None:
+            raise FileNotFoundError(f"{folder} holds no checkpoint of a run")
+        run = cls.__new__(cls)
+        if data_dir is not None:
+            fields["data.data_dir"] = str(data_dir)
+        alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "auto"}
+        run.recipe = read_recipe(saved["recipe"], {**alone, **fields})
+        run.folder, run.progress, run._overwrite = folder, False, False
+        run._setup()
+        run._restore(saved, random=False)
+        return run
+
+    def _setup(self) -> None:
+        recipe = self.recipe
+        # Whatever can be wrong with the input is found before other processes are started.
+        dataset = recipe.data.build("data", seed=recipe.seed)
+        self.objective: Objective = recipe.objective.build("objective")
+        torch.manual_seed(recipe.seed)
+        model: nn.Module = recipe.model.build("model")
+        for method in self.objective.forward_methods:
+            if not hasattr(model, method):
+                raise TypeError(
+                    f"model must have the method {method} for this objective, got {type(model).__name__}"
+                )
+
+        self.fabric = fabric = _make_fabric(recipe)
+        fabric.launch()
+        device = fabric.device
+        fused = device.type in ("cpu", "cuda")
+        adam = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate_at(0), fused=fused)
+        # `module` is the model as the objective calls it, wrapped where there are several processes.
+        self.module, self.optimizer = fabric.setup(model, adam)
+        self.model = model
+        if fabric.world_size > 1:
+            for method in self.objective.forward_methods:
+                self.module.mark_forward_method(method)
+        else:
+            self.module = model  # Fabric's wrapper has nothing to add, and takes its time
+        self._adam = adam
+        self.batches = Batches(
+            dataset,
+            recipe.batch_labelled,
+            recipe.batch_unlabelled,
+            seed=recipe.seed,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            device=device,
+            dtype=next(model.parameters()).dtype,
+        )
+        if fabric.global_rank:
+            torch.manual_seed(recipe.seed + (fabric.global_rank << 32))  # noise of its own for each process
+        # Whatever else draws random numbers before the first step has no part in the run.
+        self._random: dict[str, Tensor] | None = checkpoint.random_state(device)
+
+        self.epoch = 0  # complete ones
+        self.step_in_epoch = 0
+        self.history: list[Row] = []
+        self.seconds = 0.0
+        self.result: dict[str, Any] | None = None
+        self._terms: list[str] = []
+        self._unread: list[Tensor] = []  # costs (terms,) of the steps since the last reading, on the device
+        self._read: list[Tensor] = []  # costs (steps, terms) of this epoch, on the CPU
+        self._clock: float | None = None
+        self._epoch_seconds = 0.0
+        self._timed_steps = 0
+
+    @property
+    def global_step(self) -> int:
+        """Training steps done."""
+        return self.epoch * len(self.batches) + self.step_in_epoch
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.recipe.epochs
+
+    def step(self) -> dict[str, Tensor]:
+        """One training step. Returns its weighted costs in nats by name, and their "total".
+
+        They are 0-dim tensors on the device, detached: to read one waits for the device. The costs are
+        checked every `log_every. steps.
+
+        Raises RuntimeError when all epochs are done, FloatingPointError for a cost that is not finite.
+        """
+        costs = self._train_step()
+        if self.step_in_epoch == len(self.batches):
+            self._end_epoch(measure=False)
+        return costs
+
+    def fit(self, *, baseline: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Train to the end, with progress, and return the figures: `evaluate`'s and what the run took.
+
+        Leaves in the folder the resolved recipe, metrics.csv, TensorBoard's events, checkpoints,
+        results.json and report.html. Ctrl-C and SIGTERM save and stop. baseline: the figures of another
+        run, for the report.
+
+        Raises FloatingPointError for a cost that is not finite, KeyboardInterrupt after Ctrl-C and SystemExit
+        (143) after SIGTERM.
+        """
+        recipe, main = self.recipe, self.fabric.is_global_zero
+        folder = self.folder if main else None
+        if folder is not None:
+            self._open_folder(folder)
+        steps = recipe.epochs * len(self.batches)
+        log = Log(folder, self.history) if folder is not None else None
+        bar = ProgressBar(recipe.name, steps, self.global_step) if main and self.progress else None
+        saved_at, saving_took = time.monotonic(), 0.0
+        with StopRequest() as stop, contextlib.ExitStack() as closing:
+            for each in (log, bar):
+                if each is not None:
+                    closing.callback(each.close)
+            while not self.finished:
+                self._train_step()
+                if bar is not None:
+                    bar.advance()
+                ended = self.step_in_epoch == len(self.batches)
+                read = not self._unread
+                if ended:
+                    row = self._end_epoch(measure=True)
+                    if log is not None:
+                        log.write(row)
+                    if bar is not None:
+                        bar.show(self.epoch, recipe.epochs, row)
+                elif read and bar is not None:
+                    bar.show(self.epoch + 1, recipe.epochs, self._current())
+                if self.fabric.world_size > 1 and not (ended or read):
+                    continue  # the processes agree on what to do next where they meet anyway
+                stopping = self._any(stop.received is not None)
+                if self.finished:
+                    break
+                age = time.monotonic() - saved_at
+                due = (
+                    (ended and saving_took < CHECKPOINT_SHARE * age)
+                    or age > 60 * recipe.checkpoint_minutes
+                    or (recipe.checkpoint_steps and self.global_step % recipe.checkpoint_steps == 0)
+                )
+                if self.folder is not None and (stopping or self._any(bool(due))):
+                    start = time.monotonic()
+                    self._save()
+                    saved_at = time.monotonic()
+                    saving_took = saved_at - start
+                if stopping:
+                    self._stop(stop.received, bar)
+                    return {}
+            return self._finish(baseline, folder)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Figures on the test samples, with the statistics for evaluation as they are.
+
+        test_error in percent, test_errors, test_samples, test_cross_entropy in nats.
+        """
+        training = self.model.training
+        self.model.eval()
+        x, y = self.batches.x_test, self.batches.y_test
+        errors, nats = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        for part, labels in zip(x.split(5000), y.split(5000), strict=True):
+            with self.fabric.autocast():
+                logits = self.model(part)
+            errors += (logits.argmax(1) != labels).sum()
+            nats += F.cross_entropy(logits.float(), labels, reduction="sum")
+        self.model.train(training)
+        wrong = int(errors)
+        return {
+            "test_error": 100 * wrong / len(y),
+            "test_errors": wrong,
+            "test_samples": len(y),
+            "test_cross_entropy": float(nats) / len(y),
+        }
+
+    def _train_step(self) -> dict[str, Tensor]:
+        if self.finished:
+            raise RuntimeError(f"all {self.recipe.epochs} epochs are done")
+        if not self.model.training:
+            self.model.train()
+        if self._random is not None:
+            checkpoint.restore_random_state(self._random, self.fabric.device)
+            self._random = None
+        if self._clock is None:
+            self._clock = time.perf_counter()
+        if self.step_in_epoch == 0:
+            for group in self._adam.param_groups:
+                group["lr"] = self.recipe.learning_rate_at(self.epoch)
+
+        batch = self.batches.get(self.epoch, self.step_in_epoch)
+        self._adam.zero_grad()
+        with self.fabric.autocast():
+            terms = self.objective(self.module, batch)
+            costs = torch.stack(tuple(terms.values()))
+            total = costs.sum()
+        self.fabric.backward(total)
+        self.optimizer.step()
+
+        self._terms = list(terms)
+        self.step_in_epoch += 1
+        self._timed_steps += 1
+        costs = costs.detach()
+        self._unread.append(costs)
+        if self.global_step % self.recipe.log_every == 0 or self._save_comes():
+            self._read_costs()
+        return {"total": total.detach(), **dict(zip(terms, costs.unbind(), strict=True))}
+
+    def _save_comes(self) -> bool:
+        every = self.recipe.checkpoint_steps
+        return every is not None and self.global_step % every == 0
+
+    def _read_costs(self) -> None:
+        """Bring the costs since the last reading to the CPU, and refuse any that is not finite."""
+        if not self._unread:
+            return
+        costs = self._reduce(torch.stack(self._unread).double(), "mean").cpu()
+        first = self.global_step - len(self._unread) + 1
+        self._unread = []
+        self._read.append(costs)
+        if not costs.isfinite().all():
+            row = int((~costs.isfinite().all(1)).nonzero()[0])
+            bad = [
+                f"{t} = {v}"
+                for t, v in zip(self._terms, costs[row].tolist(), strict=True)
+                if not math.isfinite(v)
+            ]
+            raise FloatingPointError(
+                f"the cost is not finite at step {first + row} (epoch {self.epoch + 1}): {', '.join(bad)}; "
+                "a lower learning_rate may help"
+            )
+
+    def _current(self) -> Row:
+        """Figures of the epoch so far, as far as they have been read."""
+        assert self._clock is not None
+        costs = torch.cat(self._read).mean(0).tolist() if self._read else []
+        seconds = self._epoch_seconds + time.perf_counter() - self._clock
+        return {
+            "epoch": self.epoch + 1,
+            "step": self.global_step,
+            "total": sum(costs),
+            **dict(zip(self._terms, costs, strict=True)),
+            "test_error": self.history[-1]["test_error"] if self.history else None,
+            "learning_rate": self._adam.param_groups[0]["lr"],
+            "steps_per_second": self._timed_steps / seconds,
+        }
+
+    def _end_epoch(self, *, measure: bool) -> Row:
+        """Close the epoch with a row of the history, and go to the next."""
+        self._read_costs()
+        row = self._current()
+        self._stop_clock()
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self._read, self._epoch_seconds, self._timed_steps = [], 0.0, 0
+        if self.finished:
+            self.objective.finish(self.model, self.batches)
+        measure = measure and (self.epoch % self.recipe.evaluate_every == 0 or self.finished)
+        row["test_error"] = self.evaluate()["test_error"] if measure else None
+        self.history.append(row)
+        return row
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            took = time.perf_counter() - self._clock
+            self.seconds += took
+            self._epoch_seconds += took
+            self._clock = None
+
+    def _finish(self, baseline: Mapping[str, Any] | None, folder: Path | None) -> dict[str, Any]:
+        if self.result is None:
+            self.result = {
+                "recipe": self.recipe.name,
+                "title": self.recipe.title,
+                "seed": self.recipe.seed,
+                **self.evaluate(),
+                "published": self.recipe.published,
+                "epochs": self.recipe.epochs,
+                "steps": self.global_step,
+                "seconds": round(self.seconds, 2),
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+            }
+            if self.folder is not None:
+                self._save()
+        if folder is not None:
+            from .report import write_report
+
+            text = json.dumps(self.result, indent=2, ensure_ascii=False) + "\n"
+            write_report(
+                folder,
+                title=self.recipe.title,
+                settings=self._settings(),
+                history=self.history,
+                result=self.result,
+                published=self.recipe.published,
+                figures=self.objective.figures(self.model, self.batches),
+                baseline=None if baseline is None else dict(baseline),
+            )
+            checkpoint.write_atomically(folder / folders.RESULTS, lambda file: file.write(text.encode()))
+        return dict(self.result)
+
+    def _settings(self) -> dict[str, Any]:
+        device = self.fabric.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        return {
+            **self.recipe.flat(),
+            "device": f"{device.type} ({name})",
+            "processes": self.fabric.world_size,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    def _any(self, value: bool) -> bool:
+        """Whether it is so in any of the processes."""
+        if self.fabric.world_size == 1:
+            return value
+        flag = torch.tensor(float(value), device=self.fabric.device)
+        return bool(self._reduce(flag, "sum") > 0)
+
+    def _reduce(self, x: Tensor, how: str) -> Tensor:
+        return cast("Tensor", self.fabric.all_reduce(x, reduce_op=how))
+
+    def _stop(self, number: int | None, bar: ProgressBar | None) -> None:
+        if bar is not None:
+            where = f"stopped after step {self.global_step} (epoch {self.epoch + 1} of {self.recipe.epochs})"
+            bar.say(where if self.folder is None else f"{where}; saved in {self.folder}, --resume continues")
+        if self.fabric.is_global_zero:
+            if number == signal.SIGTERM:
+                raise SystemExit(128 + signal.SIGTERM)
+            raise KeyboardInterrupt
+
+    def _open_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._overwrite:
+            folders.remove_run(folder)
+            self._overwrite = False
+        text = self.recipe.to_yaml()
+        checkpoint.write_atomically(folder / folders.RECIPE, lambda file: file.write(text.encode()))
+
+    def _save(self) -> None:
+        self._stop_clock()
+        self._read_costs()
+        random = checkpoint.random_state(self.fabric.device)
+        everyone = self._gather(random)
+        if self.fabric.is_global_zero:
+            assert self.folder is not None
+            state = {
+                "recipe": self.recipe.to_dict(),
+                "epoch": self.epoch,
+                "step_in_epoch": self.step_in_epoch,
+                "world_size": self.fabric.world_size,
+                "model": self.model.state_dict(),
+                "optimizer": self._adam.state_dict(),
+                "precision": self.fabric.strategy.precision.state_dict(),
+                "random": everyone,
+                "terms": self._terms,
+                "costs": torch.cat(self._read) if self._read else None,
+                "history": self.history,
+                "seconds": self.seconds,
+                "epoch_seconds": self._epoch_seconds,
+                "timed_steps": self._timed_steps,
+                "result": self.result,
+            }
+            checkpoint.save(self.folder, state)
+        self.fabric.barrier()
+
+    def _gather(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        if self.fabric.world_size == 1:
+            return [state]
+        device = self.fabric.device
+        gathered = {
+            name: cast("Tensor", self.fabric.all_gather(tensor.to(device))).cpu()
+            for name, tensor in state.items()
+        }
+        return [
+            {name: tensor[rank] for name, tensor in gathered.items()}
+            for rank in range(self.fabric.world_size)
+        ]
+
+    def _restore(self, saved: dict[str, Any], *, random: bool = True) -> None:
+        if random and saved["world_size"] != self.fabric.world_size:
+            raise ValueError(
+                f"the run in {self.folder} was trained by {saved['world_size']} processes and cannot be continued "
+                f"by {self.fabric.world_size}"
+            )
+        self.model.load_state_dict(saved["model"])
+        self._adam.load_state_dict(saved["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(saved["precision"])
+        if random:
+            self._random = saved["random"][self.fabric.global_rank]
+        self.epoch, self.step_in_epoch = saved["epoch"], saved["step_in_epoch"]
+        self.history, self.result, self.seconds = saved["history"], saved["result"], saved["seconds"]
+        self._epoch_seconds, self._timed_steps = saved["epoch_seconds"], saved["timed_steps"]
+        self._terms = saved["terms"]
+        self._read = [] if saved["costs"] is None else [saved["costs"]]
+
+
+def _make_fabric(recipe: Recipe) -> Fabric:
+    try:
+        return Fabric(
+            accelerator=recipe.accelerator,
+            strategy=recipe.strategy,
+            devices=recipe.devices,
+            num_nodes=recipe.num_nodes,
+            precision=recipe.precision,  # type: ignore[arg-type]
+        )
+    except Exception as error:  # each of its checks raises a class of its own
+        wanted = ", ".join(
+            f"{n}={getattr(recipe, n)!r}" for n in ("accelerator", "devices", "strategy", "precision")
+        )
+        raise ValueError(f"{wanted} cannot be had: {' '.join(str(error).split())}") from error
