@@ -36,6 +36,7 @@ void parallel_items(int64_t items, int64_t elements, const F& f) {
 // Whether the axes `order` of t, slowest first, lie packed in memory.
 template <class Order>
 bool packed(const Tensor& t, const Order& order) {
+    if (t.numel() == 0) return true;
     int64_t expected = 1;
     for (int64_t k = t.dim() - 1; k >= 0; --k) {
         const int64_t axis = order(k);

@@ -55,13 +55,13 @@ struct Vec {
     }
 };
 
-// exp(x) by 2^n exp(r), |r| <= ln(2) / 2, for x clamped to the range where the result is a normal number; NaN stays
-// NaN. Error below 1.5 units in the last place. `round` is 1.5 * 2^(mantissa bits), which leaves the integer n in the
+// exp(x) by 2^n exp(r), |r| <= ln(2) / 2, for x clamped to where the result and its inverse are normal numbers; NaN
+// stays NaN. Error below 1.5 units in the last place. `round` is 1.5 * 2^(mantissa bits), which leaves the integer n in the
 // low bits of x / ln 2 + round.
 LF_HD Vec<float> exp(Vec<float> x) {
     using V = VecTraits<float>::Raw;
     using I = VecTraits<float>::RawInt;
-    const V lo = V{} - 87.0f, hi = V{} + 88.0f, round = V{} + 12582912.0f;
+    const V lo = V{} - 87.0f, hi = V{} + 87.0f, round = V{} + 12582912.0f;
     V y = x.raw < lo ? lo : x.raw;
     y = y > hi ? hi : y;
     const V shifted = y * 1.44269504f + round;
@@ -81,7 +81,7 @@ LF_HD Vec<float> exp(Vec<float> x) {
 LF_HD Vec<double> exp(Vec<double> x) {
     using V = VecTraits<double>::Raw;
     using I = VecTraits<double>::RawInt;
-    const V lo = V{} - 708.0, hi = V{} + 709.0, round = V{} + 6755399441055744.0;
+    const V lo = V{} - 708.0, hi = V{} + 708.0, round = V{} + 6755399441055744.0;
     V y = x.raw < lo ? lo : x.raw;
     y = y > hi ? hi : y;
     const V shifted = y * 1.4426950408889634 + round;

@@ -10,6 +10,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
+from ladderfast.ops.function import batch_first, known_signature
 from ladderfast.reference import combinator as reference
 
 if _extension.module is not None:
@@ -37,16 +38,14 @@ def _packed(z: Tensor, params: Tensor) -> Tensor:
 
 
 def _seeds_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The batch axis of vmap in front, given to those that lack it, and merged with an axis of seeds."""
-    moved = [
-        t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip(tensors, in_dims, strict=True)
-    ]
+    """The batch axis of vmap in front, and merged with an axis of seeds if params, the last, has one."""
+    moved = batch_first(size, in_dims, tensors)
     if moved[-1].dim() == 4:  # params (B, S, 10, C)
         moved = [t.flatten(0, 1) for t in moved]
     return moved
 
 
+@known_signature
 class _Combinator(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, u: Tensor, params: Tensor, squash_v: bool, name: str) -> Tensor:
@@ -59,11 +58,11 @@ class _Combinator(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, u, params, ctx.squash_v, ctx.name = inputs
-        ctx.save_for_backward(z, u, params)
+        ctx.save_for_backward(*inputs[:3])
+        ctx.squash_v, ctx.name = inputs[3:]
 
     @staticmethod
-    def backward(ctx: Any, grad_z_hat: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_z_hat: Tensor) -> tuple[Tensor | None, ...]:
         z, u, params = ctx.saved_tensors
         return *_CombinatorBackward.apply(grad_z_hat, z, u, params, ctx.squash_v, ctx.name), None, None
 
@@ -74,6 +73,7 @@ class _Combinator(torch.autograd.Function):
         return (out.unflatten(0, (info.batch_size, -1)) if nested else out), 0
 
 
+@known_signature
 class _CombinatorBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,8 +88,8 @@ class _CombinatorBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad_z_hat, z, u, params, ctx.squash_v, _ = inputs
-        ctx.save_for_backward(grad_z_hat, z, u, params)
+        ctx.save_for_backward(*inputs[:4])
+        ctx.squash_v = inputs[4]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,7 +97,7 @@ class _CombinatorBackward(torch.autograd.Function):
         def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
             return reference.gaussian_combinator_backward(*tensors, squash_v=ctx.squash_v)
 
-        _, pullback = torch.func.vjp(formula, *ctx.saved_tensors)
+        pullback = torch.func.vjp(formula, *ctx.saved_tensors)[1]
         return *pullback(grads), None, None
 
     @staticmethod
@@ -134,9 +134,9 @@ def _check(z: Tensor, u: Tensor, params: Tensor) -> None:
     if u.shape != z.shape:
         raise ValueError(f"{op}: u must have the shape of z, {shape_text(z)}; got {shape_text(u)}")
     if params.shape[-1] != z.shape[channel] or (channel == 2 and params.shape[0] != z.shape[0]):
-        wanted = (10, z.shape[1]) if channel == 1 else (z.shape[0], 10, z.shape[2])
+        fitting = f"(10, {z.shape[1]})" if channel == 1 else f"({z.shape[0]}, 10, {z.shape[2]})"
         raise ValueError(
-            f"{op}: params must have shape {tuple(wanted)} for z of shape {shape_text(z)}; got {shape_text(params)}"
+            f"{op}: params must have shape {fitting} for z of shape {shape_text(z)}; got {shape_text(params)}"
         )
     if u.dtype != z.dtype:
         raise TypeError(f"{op}: u must have the dtype of z, {z.dtype}; got {u.dtype}")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 def per_channel(params: Tensor, ndim: int) -> tuple[Tensor, ...]:
     """The ten rows of `params` (10, C) or (S, 10, C), shaped to broadcast over z with `ndim` axes."""
-    spatial = ndim - params.dim()
-    return tuple(row.unsqueeze(-2)[(..., *([None] * spatial))] for row in params.unbind(-2))
+    ones = [1] * (ndim - params.dim())
+    return tuple(row.reshape(*row.shape[:-1], 1, row.shape[-1], *ones) for row in params.unbind(-2))
 
 
 def gaussian_combinator(z: Tensor, u: Tensor, params: Tensor, *, squash_v: bool = False) -> Tensor:

@@ -1,8 +1,8 @@
 """Triton kernels of the op `combinator` and their launchers.
 
 z, u, z_hat and their gradients share a packed layout (seeds, rows, channels, inner), inner fastest. A program works on
-tiles of [rows, columns]: columns are neighbouring channels where inner = 1 (channels-last and dense), and else positions
-of one channel's run. Everything is widened to float32 at the load and rounded once, at the store.
+tiles of [rows, columns]: columns are neighbouring channels where inner = 1 (channels-last and dense), and else
+positions of one channel's run. Everything is widened to float32 at the load and rounded once, at the store.
 
 Floor: forward moves 3 elements, backward 5, for each element of z; the arithmetic (two exponentials and two divisions
 each way) is below that in float32. Not yet measured on a GPU.
@@ -321,9 +321,9 @@ def _like(t: Tensor, z: Tensor) -> Tensor:
 @triton_op("ladderfast::combinator_triton", mutates_args={})
 def combinator_triton(z: Tensor, u: Tensor, params: Tensor, squash_v: int) -> Tensor:
     """z contiguous or channels-last; see ladderfast.ops.gaussian_combinator."""
-    plan = Plan(z, params)
     z_hat = torch.empty_like(z)
     if z.numel() > 0:
+        plan = Plan(z, params)
         wrap_triton(_forward_kernel)[plan.grid](
             z, _like(u, z), params.contiguous(), z_hat, *plan.sizes, **plan.constants(squash_v)
         )
@@ -335,11 +335,11 @@ def combinator_backward_triton(
     grad_z_hat: Tensor, z: Tensor, u: Tensor, params: Tensor, squash_v: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to z, u and params."""
-    plan = Plan(z, params)
     params = params.contiguous()
     grad_z, grad_u = torch.empty_like(z), torch.empty_like(z)
     if z.numel() == 0:
         return grad_z, grad_u, torch.zeros_like(params)
+    plan = Plan(z, params)
     grad_params = torch.empty_like(params)
     partial = torch.empty((plan.seeds, plan.slots, 10, plan.channels), dtype=torch.float32, device=z.device)
     wrap_triton(_backward_kernel)[plan.grid](
