@@ -9,7 +9,11 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Build facts of the ladderfast extension; loading it registers torch.ops.ladderfast.";
     m.def("instruction_set", &ladderfast::cpu::instruction_set,
           "Instruction set that the CPU kernels use on this machine.");
+#if defined(__clang__)
     m.attr("compiler") = __VERSION__;
+#else
+    m.attr("compiler") = "GCC " __VERSION__;
+#endif
     m.attr("torch_version") = LADDERFAST_TORCH_VERSION;
 #ifdef LADDERFAST_WITH_CUDA
     m.attr("cuda") = true;

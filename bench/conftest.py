@@ -1,0 +1,81 @@
+"""Shared by all benchmarks: devices, a timer that waits for the GPU, the copy bandwidth, facts about the machine."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+DEVICES = ["cpu", pytest.param("cuda", marks=[] if GPU else pytest.mark.skip(reason="needs an NVIDIA GPU"))]
+
+
+def sync_timer() -> float:
+    """Seconds, with the GPU's queue empty."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(function: Callable[[], object], rounds: int = 20) -> float:
+    """Median seconds of one call."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(rounds):
+        start = sync_timer()
+        function()
+        times.append(sync_timer() - start)
+    return statistics.median(times)
+
+
+_copies: dict[tuple[int, str], float] = {}
+
+
+def copy_seconds(moved: int, device: str) -> float:
+    """Median seconds in which torch copies so many bytes that `moved` bytes are read and written in all."""
+    key = (moved, device)
+    if key not in _copies:
+        source = torch.ones(max(moved // 8, 1), dtype=torch.float32, device=device)
+        target = torch.empty_like(source)
+        _copies[key] = measure(lambda: target.copy_(source))
+    return _copies[key]
+
+
+def record(
+    benchmark, *, op: str, shape: str, phase: str, variant: str, device: str, moved: int, kept: int
+) -> None:
+    """What bench/table.py needs beside the times."""
+    benchmark.extra_info.update(
+        op=op,
+        shape=shape,
+        phase=phase,
+        variant=variant,
+        device=device,
+        bytes_moved=moved,
+        bytes_kept=kept,
+        copy_seconds=copy_seconds(moved, device),
+    )
+
+
+def pytest_benchmark_update_machine_info(config, machine_info) -> None:
+    machine_info["node"] = "-"
+    machine_info["torch"] = torch.__version__
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["platform"] = platform.platform()
+    if GPU:
+        machine_info["gpu"] = torch.cuda.get_device_name(0)
+        machine_info["cuda"] = torch.version.cuda
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """The figures are for two threads on the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)

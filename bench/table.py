@@ -1,0 +1,65 @@
+"""Turns the JSON of a benchmark run into a table: python bench/table.py RUN.json --out TABLE.md [--readme README.md]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+START, END = "<!-- speed table: written by make bench -->", "<!-- end of speed table -->"
+OURS = ("ladderfast", "ladderfast-triton")
+COLUMNS = (
+    "| op | shape | pass | ms | plain, ms | torch.compile, ms | times torch.compile | GB/s | % of copy | kept, MiB "
+    "| plain kept, MiB |\n"
+    "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+)
+
+
+def machine_line(run: dict) -> str:
+    info = run["machine_info"]
+    where = info.get("gpu") or info.get("cpu", {}).get("brand_raw", info.get("machine", "?"))
+    threads = "" if "gpu" in info else f", {info['threads']} threads"
+    return f"Measured {run['datetime'][:10]} on {where}{threads}, torch {info['torch']}; medians."
+
+
+def table(run: dict) -> str:
+    """One row for each op, shape and pass; losing cases stay in."""
+    cases: dict[tuple[str, ...], dict[str, dict]] = {}
+    for bench in run["benchmarks"]:
+        info = bench["extra_info"]
+        key = (info["op"], info["device"], info["shape"], info["phase"])
+        cases.setdefault(key, {})[info["variant"]] = bench
+    lines = []
+    for (op, _, shape, phase), variants in cases.items():
+        plain, compiled = (variants[name]["stats"]["median"] * 1e3 for name in ("plain", "compile"))
+        for name in OURS:
+            if name not in variants:
+                continue
+            ours, info = variants[name]["stats"]["median"], variants[name]["extra_info"]
+            label = op if name == "ladderfast" else f"{op} (Triton)"
+            kept = info["bytes_kept"] / 2**20, variants["plain"]["extra_info"]["bytes_kept"] / 2**20
+            lines.append(
+                f"| {label} | {shape} | {phase} | {ours * 1e3:.3g} | {plain:.3g} | {compiled:.3g} "
+                f"| {compiled / ours / 1e3:.1f} | {info['bytes_moved'] / ours / 1e9:.0f} "
+                f"| {info['copy_seconds'] / ours:.0%} | {kept[0]:.3g} | {kept[1]:.3g} |"
+            )
+    return COLUMNS + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--readme", type=Path)
+    args = parser.parse_args()
+    run = json.loads(args.run.read_text())
+    text = f"{machine_line(run)}\n\n{table(run)}"
+    args.out.write_text(f"# Speed\n\n{text}")
+    if args.readme:
+        readme = args.readme.read_text()
+        before, rest = readme.split(START)
+        args.readme.write_text(f"{before}{START}\n{text}{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

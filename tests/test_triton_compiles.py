@@ -1,0 +1,66 @@
+"""Every Triton kernel is compiled ahead of time for sm_80 and sm_90, without a GPU and without spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Kernel -> its argument types and, for each variant that is launched, the constants. In a process of its own, since the
+# interpreter that the other tests use replaces the compiler.
+CODE = r"""
+import os, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ladderfast.triton import combinator as c
+
+arch = int(sys.argv[1])
+
+def compile(kernel, pointers, constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    cubin = os.path.join(tempfile.mkdtemp(), "k.cubin")
+    open(cubin, "wb").write(compiled.asm["cubin"])
+    usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin], capture_output=True, text=True)
+    print(kernel.fn.__name__, constants, usage.stdout.replace("\n", " "))
+
+for element in ("*fp32", "*bf16"):
+    tensors = {n: element for n in ("z_ptr", "u_ptr", "z_hat_ptr", "grad_ptr", "grad_z_ptr", "grad_u_ptr")}
+    tensors |= {"params_ptr": "*fp32", "partial_ptr": "*fp32", "grad_params_ptr": "*fp32"}
+    for per_column, rows, columns in ((1, 4, 128), (1, 32, 16), (0, 4, 128)):
+        for squash in (0, 1):
+            constants = {"SQUASH": squash, "PER_COLUMN": per_column, "ROWS": rows, "COLUMNS": columns}
+            compile(c._forward_kernel, tensors, constants)
+            compile(c._backward_kernel, tensors, constants)
+compile(c._sum_kernel, tensors, {"SLOTS": c.SUM_TILE, "COLUMNS": 128})
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_triton_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    script = tmp_path / "compile.py"  # Triton reads a kernel's source from its file
+    script.write_text(CODE)
+    done = subprocess.run(
+        [sys.executable, str(script), str(arch)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = done.stdout.strip().splitlines()
+    assert len(reports) == 25
+    for report in reports:
+        usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", report)
+        assert usage, report
+        registers, stack, local = map(int, usage.groups())
+        assert 0 < registers <= 255, report
+        assert stack == local == 0, report  # nothing spilled
