@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ladderfast import models, nn, ops
 from ladderfast.ops.backend import use_backend
+
+if TYPE_CHECKING:
+    from ladderfast.training import Run as Run
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "models", "nn", "ops", "use_backend"]
+
+
+def __getattr__(name: str) -> Any:
+    # Training needs more packages than the modules and ops do: they are imported with the first use of Run.
+    if name == "Run":
+        from ladderfast.training import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+# An epoch's end is not saved while that would bring the time spent on saving above this part of the whole.
+SHARE = 0.05
+
+
+class Pace:
+    """When the next checkpoint is due: at epochs' ends, after `minutes`, and every `steps` steps if that is given."""
+
+    def __init__(self, minutes: float, steps: int | None) -> None:
+        self._seconds, self._steps = 60 * minutes, steps
+        self._saved_at, self._took = time.monotonic(), 0.0
+
+    def falls_on(self, step: int) -> bool:
+        """Whether step number `step` is one of every so many."""
+        return self._steps is not None and step % self._steps == 0
+
+    def due(self, step: int, *, epoch_ended: bool) -> bool:
+        age = time.monotonic() - self._saved_at
+        return self.falls_on(step) or age > self._seconds or (epoch_ended and self._took < SHARE * age)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._saved_at = time.monotonic()
+        self._took = self._saved_at - start
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:

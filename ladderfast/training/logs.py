@@ -58,6 +58,7 @@ class Log:
         for name, value in row.items():
             if name not in ("epoch", "step") and value is not None:
                 self._events.add_scalar(name, value, row["step"])
+        self._events.flush()
 
     def close(self) -> None:
         self._events.close()
@@ -90,8 +91,11 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
 
-    def show(self, epoch: int, epochs: int, figures: Mapping[str, float | None]) -> None:
-        """The latest figures: test_error (percent), total (nats), steps_per_second; those that are known."""
+    def show(self, epoch: int, epochs: int, figures: Mapping[str, float | None], *, ended: bool) -> None:
+        """The latest figures, as far as they are known: test_error in percent, total in nats, steps_per_second.
+
+        ended: whether they are of the whole epoch; elsewhere than on a terminal only those are shown.
+        """
         parts = []
         if (error := figures.get("test_error")) is not None:
             parts.append(f"test error {error:.2f} %")
@@ -101,12 +105,10 @@ class ProgressBar:
             parts.append(f"{speed:.1f} steps/s")
         text = ", ".join(parts)
         if self._bar is not None:
-            self._bar.update(self._task, description=f"epoch {epoch}/{epochs}", figures=text)
-        elif epoch == epochs or time.monotonic() - self._said >= self.SECONDS_BETWEEN_LINES:
+            self._bar.update(self._task, description=f"{self._title} {epoch}/{epochs}", figures=text)
+        elif ended and (epoch == epochs or time.monotonic() - self._said >= self.SECONDS_BETWEEN_LINES):
             self._said = time.monotonic()
-            self._console.print(
-                f"{self._title}: epoch {epoch}/{epochs}, {text}", highlight=False, soft_wrap=True
-            )
+            self.say(f"{self._title}: epoch {epoch}/{epochs}, {text}")
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -73,8 +74,9 @@ class Recipe:
         num_nodes: machines.
         strategy: Fabric's strategy for several processes; auto takes ddp.
         precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
-        evaluate_every: epochs from one measurement of the test error to the next; the last is always
-        measured. log_every: steps between two readings of the costs, each of which waits for the device.
+        evaluate_every: epochs from one measurement of the test error to the next; the last one is always
+            measured.
+        log_every: steps between two readings of the costs, each of which waits for the device.
         checkpoint_steps: save after every so many steps as well; null for epochs' ends and minutes alone.
         checkpoint_minutes: save within an epoch when the last checkpoint is that old.
     """
@@ -142,7 +144,9 @@ class Recipe:
         return _flatten(self.to_dict(), self.name)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+        return yaml.safe_dump(
+            self.to_dict(), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+        )
 
 
 def recipe_names() -> list[str]:
@@ -182,8 +186,11 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
                 f"{source}: unknown field {field}" + (f"; did you mean {near[0]}?" if near else "")
             )
     for field in known:
-        if field not in flat and _annotation(field, classes)[1]:
+        annotation, required = _annotation(field, classes)
+        if required and field not in flat:
             raise ValueError(f"{source}: {field} is missing")
+        if required and flat[field] is None:  # jsonargparse would call it missing
+            raise TypeError(f"{source}: {field} must be {annotation}, got None")
 
     given: dict[str, Any] = {part: {} for part in PARTS}
     for field, value in flat.items():
@@ -203,9 +210,9 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
         raise ValueError(f"{source}: {error}") from error
 
 
-def make_parser(classes: Mapping[str, type], **kwargs: Any) -> ArgumentParser:
+def make_parser(classes: Mapping[str, type]) -> ArgumentParser:
     """The schema of a recipe whose parts are of these classes."""
-    parser = ArgumentParser(exit_on_error=False, **kwargs)
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, None, skip=set(PARTS), fail_untyped=False)
     for part, cls in classes.items():
         parser.add_class_arguments(cls, part, skip=PARTS[part][1], fail_untyped=False)
@@ -213,13 +220,40 @@ def make_parser(classes: Mapping[str, type], **kwargs: Any) -> ArgumentParser:
 
 
 def describe_fields(recipe: Recipe) -> str:
-    """Every field of the recipe, with its type, value and meaning: the second half of a command's help."""
+    """Every field of the recipe with its value, type and meaning: the second half of a command's help."""
     classes = {part: _import_class(part, getattr(recipe, part).class_path) for part in PARTS}
-    parser = make_parser(classes, usage="", add_help=False)
     values = recipe.flat()
-    parser.set_defaults({k: v for k, v in values.items() if not k.endswith(".class_path")})
-    text = parser.format_help()
-    return text[text.index("Everything that a run needs") :].replace("required, ", "")
+    known = list(make_parser(classes).get_defaults().keys())
+    lines = []
+    for part, cls in {"": Recipe, **classes}.items():
+        meanings = _meanings(cls)
+        lines.append(f"{part}: {cls.__module__}.{cls.__qualname__}" if part else "run")
+        for field in known:
+            if field.rpartition(".")[0] == part:
+                value = yaml.safe_dump(
+                    values[field], default_flow_style=True, width=math.inf, allow_unicode=True
+                )
+                lines.append(f"  --{field} {value.splitlines()[0]}")
+                meaning = meanings.get(field.rpartition(".")[2], "")
+                text = f"{meaning} ({_annotation(field, classes)[0]})".strip()
+                lines.extend(textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """What the Args section of a class's docstring says of each argument."""
+    found: dict[str, str] = {}
+    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith("    "):
+            break
+        if match := re.match(r" {4}(\w+)[^:]*: *(.*)", line):
+            name, found[match[1]] = match[1], match[2]
+        elif name:
+            found[name] = f"{found[name]} {line.strip()}".strip()
+    return found
 
 
 def _load(recipe: str | Path | Mapping[str, Any]) -> tuple[str, Any]:

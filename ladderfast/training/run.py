@@ -32,10 +32,6 @@ except ImportError:  # the large package holds the same under another name
     from lightning.fabric import Fabric  # type: ignore[no-redef]
     from lightning.fabric.utilities.rank_zero import rank_zero_only  # type: ignore[no-redef]
 
-# An epoch's end is saved unless the last checkpoint is so young that writing would take more than this of
-# the time.
-CHECKPOINT_SHARE = 0.05
-
 
 class Run:
     """One training run of a recipe.
@@ -212,7 +208,7 @@ class Run:
         steps = recipe.epochs * len(self.batches)
         log = Log(folder, self.history) if folder is not None else None
         bar = ProgressBar(recipe.name, steps, self.global_step) if main and self.progress else None
-        saved_at, saving_took = time.monotonic(), 0.0
+        pace = checkpoint.Pace(recipe.checkpoint_minutes, recipe.checkpoint_steps)
         with StopRequest() as stop, contextlib.ExitStack() as closing:
             for each in (log, bar):
                 if each is not None:
@@ -221,35 +217,27 @@ class Run:
                 self._train_step()
                 if bar is not None:
                     bar.advance()
-                ended = self.step_in_epoch == len(self.batches)
+                if pace.falls_on(self.global_step):
+                    self._read_costs()
                 read = not self._unread
+                ended = self.step_in_epoch == len(self.batches)
                 if ended:
                     row = self._end_epoch(measure=True)
                     if log is not None:
                         log.write(row)
                     if bar is not None:
-                        bar.show(self.epoch, recipe.epochs, row)
+                        bar.show(self.epoch, recipe.epochs, row, ended=True)
                 elif read and bar is not None:
-                    bar.show(self.epoch + 1, recipe.epochs, self._current())
-                if self.fabric.world_size > 1 and not (ended or read):
-                    continue  # the processes agree on what to do next where they meet anyway
+                    bar.show(self.epoch + 1, recipe.epochs, self._current(), ended=False)
+                if self.finished or (self.fabric.world_size > 1 and not (ended or read)):
+                    continue  # several processes agree on what to do next only where they meet anyway
                 stopping = self._any(stop.received is not None)
-                if self.finished:
-                    break
-                age = time.monotonic() - saved_at
-                due = (
-                    (ended and saving_took < CHECKPOINT_SHARE * age)
-                    or age > 60 * recipe.checkpoint_minutes
-                    or (recipe.checkpoint_steps and self.global_step % recipe.checkpoint_steps == 0)
-                )
-                if self.folder is not None and (stopping or self._any(bool(due))):
-                    start = time.monotonic()
-                    self._save()
-                    saved_at = time.monotonic()
-                    saving_took = saved_at - start
+                due = self._any(pace.due(self.global_step, epoch_ended=ended))
+                if self.folder is not None and (stopping or due):
+                    with pace.saving():
+                        self._save()
                 if stopping:
-                    self._stop(stop.received, bar)
-                    return {}
+                    return self._stop(stop.received, bar)
             return self._finish(baseline, folder)
 
     @torch.no_grad()
@@ -304,13 +292,9 @@ class Run:
         self._timed_steps += 1
         costs = costs.detach()
         self._unread.append(costs)
-        if self.global_step % self.recipe.log_every == 0 or self._save_comes():
+        if self.global_step % self.recipe.log_every == 0:
             self._read_costs()
         return {"total": total.detach(), **dict(zip(terms, costs.unbind(), strict=True))}
-
-    def _save_comes(self) -> bool:
-        every = self.recipe.checkpoint_steps
-        return every is not None and self.global_step % every == 0
 
     def _read_costs(self) -> None:
         """Bring the costs since the last reading to the CPU, and refuse any that is not finite."""
@@ -421,14 +405,15 @@ class Run:
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         return cast("Tensor", self.fabric.all_reduce(x, reduce_op=how))
 
-    def _stop(self, number: int | None, bar: ProgressBar | None) -> None:
+    def _stop(self, number: int | None, bar: ProgressBar | None) -> dict[str, Any]:
         if bar is not None:
             where = f"stopped after step {self.global_step} (epoch {self.epoch + 1} of {self.recipe.epochs})"
             bar.say(where if self.folder is None else f"{where}; saved in {self.folder}, --resume continues")
-        if self.fabric.is_global_zero:
-            if number == signal.SIGTERM:
-                raise SystemExit(128 + signal.SIGTERM)
-            raise KeyboardInterrupt
+        if not self.fabric.is_global_zero:
+            return {}  # a process that Fabric started must end well, or Fabric kills the first one
+        if number == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
 
     def _open_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

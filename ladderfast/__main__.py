@@ -1,0 +1,3 @@
+from ladderfast.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,270 @@
+"""The command line: `ladderfast train | evaluate | recipes | info`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+TRAIN = """\
+Train RECIPE: one of `ladderfast recipes`, or a YAML file of your own.
+
+Any field of the recipe can be given another value, by its dotted name: --epochs 3, --model.noise_std 0.2,
+--objective.denoising_weights '[1000, 10, 0, 0, 0, 0, 0]'.
+Ctrl-C and SIGTERM save and stop; --resume continues where a run was stopped or killed, to the same bits.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # in one line, without the usage
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` and return its exit code.
+
+    0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    fields: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            if argv[:1] == ["train"]:
+                rest, fields = _split_fields(argv[1:])
+                argv = ["train", *rest]
+            arguments = _parser().parse_args(argv)
+            return arguments.command(arguments, fields) or 0
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 1
+        except KeyboardInterrupt:
+            return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ladderfast", description="Ladder networks: train, evaluate, and what is installed."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser(
+        "train",
+        help="train a recipe",
+        description=TRAIN,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="ladderfast train RECIPE [options] [--FIELD VALUE ...]",
+    )
+    train.add_argument("recipe", metavar="RECIPE", nargs="?")
+    train.add_argument("--data-dir", metavar="FOLDER", help="where the data's files are (MNIST's four)")
+    train.add_argument("--seed", metavar="N", help="of labels, order, start values and noise")
+    train.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/RECIPE-seedN)")
+    train.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    train.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    train.add_argument(
+        "--compare", metavar="BASELINE", help="train this recipe too, and set the errors side by side"
+    )
+    train.add_argument(
+        "--seeds", metavar="N", type=int, default=1, help="train with N seeds, and say the mean"
+    )
+    train.add_argument("-h", "--help", action="store_true", help="this, and with RECIPE its fields")
+    train.set_defaults(command=_train, parser=train)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure a trained network", description="Measure the test error."
+    )
+    evaluate.add_argument("folder", metavar="RUN_FOLDER", help="what `train` left")
+    evaluate.add_argument("--data-dir", metavar="FOLDER", help="where the data's files are now")
+    evaluate.add_argument("--accelerator", metavar="NAME", default="auto", help="cpu, cuda, mps or auto")
+    evaluate.set_defaults(command=_evaluate)
+
+    recipes = commands.add_parser("recipes", help="list the recipes and the published figures")
+    recipes.set_defaults(command=_recipes)
+    info = commands.add_parser("info", help="versions, what was built, which backend each op takes")
+    info.set_defaults(command=_info)
+    return parser
+
+
+VALUES = ("--data-dir", "--seed", "--out", "--compare", "--seeds")
+FLAGS = ("--resume", "--overwrite", "--help")
+
+
+def _split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Separate the options of `train` from the recipe's fields."""
+    rest: list[str] = []
+    fields: dict[str, Any] = {}
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if not token.startswith("--") or name in FLAGS:
+            rest.append(token)
+            continue
+        if not equals:
+            following = next(tokens, None)
+            if following is None:
+                _fail(f"{name} needs a value", 2)
+            value = following
+        if name in VALUES:
+            rest.append(f"{name}={value}")
+        else:
+            fields[name[2:].replace("-", "_")] = value
+    return rest, fields
+
+
+def _train(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
+    if arguments.help:
+        _train_help(arguments)
+        return
+    if arguments.recipe is None:
+        _fail("train needs a RECIPE; `ladderfast recipes` lists them", 2)
+    if arguments.seeds < 1:
+        _fail(f"--seeds must be at least 1, got {arguments.seeds}", 2)
+    if arguments.resume and arguments.overwrite:
+        _fail("--resume and --overwrite exclude each other", 2)
+    if arguments.seed is not None:
+        fields["seed"] = arguments.seed
+    if arguments.data_dir is not None:
+        fields["data.data_dir"] = arguments.data_dir
+    options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    if arguments.out is not None:
+        options["folder"] = arguments.out
+    if arguments.compare is not None or arguments.seeds > 1:
+        _train_several(arguments, fields, options)
+        return
+
+    with _errors(2):
+        from ladderfast.training import Run
+
+        run = Run(arguments.recipe, **options, **fields)
+    with _errors(1):
+        result = run.fit()
+    if run.fabric.is_global_zero:
+        print(_summary(result))
+        print(f"{run.folder}/report.html")
+
+
+def _train_several(arguments: argparse.Namespace, fields: dict[str, Any], options: dict[str, Any]) -> None:
+    """Several seeds, and beside each the baseline; every run has a folder of its own."""
+    with _errors(2):
+        from ladderfast.training import Run, folder, read_recipe
+
+        recipes = [
+            read_recipe(name, fields) for name in (arguments.compare, arguments.recipe) if name is not None
+        ]
+        for recipe in recipes:
+            if recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1:
+                raise ValueError("--compare and --seeds train one run after the other, each on one device")
+    names = [recipe.name for recipe in recipes]
+    sources = [name for name in (arguments.compare, arguments.recipe) if name is not None]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    out = options.pop("folder", None)
+    for seed in range(recipes[0].seed, recipes[0].seed + arguments.seeds):
+        baseline = None
+        for name, source in zip(names, sources, strict=True):
+            place = folder.DEFAULT.format(recipe=name, seed=seed)
+            if out is not None:
+                place = os.path.join(out, os.path.basename(place))
+            with _errors(2):
+                run = Run(source, **options, **{**fields, "seed": seed}, folder=place)
+            with _errors(1):
+                baseline = run.fit(baseline=baseline)
+            results[name].append(baseline)
+    print(_table(results))
+    print(f"{run.folder}/report.html")
+
+
+def _train_help(arguments: argparse.Namespace) -> None:
+    with _errors(2):
+        from ladderfast.training.recipe import describe_fields, read_recipe
+
+        recipe = read_recipe(arguments.recipe or "digits")
+        text = describe_fields(recipe)
+    arguments.parser.print_help()
+    print(f"\nFields, with their values in {recipe.name}:\n\n{text}", end="")
+
+
+def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
+    with _errors(2):
+        from ladderfast.training import Run
+
+        run = Run.load(arguments.folder, data_dir=arguments.data_dir, accelerator=arguments.accelerator)
+    with _errors(1):
+        figures = run.evaluate()
+    published = {"published": run.recipe.published, "title": run.recipe.title}
+    print(_summary({**published, **figures, "epochs": run.epoch, "seconds": run.seconds}))
+    if not run.finished:
+        print(f"not finished: {run.epoch} of {run.recipe.epochs} epochs are done")
+
+
+def _recipes(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
+    with _errors(1):
+        from ladderfast.training.recipe import published_table
+
+        rows = [("recipe", "paper", "row", "published test error"), *published_table()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _info(arguments: argparse.Namespace, fields: dict[str, Any]) -> int | None:
+    from ladderfast import info
+
+    return info.main()
+
+
+def _summary(result: dict[str, Any]) -> str:
+    text = (
+        f"{result['title']}: test error {result['test_error']:.2f} % ({result['test_errors']} of "
+        f"{result['test_samples']}) after {result['epochs']} epochs in {result['seconds']:.0f} s"
+    )
+    return f"{text}; published: {result['published']}" if result["published"] else text
+
+
+def _table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Test errors by recipe and seed, their means, and what the difference is."""
+    width = max(len(name) for name in results)
+    first = next(iter(results.values()))
+    lines = [
+        " ".join(
+            [
+                f"{'test error in %':{width}}",
+                *(f"{'seed ' + str(r['seed']):>8}" for r in first),
+                f"{'mean':>8}",
+            ]
+        )
+    ]
+    means = {}
+    for name, runs in results.items():
+        errors = [r["test_error"] for r in runs]
+        means[name] = sum(errors) / len(errors)
+        lines.append(" ".join([f"{name:{width}}", *(f"{error:8.2f}" for error in [*errors, means[name]])]))
+    if len(means) == 2:
+        (baseline, worse), (recipe, better) = means.items()
+        difference = f"{abs(worse - better):.2f} points {'less' if better < worse else 'more'}"
+        lines.append(
+            f"{recipe} has a test error of {better:.2f} %, {baseline} of {worse:.2f} %: {difference}."
+        )
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _errors(code: int) -> Iterator[None]:
+    """Make an error one line on stderr and an exit code."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("LADDERFAST_TRACEBACK"):
+            traceback.print_exc()
+        known = isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError))
+        hint = "" if known else " (LADDERFAST_TRACEBACK=1 shows where)"
+        _fail(f"{error if known else repr(error)}{hint}", code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"ladderfast: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,316 @@
+import math
+
+import pytest
+import yaml
+from torch import nn
+
+from ladderfast.training import Recipe, read_recipe, recipe_names
+from ladderfast.training.recipe import describe_fields
+
+
+class Untyped(nn.Module):
+    """A user's own model, without types.
+
+    Args:
+        width: of its one layer.
+    """
+
+    def __init__(self, width, depth=2):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be positive, got {width}")
+        self.width, self.depth = width, depth
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"epochs": 7, "model.noise_std": 0.2},
+        {"epochs": 7, "model.init_args.noise_std": 0.2},
+        {"epochs": 7, "model": {"noise_std": 0.2}},
+        {"epochs": 7, "model": {"init_args": {"noise_std": 0.2}}},
+        {"epochs": "7", "model.noise_std": "0.2"},  # as from a command line
+        {"epochs": "7", "model.noise_std": "2e-1"},
+    ],
+)
+def test_a_field_is_given_in_any_of_its_forms(small, fields):
+    recipe = read_recipe(small, fields)
+    assert recipe.epochs == 7
+    assert recipe.model.init_args["noise_std"] == 0.2
+    assert recipe.model.init_args["layers"] == [64, 12, 10]  # the others stay
+
+
+def test_text_is_read_as_the_type_of_its_field(small):
+    recipe = read_recipe(
+        small,
+        {
+            "model.layers": "[64, 5, 10]",
+            "model.combinator": "[none, none, gaussian]",
+            "model.top_gamma": "false",
+            "data.num_labels": "null",
+            "devices": "auto",
+            "title": "12",
+        },
+    )
+    assert recipe.model.init_args["layers"] == [64, 5, 10]
+    assert recipe.model.init_args["combinator"] == ["none", "none", "gaussian"]
+    assert recipe.model.init_args["top_gamma"] is False
+    assert recipe.data.init_args["num_labels"] is None
+    assert recipe.devices == "auto"
+    assert recipe.title == "12"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epoch": 3}, "unknown field epoch; did you mean epochs?"),
+        ({"model.noise": 0.2}, "unknown field model.noise; did you mean model.noise_std?"),
+        ({"model": {"init_args": {"qqq": 1}}}, "unknown field model.qqq"),
+        ({"data.data_dir": "/x"}, "unknown field data.data_dir"),  # Digits reads no files
+        ({"data.seed": 3}, "unknown field data.seed"),  # the run's
+        ({"model.device": "cpu"}, "unknown field model.device"),  # Fabric's
+    ],
+)
+def test_an_unknown_field_is_refused_by_name(small, fields, message):
+    with pytest.raises(ValueError, match="^small: unknown field") as caught:
+        read_recipe(small, fields)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": "three"}, "epochs must be int, got 'three'"),
+        ({"epochs": 2.5}, "epochs must be int, got 2.5"),
+        ({"epochs": True}, "epochs must be int, got True"),
+        ({"epochs": None}, "epochs must be int, got None"),
+        ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
+        ({"model.noise_std": "abc"}, "model.noise_std must be float | Sequence[float], got 'abc'"),
+        ({"model.layers": 3}, "model.layers must be Sequence[int], got 3"),
+        ({"model.layers": ["a", 10]}, "model.layers must be Sequence[int], got ['a', 10]"),
+        ({"model.top_gamma": "perhaps"}, "model.top_gamma must be bool, got 'perhaps'"),
+        (
+            {"objective.denoising_weights": "x"},
+            "objective.denoising_weights must be Sequence[float], got 'x'",
+        ),
+        ({"model": 3}, "model must be a mapping with class_path and init_args, got 3"),
+        ({"model": {"init_args": 3}}, "model.init_args must be a mapping, got 3"),
+    ],
+)
+def test_an_ill_typed_field_is_refused_by_name(small, fields, message):
+    with pytest.raises(TypeError) as caught:
+        read_recipe(small, fields)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_labelled": -1}, "batch_labelled must be at least 1"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1 or null"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite"),
+        ({"learning_rate": math.inf}, "learning_rate must be positive and finite"),
+        ({"decay_from": 1.5}, "decay_from must be from 0 to 1"),
+        ({"seed": -1}, "seed must be from 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(small, fields, message):
+    with pytest.raises(ValueError, match="^small: ") as caught:
+        read_recipe(small, fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["title", "epochs"])
+def test_a_missing_field_is_named(small, field):
+    del small[field]
+    with pytest.raises(ValueError, match=f"small: {field} is missing"):
+        read_recipe(small)
+
+
+def test_missing_parts_and_arguments_are_named(small):
+    del small["model"]["init_args"]["layers"]
+    with pytest.raises(ValueError, match="small: model.layers is missing"):
+        read_recipe(small)
+    del small["model"]
+    with pytest.raises(ValueError, match="small: model.class_path is missing"):
+        read_recipe(small)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("nowhere.Model", ValueError, "model.class_path: 'nowhere.Model' cannot be imported"),
+        ("torch.nn.Nothing", ValueError, "model.class_path: 'torch.nn.Nothing' cannot be imported"),
+        ("Model", ValueError, "model.class_path: 'Model' cannot be imported"),
+        (3, ValueError, "model.class_path: 3 cannot be imported"),
+        ("os.path.join", TypeError, "model.class_path must be a subclass of torch.nn"),
+        ("ladderfast.data.Digits", TypeError, "model.class_path must be a subclass of torch.nn"),
+    ],
+)
+def test_a_class_that_cannot_serve_is_refused(small, path, error, message):
+    with pytest.raises(error) as caught:
+        read_recipe(small, {"model.class_path": path})
+    assert message in str(caught.value)
+
+
+def test_another_class_brings_its_own_arguments(small):
+    recipe = read_recipe(
+        small, {"model.class_path": "torch.nn.Linear", "model.in_features": 64, "model.out_features": 10}
+    )
+    assert recipe.model.init_args["in_features"] == 64
+    assert "layers" not in recipe.model.init_args
+    assert recipe.model.build("model").weight.shape == (10, 64)
+
+
+def test_a_model_without_types(small):
+    recipe = read_recipe(small, {"model.class_path": f"{__name__}.Untyped", "model.width": 3})
+    assert recipe.model.build("model").width == 3
+    assert "of its one layer." in describe_fields(recipe)
+
+
+def test_what_a_class_refuses_is_said_with_the_part(small):
+    recipe = read_recipe(small, {"model.layers": [64]})
+    with pytest.raises(ValueError, match=r"^model: layers must have at least two widths"):
+        recipe.model.build("model")
+
+
+def test_a_resolved_recipe_is_a_recipe(small, tmp_path):
+    recipe = read_recipe(small, {"seed": 5})
+    path = tmp_path / "again.yaml"
+    path.write_text(recipe.to_yaml())
+    assert read_recipe(path) == recipe
+    assert read_recipe(str(path)) == recipe
+    assert read_recipe(recipe.to_dict()) == recipe
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    path = tmp_path / "bad.yaml"
+    with pytest.raises(FileNotFoundError, match=r"there is no recipe file .*bad\.yaml"):
+        read_recipe(path)
+    for content in (b"a: [1", b"\xff\xfe\x00", b"- 1\n- 2\n", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.yaml") as caught:
+            read_recipe(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_has_a_hint():
+    with pytest.raises(ValueError, match="there is no recipe 'digit'; did you mean digits?"):
+        read_recipe("digit")
+    with pytest.raises(ValueError, match="there are digits, "):
+        read_recipe("zzz")
+
+
+def test_the_file_names_the_recipe(small, tmp_path):
+    del small["name"]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(small))
+    assert read_recipe(path).name == "mine"
+
+
+def rates(recipe: Recipe) -> list[float]:
+    return [recipe.learning_rate_at(epoch) for epoch in range(recipe.epochs)]
+
+
+def test_the_learning_rate_falls_from_epoch_101_of_150(small):
+    found = rates(read_recipe(small, {"epochs": 150, "decay_from": 0.667, "learning_rate": 0.002}))
+    assert found[:100] == [0.002] * 100
+    assert found[100] == pytest.approx(0.002 * 50 / 51)
+    assert found[149] == pytest.approx(0.002 / 51)
+    steps = [a - b for a, b in zip(found[99:], [*found[100:], 0.0], strict=True)]
+    assert steps == pytest.approx([0.002 / 51] * 51)  # a straight line that would be 0 in epoch 151
+
+
+@pytest.mark.parametrize("decay_from", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_no_epoch_has_the_rate_0(small, epochs, decay_from):
+    found = rates(read_recipe(small, {"epochs": epochs, "decay_from": decay_from}))
+    full = round(decay_from * epochs)
+    assert found[:full] == [0.002] * full
+    assert found == sorted(found, reverse=True)
+    assert len(set(found[full:])) == epochs - full
+    assert min(found) > 0
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_reads_and_builds(name):
+    recipe = read_recipe(name)
+    assert recipe.name == name
+    weights = recipe.objective.init_args["denoising_weights"]
+    combinator = recipe.model.init_args["combinator"]
+    assert len(weights) == len(recipe.model.init_args["layers"])
+    for layer, weight in enumerate(weights):
+        one = combinator if isinstance(combinator, str) else combinator[layer]
+        assert weight == 0 or one != "none"
+    recipe.model.build("model")
+    recipe.objective.build("objective")
+    assert read_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+FULL = [784, 1000, 500, 250, 250, 250, 10]
+
+# The specification's table: lambda of layer 0, 1 and above; noise of the layers; the published error.
+MNIST = {
+    "mnist_50_full": (50, 2000, 20, 0.1, 0.3, "1.62"),
+    "mnist_100_full": (100, 1000, 10, 0.1, 0.3, "1.06"),
+    "mnist_1000_full": (1000, 2000, 20, 0.1, 0.2, "0.84"),
+    "mnist_all_full": (None, 1000, 1, 0.01, 0.3, "0.57"),
+    "mnist_100_bottom": (100, 5000, 0, 0, 0.3, "1.09"),
+    "mnist_1000_bottom": (1000, 2000, 0, 0, 0.3, "0.90"),
+    "mnist_all_bottom": (None, 2000, 0, 0, 0.3, "0.59"),
+    "mnist_100_baseline": (100, 0, 0, 0, 0.5, "21.74"),
+    "mnist_1000_baseline": (1000, 0, 0, 0, 0.5, "5.70"),
+    "mnist_all_baseline": (None, 0, 0, 0, 0.5, "0.80"),
+}
+
+
+@pytest.mark.parametrize("name", MNIST)
+def test_the_rows_of_mnist(name):
+    labels, bottom, second, rest, noise, published = MNIST[name]
+    recipe = read_recipe(name)
+    check_mnist(recipe, labels, published)
+    assert recipe.objective.init_args["denoising_weights"] == [bottom, second, *[rest] * 5]
+    stds = recipe.model.init_args["noise_std"]
+    assert (stds if isinstance(stds, list) else [stds] * 7) == [0.3, *[noise] * 6]
+    baseline = "baseline" in name
+    assert recipe.model.init_args["combinator"] == ("none" if baseline else "gaussian")
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "weight", "published"),
+    [
+        ("mnist_100_gamma", 100, 0.5, "3.06"),
+        ("mnist_1000_gamma", 1000, 10, "1.53"),
+        ("mnist_all_gamma", None, 2, "0.78"),
+    ],
+)
+def test_the_rows_of_mnist_with_the_gamma_model(name, labels, weight, published):
+    recipe = read_recipe(name)
+    check_mnist(recipe, labels, published)
+    assert recipe.objective.init_args["denoising_weights"] == [0] * 6 + [weight]
+    assert recipe.model.init_args["combinator"] == ["none"] * 6 + ["gaussian"]
+    assert recipe.model.init_args["noise_std"] == 0.3
+
+
+def check_mnist(recipe: Recipe, labels: int | None, published: str) -> None:
+    assert recipe.model.init_args["layers"] == FULL
+    assert recipe.model.init_args["activation"] == "relu"
+    assert recipe.model.init_args["top_gamma"] is True
+    assert recipe.data.class_path == "ladderfast.data.MNIST"
+    assert recipe.data.init_args["num_labels"] == labels
+    assert (recipe.epochs, recipe.batch_labelled, recipe.batch_unlabelled) == (150, 100, 100)
+    assert recipe.learning_rate == 0.002
+    assert round(recipe.decay_from * 150) == 100
+    assert recipe.published is not None
+    assert recipe.published.startswith(published)
+    assert recipe.paper
+    assert recipe.row
+
+
+def test_every_recipe_of_mnist_is_a_row():
+    rows = {*MNIST, "mnist_100_gamma", "mnist_1000_gamma", "mnist_all_gamma"}
+    assert {name for name in recipe_names() if name.startswith("mnist")} == rows
