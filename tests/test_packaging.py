@@ -1,0 +1,165 @@
+"""The sdist builds, the wheel holds what it should, and a build that cannot succeed says why in one sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IN_SOURCE = (ROOT / "setup.py").exists()
+pytestmark = pytest.mark.skipif(not IN_SOURCE, reason="needs the source folder")
+
+
+def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sdist: what PyPI would have."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys, _build_backend as b; print(b.build_sdist(sys.argv[1]))"
+    made = run(sys.executable, "-c", code, str(folder), cwd=ROOT)
+    assert made.returncode == 0, made.stderr[-2000:]
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return next(p for p in folder.iterdir() if p.is_dir())
+
+
+# An editable install of the same package would fill in what the wheel lacks.
+ALONE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
+
+
+def pip(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        sys.executable,
+        "-m",
+        "pip",
+        *arguments,
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-cache-dir",
+        cwd=cwd,
+        **env,
+    )
+
+
+def test_sdist_holds_what_a_build_needs(source: Path):
+    wanted = (
+        "setup.py",
+        "_build_backend.py",
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+        "csrc/ops.cpp",
+        "csrc/math/combinator.h",
+        "csrc/cpu/vec.h",
+        "csrc/cuda/combinator.cu",
+        "tests/conftest.py",
+        "bench/table.py",
+        "ladderfast/recipes/digits.yaml",
+    )
+    for name in wanted:
+        assert (source / name).exists(), name
+
+
+def test_a_wheel_without_the_extension(source: Path, tmp_path: Path):
+    built = pip("wheel", ".", "-w", str(tmp_path), cwd=source, LADDERFAST_CPP="0")
+    assert built.returncode == 0, built.stderr[-2000:]
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t.split("-")[0] for t in tops} == {"ladderfast"}
+    assert "ladderfast/py.typed" in names
+    assert "ladderfast/recipes/digits.yaml" in names
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".cu", ".h"))]
+
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = ALONE + (
+        "import torch, ladderfast\n"
+        "from ladderfast.ops import backend\n"
+        "c = ladderfast.nn.GaussianCombinator(3)\n"
+        "c(torch.randn(4, 3), torch.randn(4, 3)).sum().backward()\n"
+        "print(ladderfast.__file__, backend.choose('op', 'cpu', torch.float32))\n"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [str(site / "ladderfast" / "__init__.py"), "reference"]
+
+
+def test_a_wheel_with_the_extension(source: Path, tmp_path: Path):
+    built = pip("wheel", ".", "-w", str(tmp_path), cwd=source, LADDERFAST_CUDA="0")
+    assert built.returncode == 0, built.stderr[-2000:]
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [n for n in names if n.startswith("ladderfast/_C.") and n.endswith(".so")]
+    assert not [n for n in names if n.startswith(("csrc", "tests", "bench"))]
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        ALONE + "from ladderfast import _extension as e; print(e.module.__file__, e.module.instruction_set())"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site), LADDERFAST_ISA="baseline")
+    assert done.stdout.startswith(str(site)), done.stderr[-2000:]
+    assert done.stdout.split()[1] == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found (looked for no-such-compiler)"),
+        ({"LADDERFAST_CUDA": "yes"}, "LADDERFAST_CUDA is 'yes'; it must be one of auto, 0, 1."),
+        ({"LADDERFAST_CPP": "maybe"}, "LADDERFAST_CPP is 'maybe'; it must be one of 0, 1."),
+    ],
+    ids=["no compiler", "CUDA", "CPP"],
+)
+def test_a_build_that_cannot_succeed_says_why(
+    source: Path, tmp_path: Path, env: dict[str, str], sentence: str
+):
+    done = run(sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path), cwd=source, **env)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cuda_asked_for_in_vain(source: Path, tmp_path: Path):
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    done = run(
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "--build-base",
+        str(tmp_path),
+        cwd=source,
+        LADDERFAST_CUDA="1",
+    )
+    assert done.returncode != 0
+    assert "LADDERFAST_CUDA=1, but the installed torch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_torch_is_asked_for_only_where_there_is_none():
+    """What pip would install for the build: no torch here, torch where the environment has none."""
+    code = "import _build_backend as b; print(b.get_requires_for_build_wheel())"
+    assert "torch" not in run(sys.executable, "-c", code, cwd=ROOT).stdout
+    hidden = (
+        "import sys, importlib.util as u, sysconfig\n"
+        "u.find_spec = lambda name: None\n"
+        "sysconfig.get_paths = lambda: {'purelib': '/nowhere', 'platlib': '/nowhere'}\n"
+    )
+    assert "torch>=2.10" in run(sys.executable, "-c", hidden + code, cwd=ROOT).stdout
+    assert "torch" not in run(sys.executable, "-c", hidden + code, cwd=ROOT, LADDERFAST_CPP="0").stdout
