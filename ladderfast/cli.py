@@ -202,7 +202,7 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 
 def _recipes(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
-    with _errors(1):
+    with _errors(2):
         from ladderfast.training.recipe import published_table
 
         rows = [("recipe", "paper", "row", "published test error"), *published_table()]

@@ -74,6 +74,8 @@ class Recipe:
         num_nodes: machines.
         strategy: Fabric's strategy for several processes; auto takes ddp.
         precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
+        threads: of torch's operations on the CPU; null for as many as torch would take. Sums depend on it, in
+            their last bits.
         evaluate_every: epochs from one measurement of the test error to the next; the last one is always
             measured.
         log_every: steps between two readings of the costs, each of which waits for the device.
@@ -100,6 +102,7 @@ class Recipe:
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str = "32-true"
+    threads: int | None = None
     evaluate_every: int = 1
     log_every: int = 50
     checkpoint_steps: int | None = None
@@ -116,8 +119,9 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
-            raise ValueError(f"checkpoint_steps must be at least 1 or null, got {self.checkpoint_steps}")
+        for name in ("checkpoint_steps", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
         for name in ("learning_rate", "checkpoint_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -340,4 +344,4 @@ def _explain(
 def published_table() -> Sequence[tuple[str, str, str, str]]:
     """(recipe, paper, row, published figure) of every recipe of the package."""
     recipes = [read_recipe(name) for name in recipe_names()]
-    return [(r.name, r.paper, r.row, r.published or "") for r in recipes]
+    return [(r.name, r.paper, r.row or r.title, r.published or "") for r in recipes]

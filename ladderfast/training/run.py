@@ -8,6 +8,7 @@ import math
 import platform
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -57,7 +58,8 @@ class Run:
         dotted
             name, **{"model.noise_std": 0.2}.
 
-    Sets the seed of torch's global generators, of which the model takes its start values and its noise.
+    Sets the seed of torch's global generators, of which the model takes its start values and its noise, and
+    torch's number of threads if the recipe says one.
 
     Raises:
         TypeError, ValueError: a field that is unknown, ill-typed or out of range; data that are not what they
@@ -120,6 +122,8 @@ class Run:
         # Whatever can be wrong with the input is found before other processes are started.
         dataset = recipe.data.build("data", seed=recipe.seed)
         self.objective: Objective = recipe.objective.build("objective")
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         torch.manual_seed(recipe.seed)
         model: nn.Module = recipe.model.build("model")
         for method in self.objective.forward_methods:
@@ -435,6 +439,7 @@ class Run:
                 "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch,
                 "world_size": self.fabric.world_size,
+                "threads": torch.get_num_threads(),
                 "model": self.model.state_dict(),
                 "optimizer": self._adam.state_dict(),
                 "precision": self.fabric.strategy.precision.state_dict(),
@@ -468,6 +473,13 @@ class Run:
             raise ValueError(
                 f"the run in {self.folder} was trained by {saved['world_size']} processes and cannot be continued "
                 f"by {self.fabric.world_size}"
+            )
+        if random and saved["threads"] != torch.get_num_threads():
+            warnings.warn(
+                f"the run in {self.folder} had {saved['threads']} threads, this one has {torch.get_num_threads()}: "
+                "the last bits of the numbers may come out otherwise",
+                RuntimeWarning,
+                stacklevel=3,
             )
         self.model.load_state_dict(saved["model"])
         self._adam.load_state_dict(saved["optimizer"])

@@ -14,6 +14,7 @@ RECIPE = {
     "batch_labelled": 20,
     "batch_unlabelled": 260,  # five steps an epoch
     "accelerator": "cpu",
+    "threads": 1,
     "name": "small",
 }
 

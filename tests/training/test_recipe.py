@@ -72,7 +72,7 @@ def test_text_is_read_as_the_type_of_its_field(small):
     ],
 )
 def test_an_unknown_field_is_refused_by_name(small, fields, message):
-    with pytest.raises(ValueError, match="^small: unknown field") as caught:
+    with pytest.raises(ValueError, match=r"^small: unknown field") as caught:
         read_recipe(small, fields)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -119,7 +119,7 @@ def test_an_ill_typed_field_is_refused_by_name(small, fields, message):
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(small, fields, message):
-    with pytest.raises(ValueError, match="^small: ") as caught:
+    with pytest.raises(ValueError, match=r"^small: ") as caught:
         read_recipe(small, fields)
     assert message in str(caught.value)
 
@@ -133,10 +133,10 @@ def test_a_missing_field_is_named(small, field):
 
 def test_missing_parts_and_arguments_are_named(small):
     del small["model"]["init_args"]["layers"]
-    with pytest.raises(ValueError, match="small: model.layers is missing"):
+    with pytest.raises(ValueError, match=r"small: model\.layers is missing"):
         read_recipe(small)
     del small["model"]
-    with pytest.raises(ValueError, match="small: model.class_path is missing"):
+    with pytest.raises(ValueError, match=r"small: model\.class_path is missing"):
         read_recipe(small)
 
 
@@ -199,7 +199,7 @@ def test_files_that_are_no_recipes(tmp_path):
 
 
 def test_an_unknown_name_has_a_hint():
-    with pytest.raises(ValueError, match="there is no recipe 'digit'; did you mean digits?"):
+    with pytest.raises(ValueError, match=r"there is no recipe 'digit'; did you mean digits\?"):
         read_recipe("digit")
     with pytest.raises(ValueError, match="there are digits, "):
         read_recipe("zzz")

@@ -1,0 +1,243 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from ladderfast import cli
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A recipe file that trains in well under a second; runs go below an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "title": "A Ladder in a second",
+        "published": "1.06 ± 0.37 %",
+        "model": {"class_path": "ladderfast.models.LadderNetwork", "init_args": {"layers": [64, 12, 10]}},
+        "data": {"class_path": "ladderfast.data.Digits", "init_args": {"num_labels": 40}},
+        "objective": {
+            "class_path": "ladderfast.training.LadderObjective",
+            "init_args": {"denoising_weights": [10, 1, 0.1]},
+        },
+        "epochs": 2,
+        "batch_labelled": 20,
+        "batch_unlabelled": 260,
+        "accelerator": "cpu",
+        "threads": 1,
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def call(capsys, *argv):
+    code = cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys, *argv, code=2):
+    """The one line on stderr with which the command refuses."""
+    found, out, err = call(capsys, *argv)
+    assert found == code, err
+    assert out == ""
+    assert err.startswith("ladderfast")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_train_evaluate_and_continue(recipe, capsys):
+    code, out, err = call(
+        capsys, "train", recipe, "--seed", 3, "--model.noise_std", "0.2", "--learning-rate=0.01"
+    )
+    assert code == 0
+    assert "small: epoch 2/2, test error" in err
+    line, report = out.splitlines()
+    assert line.startswith("A Ladder in a second: test error ")
+    assert line.endswith("published: 1.06 ± 0.37 %")
+    assert report == "runs/small-seed3/report.html"
+    resolved = yaml.safe_load((recipe.parent / "runs/small-seed3/recipe.yaml").read_text(encoding="utf-8"))
+    assert resolved["model"]["init_args"]["noise_std"] == 0.2
+    assert (resolved["seed"], resolved["learning_rate"], resolved["name"]) == (3, 0.01, "small")
+
+    code, evaluated, _ = call(capsys, "evaluate", "runs/small-seed3", "--accelerator", "cpu")
+    assert code == 0
+    assert evaluated.strip() == line
+
+    assert "already holds a run" in refused(capsys, "train", recipe, "--seed", 3)
+    message = refused(capsys, "train", recipe, "--seed", 3, "--resume", "--epochs", 3)
+    assert "epochs was 2 in runs/small-seed3 and cannot become 3" in message
+    code, out, _ = call(capsys, "train", recipe, "--seed", 3, "--resume")
+    assert code == 0
+    assert out.splitlines() == [line, report]
+    code, out, _ = call(capsys, "train", recipe, "--seed", 3, "--overwrite", "--out", "runs/small-seed3")
+    assert code == 0
+    assert out.splitlines()[0] != line  # other fields than before
+
+
+def test_compare_sets_a_baseline_beside(recipe, capsys):
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["model"]["init_args"]["combinator"] = "none"
+    content["objective"]["init_args"]["denoising_weights"] = [0, 0, 0]
+    (recipe.parent / "plain.yaml").write_text(yaml.safe_dump(content))
+    code, out, _ = call(capsys, "train", recipe, "--compare", "plain.yaml", "--seeds", 2, "--out", "both")
+    assert code == 0
+    head, plain, small, said, report = out.splitlines()
+    assert head.split() == ["test", "error", "in", "%", "seed", "1", "seed", "2", "mean"]
+    assert [plain.split()[0], small.split()[0]] == ["plain", "small"]
+    for row in (plain, small):
+        *errors, mean = map(float, row.split()[1:])
+        assert mean == pytest.approx(sum(errors) / 2, abs=0.01)
+    assert said.startswith(
+        f"small has a test error of {small.split()[-1]} %, plain of {plain.split()[-1]} %: "
+    )
+    assert report == "both/small-seed2/report.html"
+    folders = sorted(p.name for p in (recipe.parent / "both").iterdir())
+    assert folders == ["plain-seed1", "plain-seed2", "small-seed1", "small-seed2"]
+    assert f"{float(plain.split()[2]):.2f}" in (recipe.parent / report).read_text(encoding="utf-8")
+
+
+def test_recipes_is_a_table_with_the_published_figures(capsys):
+    code, out, _ = call(capsys, "recipes")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["recipe", "paper", "row", "published", "test", "error"]
+    row = next(line for line in lines if line.startswith("mnist_100_full "))
+    assert "Rasmus et al. 2015" in row
+    assert row.endswith("1.06 ± 0.37 %")
+    assert any(line.startswith("digits_baseline ") for line in lines)
+
+
+def test_help_names_every_field_with_its_value(capsys):
+    code, out, _ = call(capsys, "train", "mnist_1000_full", "--help")
+    assert code == 0
+    assert "--resume" in out
+    assert "--model.noise_std [0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]" in out
+    assert "--data.num_labels 1000" in out
+    assert "--epochs 150\n        passes over the unlabelled samples" in out
+    assert call(capsys, "train", "--help")[0] == 0
+    for command in ((), ("evaluate",), ("recipes",)):
+        with_help = call(capsys, *command, "--help")
+        assert with_help[0] == 0
+        assert "usage: ladderfast" in with_help[1]
+
+
+def test_info(capsys, monkeypatch):
+    import ladderfast.info
+
+    monkeypatch.setattr(ladderfast.info, "main", lambda: 0)
+    assert call(capsys, "info")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train"], "train needs a RECIPE"),
+        (["train", "nothing"], "there is no recipe 'nothing'"),
+        (["train", "nothing.yaml"], "there is no recipe file nothing.yaml"),
+        (["train", "{recipe}", "--epoch", "3"], "unknown field epoch; did you mean epochs?"),
+        (["train", "{recipe}", "--epochs", "three"], "epochs must be int, got 'three'"),
+        (["train", "{recipe}", "--epochs"], "--epochs needs a value"),
+        (["train", "{recipe}", "--seed", "x"], "seed must be int, got 'x'"),
+        (
+            ["train", "{recipe}", "--model.noise_std", "loud"],
+            "model.noise_std must be float | Sequence[float], got 'loud'",
+        ),
+        (["train", "{recipe}", "--model.layers", "[64]"], "model: layers must have at least two widths"),
+        (
+            ["train", "{recipe}", "--data.num_labels", "5000"],
+            "data: num_labels=5000 needs 500 samples of class",
+        ),
+        (["train", "{recipe}", "--data-dir", "x"], "unknown field data.data_dir"),
+        (["train", "{recipe}", "--batch_unlabelled", "5000"], "batch_unlabelled must be from 1 to 1300"),
+        (["train", "{recipe}", "--accelerator", "abacus"], "accelerator='abacus'"),
+        (["train", "{recipe}", "--resume", "--overwrite"], "exclude each other"),
+        (["train", "{recipe}", "--seeds", "0"], "--seeds must be at least 1"),
+        (["train", "{recipe}", "--seeds", "x"], "invalid int value: 'x'"),
+        (["train", "{recipe}", "--seeds", "2", "--devices", "2"], "each on one device"),
+        (["train", "{recipe}", "another"], "unrecognized arguments: another"),
+        (
+            ["train", "mnist_100_full", "--data-dir", "nowhere"],
+            "train-images-idx3-ubyte (or train-images-idx3-ubyte.gz)",
+        ),
+        (["evaluate"], "required: RUN_FOLDER"),
+        (["evaluate", "nowhere"], "nowhere holds no checkpoint of a run"),
+        (["recipes", "more"], "unrecognized arguments: more"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(recipe, capsys, argv, message):
+    assert message in refused(capsys, *(a.format(recipe=recipe) for a in argv))
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("content", ["epochs: [", "- 1", "title: x\nepochs: 3\ncolour: red\n"])
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(recipe, capsys, content):
+    recipe.write_text(content)
+    refused(capsys, "train", recipe)
+
+
+def test_a_damaged_checkpoint_is_said_in_one_line(recipe, capsys):
+    assert call(capsys, "train", recipe)[0] == 0
+    folder = recipe.parent / "runs/small-seed1"
+    (folder / "checkpoint.pt").write_bytes(b"no")
+    code, _, err = call(capsys, "evaluate", folder)
+    assert code == 0
+    assert err.startswith("warning: ")
+    assert "going back to" in err
+    assert err.count("\n") == 1
+    (folder / "checkpoint.previous.pt").write_bytes(b"no")
+    assert "is damaged" in refused(capsys, "evaluate", folder)
+
+
+def test_a_failure_while_training_has_another_code(recipe, capsys):
+    code, _, err = call(capsys, "train", recipe, "--learning_rate", "1e30", "--epochs", "9")
+    assert code == 1
+    assert "the cost is not finite at step" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    code, _, err = call(capsys, "train", recipe, "--out", "other", "--objective.denoising_weights", "[1, 2]")
+    assert code == 1
+    assert "costs must have 3 entries" in err.splitlines()[-1]
+
+
+def test_without_the_packages_of_training_one_sentence_says_what_to_install(tmp_path):
+    blocker = "import sys; sys.modules['jsonargparse'] = None\n"
+    for argv in (["train", "digits"], ["recipes"], ["evaluate", "x"]):
+        script = f"{blocker}from ladderfast.cli import main\nraise SystemExit(main({argv!r}))"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert 'training needs jsonargparse: pip install "ladderfast[train]"' in done.stderr
+
+
+def test_importing_the_package_imports_nothing_of_training():
+    script = (
+        "import sys, ladderfast, ladderfast.cli, ladderfast.data; "
+        "print([m for m in sys.modules if m.partition('.')[0] in "
+        "('lightning', 'lightning_fabric', 'matplotlib', 'jsonargparse', 'sklearn', 'tensorboard', 'rich', 'yaml')])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_saves_and_says_so(recipe, number, code):
+    command = [sys.executable, "-m", "ladderfast", "train", str(recipe), "--epochs", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=recipe.parent, env=os.environ)
+    folder = recipe.parent / "runs/small-seed1"
+    deadline = time.monotonic() + 60
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err.splitlines()[-1].endswith("saved in runs/small-seed1, --resume continues")
+    assert "Traceback" not in err
