@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_said_in_one_line(recipe, capsys):
     assert "going back to" in err
     assert err.count("\n") == 1
     (folder / "checkpoint.previous.pt").write_bytes(b"no")
-    assert "is damaged" in refused(capsys, "evaluate", folder)
+    assert "cannot be used" in refused(capsys, "evaluate", folder)
 
 
 def test_a_failure_while_training_has_another_code(recipe, capsys):

@@ -15,6 +15,8 @@ import torch
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
+FORMAT = 1  # of what is in a checkpoint
+
 # An epoch's end is not saved while that would bring the time spent on saving above this part of the whole.
 SHARE = 0.05
 
@@ -66,7 +68,8 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
     state: tensors, numbers, text, None, and dicts and lists of these.
     """
-    write_atomically(folder / NEWEST, lambda file: torch.save(state, file), keep=folder / PREVIOUS)
+    content = {"format": FORMAT, **state}
+    write_atomically(folder / NEWEST, lambda file: torch.save(content, file), keep=folder / PREVIOUS)
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -85,7 +88,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         except OSError:
             raise
         except Exception as error:  # of damaged bytes one can make anything
-            damages.append(f"{path} is damaged ({str(error).splitlines()[0]})")
+            damages.append(f"{path} cannot be used ({str(error).splitlines()[0]})")
             continue
         if damages:
             warnings.warn(f"{damages[0]}; going back to {path}", RuntimeWarning, stacklevel=2)
@@ -115,8 +118,10 @@ def _read(path: Path) -> dict[str, Any]:
     if damaged is not None:
         raise ValueError(f"wrong checksum of {damaged}")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or "recipe" not in state:
+    if not isinstance(state, dict) or "format" not in state:
         raise ValueError("it is not a checkpoint of a run")
+    if state["format"] != FORMAT:
+        raise ValueError(f"it has format {state['format']}, this version of ladderfast reads {FORMAT}")
     return state
 
 

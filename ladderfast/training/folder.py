@@ -20,7 +20,9 @@ FREE = {"data.data_dir", "data.download", "log_every", "checkpoint_steps", "chec
 
 
 def check_free(folder: Path) -> None:
-    """Raise FileExistsError if a run, finished or not, has the folder."""
+    """Raise FileExistsError if a run, finished or not, has the folder, NotADirectoryError if it is none."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder")
     if any((folder / name).exists() for name in FILES):
         raise FileExistsError(
             f"{folder} already holds a run: continue it (--resume), replace it (--overwrite), or write "

@@ -35,7 +35,6 @@ class Log:
         self._fields: list[str] = []
         if history:
             self._fields = [name for name in history[0] if name not in TIMES]
-            # An epoch without a measurement has no error in its row, the header must.
             text = io.StringIO(newline="")
             writer = csv.DictWriter(text, self._fields, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()

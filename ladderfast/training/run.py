@@ -45,9 +45,8 @@ class Run:
 
     Args:
         recipe: a recipe's name or YAML file.
-        folder: where `fit` writes; None for nowhere. Nothing is written before. "{recipe}" and "{seed}"
-        stand for
-            themselves in the default only.
+        folder: where `fit` writes; None for nowhere. Nothing is written before. The default is a folder for
+            each recipe and seed.
         resume: continue the run in that folder from its last checkpoint, to the same bits as if it had never
             stopped. Without a checkpoint it starts at the beginning. The fields are those of the run that is
             continued, and none that matters to the result may be given another value.
@@ -55,8 +54,7 @@ class Run:
         progress: show a progress bar, and say what happens, on stderr.
         data_dir: the folder of the data's files, for data that are read from files.
         **fields: any field of the recipe; those of a part as a mapping, model={"noise_std": 0.2}, or by
-        dotted
-            name, **{"model.noise_std": 0.2}.
+            dotted name, **{"model.noise_std": 0.2}.
 
     Sets the seed of torch's global generators, of which the model takes its start values and its noise, and
     torch's number of threads if the recipe says one.
@@ -101,7 +99,8 @@ class Run:
     def load(cls, folder: str | Path, *, data_dir: str | Path | None = None, **fields: Any) -> Run:
         """The run in `folder` at its last checkpoint, in this process alone, to evaluate or to use its model.
 
-        fields: may change where it is computed: accelerator, devices, precision.
+        Nothing is written to the folder. fields: may change where it is computed: accelerator, devices,
+        precision. Raises FileNotFoundError if there is no checkpoint, ValueError if none is whole.
         """
         folder = Path(folder).expanduser()
         saved = checkpoint.load(folder)
@@ -112,7 +111,7 @@ class Run:
             fields["data.data_dir"] = str(data_dir)
         alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "auto"}
         run.recipe = read_recipe(saved["recipe"], {**alone, **fields})
-        run.folder, run.progress, run._overwrite = folder, False, False
+        run.folder, run.progress, run._overwrite = None, False, False
         run._setup()
         run._restore(saved, random=False)
         return run
@@ -186,7 +185,7 @@ class Run:
         """One training step. Returns its weighted costs in nats by name, and their "total".
 
         They are 0-dim tensors on the device, detached: to read one waits for the device. The costs are
-        checked every `log_every. steps.
+        checked every `log_every` steps.
 
         Raises RuntimeError when all epochs are done, FloatingPointError for a cost that is not finite.
         """
@@ -304,7 +303,7 @@ class Run:
         """Bring the costs since the last reading to the CPU, and refuse any that is not finite."""
         if not self._unread:
             return
-        costs = self._reduce(torch.stack(self._unread).double(), "mean").cpu()
+        costs = self._reduce(torch.stack(self._unread), "mean").cpu().double()
         first = self.global_step - len(self._unread) + 1
         self._unread = []
         self._read.append(costs)
@@ -458,15 +457,13 @@ class Run:
     def _gather(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         if self.fabric.world_size == 1:
             return [state]
-        device = self.fabric.device
-        gathered = {
-            name: cast("Tensor", self.fabric.all_gather(tensor.to(device))).cpu()
-            for name, tensor in state.items()
-        }
-        return [
-            {name: tensor[rank] for name, tensor in gathered.items()}
-            for rank in range(self.fabric.world_size)
-        ]
+        world = range(self.fabric.world_size)
+        gathered: dict[str, list[Tensor]] = {}
+        for name, tensor in state.items():
+            own = tensor.to(self.fabric.device)
+            gathered[name] = [torch.empty_like(own) for _ in world]
+            torch.distributed.all_gather(gathered[name], own)
+        return [{name: tensors[rank].cpu() for name, tensors in gathered.items()} for rank in world]
 
     def _restore(self, saved: dict[str, Any], *, random: bool = True) -> None:
         if random and saved["world_size"] != self.fabric.world_size:

@@ -48,7 +48,7 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path, damage):
     checkpoint.save(tmp_path, state(2))
     path = tmp_path / NEWEST
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(RuntimeWarning, match=r"checkpoint\.pt is damaged .* going back to .*previous"):
+    with pytest.warns(RuntimeWarning, match=r"checkpoint\.pt cannot be used .* going back to .*previous"):
         assert checkpoint.load(tmp_path)["step"] == 1
 
 
@@ -64,7 +64,7 @@ def test_nothing_whole_is_an_error(tmp_path):
     checkpoint.save(tmp_path, state(2))
     for name in (NEWEST, PREVIOUS):
         (tmp_path / name).write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged .*previous\.pt is damaged"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be used .*previous\.pt cannot be used"):
         checkpoint.load(tmp_path)
 
 
@@ -91,11 +91,11 @@ class Malicious:
 
 def test_loading_executes_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"recipe": {}, "x": Malicious()}, tmp_path / NEWEST)
-    with pytest.raises(ValueError, match="is damaged"):
+    torch.save({"format": 1, "x": Malicious()}, tmp_path / NEWEST)
+    with pytest.raises(ValueError, match="cannot be used"):
         checkpoint.load(tmp_path)
     (tmp_path / NEWEST).write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="cannot be used"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -103,6 +103,9 @@ def test_loading_executes_no_code(tmp_path, monkeypatch):
 def test_a_foreign_file_is_not_a_checkpoint(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / NEWEST)
     with pytest.raises(ValueError, match="is not a checkpoint of a run"):
+        checkpoint.load(tmp_path)
+    torch.save({"format": 99}, tmp_path / NEWEST)
+    with pytest.raises(ValueError, match="it has format 99, this version of ladderfast reads 1"):
         checkpoint.load(tmp_path)
 
 

@@ -226,6 +226,12 @@ def test_a_folder_with_a_run_is_not_overwritten(small, tmp_path, left):
         Run(small, folder=tmp_path)
 
 
+def test_a_file_is_not_a_folder(small, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is not a folder"):
+        Run(small, folder=tmp_path / "file")
+
+
 def test_overwriting_takes_the_run_and_nothing_else(small, tmp_path):
     Run(small, folder=tmp_path, progress=False).fit()
     (tmp_path / "notes.txt").write_text("mine")
@@ -288,9 +294,12 @@ def test_other_precisions(small, precision):
 def test_loading_a_run(small, tmp_path):
     run = Run(small, folder=tmp_path, progress=False)
     figures = run.fit()
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
     loaded = Run.load(tmp_path)
     assert same(weights(run), weights(loaded))
     assert loaded.evaluate()["test_error"] == figures["test_error"]
     assert loaded.finished
+    loaded.fit()
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         Run.load(tmp_path / "tensorboard")
