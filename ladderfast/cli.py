@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 TRAIN = """\
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rest, fields = _split_fields(argv[1:])
                 argv = ["train", *rest]
             arguments = _parser().parse_args(argv)
-            return arguments.command(arguments, fields) or 0
+            arguments.command(arguments, fields)
+            return 0
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except KeyboardInterrupt:
@@ -150,30 +152,29 @@ def _train(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 def _train_several(arguments: argparse.Namespace, fields: dict[str, Any], options: dict[str, Any]) -> None:
     """Several seeds, and beside each the baseline; every run has a folder of its own."""
-    with _errors(2):
-        from ladderfast.training import Run, folder, read_recipe
-
-        recipes = [
-            read_recipe(name, fields) for name in (arguments.compare, arguments.recipe) if name is not None
-        ]
-        for recipe in recipes:
-            if recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1:
-                raise ValueError("--compare and --seeds train one run after the other, each on one device")
-    names = [recipe.name for recipe in recipes]
     sources = [name for name in (arguments.compare, arguments.recipe) if name is not None]
+    with _errors(2):
+        from ladderfast.training import Run, read_recipe
+
+        recipes = [read_recipe(source, fields) for source in sources]
+        names = [recipe.name for recipe in recipes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--compare needs another recipe than {names[0]}")
+        if any(recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1 for recipe in recipes):
+            raise ValueError("--compare and --seeds train one run after the other, each on one device")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     out = options.pop("folder", None)
     for seed in range(recipes[0].seed, recipes[0].seed + arguments.seeds):
-        baseline = None
+        figures = None
         for name, source in zip(names, sources, strict=True):
-            place = folder.DEFAULT.format(recipe=name, seed=seed)
             if out is not None:
-                place = os.path.join(out, os.path.basename(place))
+                place = Path(out, f"seed{seed}") if arguments.seeds > 1 else Path(out)
+                options["folder"] = place if name == names[-1] else place / name
             with _errors(2):
-                run = Run(source, **options, **{**fields, "seed": seed}, folder=place)
+                run = Run(source, **options, **{**fields, "seed": seed})
             with _errors(1):
-                baseline = run.fit(baseline=baseline)
-            results[name].append(baseline)
+                figures = run.fit(baseline=figures)
+            results[name].append(figures)
     print(_table(results))
     print(f"{run.folder}/report.html")
 
@@ -211,10 +212,10 @@ def _recipes(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _info(arguments: argparse.Namespace, fields: dict[str, Any]) -> int | None:
+def _info(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     from ladderfast import info
 
-    return info.main()
+    info.main()
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -227,28 +228,20 @@ def _summary(result: dict[str, Any]) -> str:
 
 def _table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Test errors by recipe and seed, their means, and what the difference is."""
-    width = max(len(name) for name in results)
-    first = next(iter(results.values()))
-    lines = [
-        " ".join(
-            [
-                f"{'test error in %':{width}}",
-                *(f"{'seed ' + str(r['seed']):>8}" for r in first),
-                f"{'mean':>8}",
-            ]
-        )
-    ]
+    width = max(len(name) for name in [*results, "test error in %"])
+    seeds = [f"seed {run['seed']}" for run in next(iter(results.values()))]
+    lines = [" ".join([f"{'test error in %':{width}}", *(f"{head:>8}" for head in [*seeds, "mean"])])]
     means = {}
     for name, runs in results.items():
-        errors = [r["test_error"] for r in runs]
+        errors = [run["test_error"] for run in runs]
         means[name] = sum(errors) / len(errors)
         lines.append(" ".join([f"{name:{width}}", *(f"{error:8.2f}" for error in [*errors, means[name]])]))
     if len(means) == 2:
         (baseline, worse), (recipe, better) = means.items()
-        difference = f"{abs(worse - better):.2f} points {'less' if better < worse else 'more'}"
-        lines.append(
-            f"{recipe} has a test error of {better:.2f} %, {baseline} of {worse:.2f} %: {difference}."
-        )
+        points = f"{abs(worse - better):.2f} points {'less' if better < worse else 'more'}"
+        lines.append(f"{recipe} has a test error of {better:.2f} %, {baseline} of {worse:.2f} %: {points}.")
+    if len(seeds) == 1:
+        lines = lines[3:] or lines
     return "\n".join(lines)
 
 

@@ -96,10 +96,21 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
     assert said.startswith(
         f"small has a test error of {small.split()[-1]} %, plain of {plain.split()[-1]} %: "
     )
-    assert report == "both/small-seed2/report.html"
-    folders = sorted(p.name for p in (recipe.parent / "both").iterdir())
-    assert folders == ["plain-seed1", "plain-seed2", "small-seed1", "small-seed2"]
+    assert report == "both/seed2/report.html"
+    for seed in (1, 2):
+        assert (recipe.parent / f"both/seed{seed}/results.json").exists()
+        assert (recipe.parent / f"both/seed{seed}/plain/results.json").exists()
     assert f"{float(plain.split()[2]):.2f}" in (recipe.parent / report).read_text(encoding="utf-8")
+
+    code, out, _ = call(capsys, "train", recipe, "--compare", "plain.yaml", "--out", "one")
+    assert code == 0
+    said, report = out.splitlines()
+    assert said.startswith(f"small has a test error of {small.split()[1]} %, plain of {plain.split()[1]} %: ")
+    assert report == "one/report.html"
+    assert "already holds a run" in refused(
+        capsys, "train", recipe, "--compare", "plain.yaml", "--out", "one"
+    )
+    assert "another recipe than small" in refused(capsys, "train", recipe, "--compare", recipe)
 
 
 def test_recipes_is_a_table_with_the_published_figures(capsys):
