@@ -62,3 +62,30 @@ def test_compiles_without_spills(source: Path, tmp_path: Path):
     found, spills = local_memory(report)
     assert found == set(ARCHITECTURES)
     assert not spills, "\n".join(spills)
+
+
+@pytest.mark.skipif(nvcc() is None, reason="needs the CUDA headers")
+def test_the_binding_compiles_with_cuda(tmp_path: Path):
+    """csrc/ops.cpp with its CUDA half, against CPU torch's headers and CUDA's."""
+    from torch.utils.cpp_extension import include_paths
+
+    dry_run = subprocess.run(
+        [nvcc(), "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    )
+    top = re.search(r"TOP=(\S+)", dry_run.stderr + dry_run.stdout)
+    assert top, dry_run.stderr
+    includes = [*include_paths(), str(SOURCES[0].parents[1]), os.path.join(top[1], "include")]
+    command = [
+        "g++",
+        "-fsyntax-only",
+        "-std=c++20",
+        "-Wall",
+        "-Werror",
+        "-DUSE_CUDA",
+        "-DLADDERFAST_WITH_CUDA",
+    ]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in includes)]
+    result = subprocess.run(
+        [*command, str(SOURCES[0].parents[1] / "ops.cpp")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr

@@ -56,8 +56,8 @@ struct Vec {
 };
 
 // exp(x) by 2^n exp(r), |r| <= ln(2) / 2, for x clamped to where the result and its inverse are normal numbers; NaN
-// stays NaN. Error below 1.5 units in the last place. `round` is 1.5 * 2^(mantissa bits), which leaves the integer n in the
-// low bits of x / ln 2 + round.
+// stays NaN. Error below 1.5 units in the last place. `round` is 1.5 * 2^(mantissa bits), which leaves the integer n in
+// the low bits of x / ln 2 + round.
 LF_HD Vec<float> exp(Vec<float> x) {
     using V = VecTraits<float>::Raw;
     using I = VecTraits<float>::RawInt;
