@@ -39,6 +39,8 @@ for element in ("*fp32", "*bf16"):
     for per_column, rows, columns in ((1, 4, 128), (1, 32, 16), (0, 4, 128)):
         for squash in (0, 1):
             constants = {"SQUASH": squash, "PER_COLUMN": per_column, "ROWS": rows, "COLUMNS": columns}
+            if per_column:  # arguments equal to 1 become constants
+                constants |= {"inner": 1, "segment": 1, "segments": 1}
             compile(c._forward_kernel, tensors, constants)
             compile(c._backward_kernel, tensors, constants)
 compile(c._sum_kernel, tensors, {"SLOTS": c.SUM_TILE, "COLUMNS": 128})

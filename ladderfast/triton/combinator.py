@@ -27,31 +27,37 @@ def _load_param(params, index: tl.constexpr, channels, c, mask):
 
 @triton.jit
 def _tile(
-    seed_channel,
+    program,
     chunk,
-    column_block,
+    blocks,
     rows,
     channels,
     inner,
     rows_per_chunk,
+    segment,
     segments,
     PER_COLUMN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Where a program works: its seed, channels (and mask), first element and row range."""
+    """Where a program works: its seed, row range, channels, first element, number of columns and
+    range of columns."""
     if PER_COLUMN:
-        seed = seed_channel
+        seed = program // blocks
+        column = (program % blocks) * COLUMNS
+        column_end = column + 1
         row = chunk * rows_per_chunk
-        c = column_block * COLUMNS + tl.arange(0, COLUMNS)
+        c = column + tl.arange(0, COLUMNS)
         first = seed.to(tl.int64) * rows * channels
         limit = channels
     else:
-        seed = seed_channel // channels
+        seed = program // channels
+        column = (chunk % segments) * segment
+        column_end = tl.minimum(column + segment, inner)
         row = (chunk // segments) * rows_per_chunk
-        c = seed_channel % channels
+        c = program % channels
         first = seed.to(tl.int64) * rows * channels * inner + c.to(tl.int64) * inner
         limit = inner
-    return seed, row, tl.minimum(row + rows_per_chunk, rows), c, first, limit
+    return seed, row, tl.minimum(row + rows_per_chunk, rows), c, first, limit, column, column_end
 
 
 @triton.jit
@@ -60,6 +66,7 @@ def _forward_kernel(
     u_ptr,
     params_ptr,
     z_hat_ptr,
+    blocks,
     rows,
     channels,
     inner,
@@ -72,14 +79,15 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
 ):
     chunk = tl.program_id(1)
-    seed, row, row_end, c, first, limit = _tile(
-        tl.program_id(2),
-        chunk,
+    seed, row, row_end, c, first, limit, column_begin, column_end = _tile(
         tl.program_id(0),
+        chunk,
+        blocks,
         rows,
         channels,
         inner,
         rows_per_chunk,
+        segment,
         segments,
         PER_COLUMN,
         COLUMNS,
@@ -97,18 +105,12 @@ def _forward_kernel(
     a9 = _load_param(params, 8, channels, c, seen)
     a10 = _load_param(params, 9, channels, c, seen)
 
-    if PER_COLUMN:
-        column_begin = tl.program_id(0) * COLUMNS
-        column_end = column_begin + 1
-    else:
-        column_begin = (chunk % segments) * segment
-        column_end = tl.minimum(column_begin + segment, inner)
     for column in range(column_begin, column_end, COLUMNS):
         k = column + tl.arange(0, COLUMNS)
         for r in range(row, row_end, ROWS):
             i = r + tl.arange(0, ROWS)
             mask = (i < row_end)[:, None] & (k < limit)[None, :]
-            at = first + i.to(tl.int64)[:, None] * (channels * inner) + k[None, :]
+            at = first + i.to(tl.int64)[:, None] * channels * inner + k[None, :]
             z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
             u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
             mu = a1 * tl.sigmoid(a2 * u + a3) + a4 * u + a5
@@ -145,6 +147,7 @@ def _backward_kernel(
     grad_z_ptr,
     grad_u_ptr,
     partial_ptr,
+    blocks,
     rows,
     channels,
     inner,
@@ -158,14 +161,15 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     chunk = tl.program_id(1)
-    seed, row, row_end, c, first, limit = _tile(
-        tl.program_id(2),
-        chunk,
+    seed, row, row_end, c, first, limit, column_begin, column_end = _tile(
         tl.program_id(0),
+        chunk,
+        blocks,
         rows,
         channels,
         inner,
         rows_per_chunk,
+        segment,
         segments,
         PER_COLUMN,
         COLUMNS,
@@ -187,18 +191,12 @@ def _backward_kernel(
     s1 = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     s2, s3, s4, s5, s6, s7, s8, s9, s10 = s1, s1, s1, s1, s1, s1, s1, s1, s1
 
-    if PER_COLUMN:
-        column_begin = tl.program_id(0) * COLUMNS
-        column_end = column_begin + 1
-    else:
-        column_begin = (chunk % segments) * segment
-        column_end = tl.minimum(column_begin + segment, inner)
     for column in range(column_begin, column_end, COLUMNS):
         k = column + tl.arange(0, COLUMNS)
         for r in range(row, row_end, ROWS):
             i = r + tl.arange(0, ROWS)
             mask = (i < row_end)[:, None] & (k < limit)[None, :]
-            at = first + i.to(tl.int64)[:, None] * (channels * inner) + k[None, :]
+            at = first + i.to(tl.int64)[:, None] * channels * inner + k[None, :]
             grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
             z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
             u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -251,10 +249,10 @@ def _sum_kernel(
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sums the slots of one parameter row (program 1: seed * 10 + row) in their order."""
-    seed = tl.program_id(1) // 10
-    j = tl.program_id(1) % 10
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """Sums the slots of one parameter row (program 0: seed * 10 + row) in their order."""
+    seed = tl.program_id(0) // 10
+    j = tl.program_id(0) % 10
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([SLOTS, COLUMNS], dtype=tl.float32)
     for slot in range(0, slots, SLOTS):
         i = slot + tl.arange(0, SLOTS)
@@ -294,16 +292,24 @@ class Plan:
             self.segment = self.segments = 1
             self.rows_per_chunk = max(32, _ceil(self.rows, 256))
         else:
-            self.segment = 32768
+            self.segment = max(32768, _ceil(self.inner, 255))
             self.segments = _ceil(self.inner, self.segment)
             self.rows_per_chunk = max(1, 8192 // self.inner, _ceil(self.rows, 256))
         self.slots = _ceil(self.rows, self.rows_per_chunk) * self.segments
-        blocks = _ceil(self.channels, self.columns) if self.per_column else 1
-        self.grid = (blocks, self.slots, self.seeds * (1 if self.per_column else self.channels))
+        self.blocks = _ceil(self.channels, self.columns) if self.per_column else self.channels
+        self.grid = (self.blocks * self.seeds, self.slots)  # the second axis is limited to 65535
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.rows, self.channels, self.inner, self.rows_per_chunk, self.segment, self.segments
+        return (
+            self.blocks,
+            self.rows,
+            self.channels,
+            self.inner,
+            self.rows_per_chunk,
+            self.segment,
+            self.segments,
+        )
 
     def constants(self, squash_v: int) -> dict[str, int]:
         return {
@@ -354,7 +360,7 @@ def combinator_backward_triton(
         plan.slots,
         **plan.constants(squash_v),
     )
-    wrap_triton(_sum_kernel)[(_ceil(plan.channels, 128), plan.seeds * 10)](
+    wrap_triton(_sum_kernel)[(plan.seeds * 10, _ceil(plan.channels, 128))](
         partial, params, grad_params, plan.channels, plan.slots, SLOTS=SUM_TILE, COLUMNS=128
     )
     return grad_z, grad_u, grad_params
