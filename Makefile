@@ -46,6 +46,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest bench -k "not compile"
 
 bench: $(VENV)/.test
+	@mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=$(CPU_RESULTS).json
 	$(BIN)/python bench/table.py $(CPU_RESULTS).json --out $(CPU_RESULTS).md --readme README.md
 
@@ -64,7 +65,8 @@ format: $(VENV)/.lint
 gpu-check:
 	LADDERFAST_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m ladderfast.info
-	$(PYTHON) -m pytest tests -m gpu
+	@mkdir -p bench/results
+	$(PYTHON) -m pytest tests/ops tests/test_devices.py -m gpu
 	$(PYTHON) -m pytest bench -k cuda --benchmark-enable --benchmark-json=$(GPU_RESULTS).json
 	$(PYTHON) bench/table.py $(GPU_RESULTS).json --out $(GPU_RESULTS).md
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
-import sysconfig
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
@@ -19,12 +19,16 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that need no chang
 def _torch_importable() -> bool:
     if importlib.util.find_spec("torch") is not None:
         return True
-    for name in ("purelib", "platlib"):
-        path = sysconfig.get_paths()[name]
-        if path not in sys.path and os.path.isdir(os.path.join(path, "torch")):
-            sys.path.append(path)
-            return True
-    return False
+    # The interpreter without what pip isolates the build by: its own packages, the system's and the user's.
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, check=False
+    )
+    folder = found.stdout.strip()
+    if folder:
+        sys.path.append(os.path.dirname(folder))
+    return bool(folder)
 
 
 _FOUND = _torch_importable()

@@ -9,6 +9,7 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -66,14 +67,14 @@ def extension():
         )
     from torch.utils import cpp_extension
 
-    compiler = os.environ.get("CXX", "c++").split()
-    names = [compiler[-1]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    if not any(shutil.which(name) for name in names):
+    names = os.environ["CXX"].split()[:1] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = next((name for name in names if shutil.which(name)), None)
+    if found is None:
         stop(
             f"no C++ compiler was found (looked for {', '.join(names)}). Install one, for example with "
             "'apt install g++', or set LADDERFAST_CPP=0 to install without the extension."
         )
-    import pybind11
+    os.environ.setdefault("CXX", found)  # torch would look for c++ alone
 
     sources = ["csrc/ops.cpp", "csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     cxx = [
@@ -88,7 +89,12 @@ def extension():
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f'-DLADDERFAST_TORCH_VERSION="{torch.__version__}"',
     ]
-    arguments = {"include_dirs": [pybind11.get_include(), "csrc"]}
+    include_dirs = ["csrc"]
+    if importlib.util.find_spec("pybind11") is not None:  # torch carries pybind11's headers too
+        import pybind11
+
+        include_dirs.append(pybind11.get_include())
+    arguments = {"include_dirs": include_dirs}
     if not cuda_wanted(torch):
         return cpp_extension.CppExtension(
             "ladderfast._C", sources, extra_compile_args={"cxx": cxx}, **arguments
@@ -103,6 +109,8 @@ def extension():
         architectures = ";".join(
             sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in devices})
         )
+        architectures += "+PTX"  # so that it runs on later GPUs too
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     cxx += [
         "-DUSE_CUDA",
         "-DLADDERFAST_WITH_CUDA",

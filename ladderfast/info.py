@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 
@@ -11,6 +12,7 @@ import ladderfast
 from ladderfast import _extension
 from ladderfast.ops import backend
 
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 OPS = ("gaussian_combinator",)
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
@@ -32,9 +34,11 @@ def _extension_lines() -> list[str]:
     if built is None:
         return [f"extension         none: {_extension.reason}"]
     cuda = f"for {built.cuda_architectures}, CUDA {built.cuda_version}" if built.cuda else "not built"
+    asked = os.environ.get("LADDERFAST_ISA")
+    unknown = f"; LADDERFAST_ISA={asked!r} is none of them" if asked not in (None, *INSTRUCTION_SETS) else ""
     return [
         f"extension         built against torch {built.torch_version} with {built.compiler}",
-        f"CPU kernels       instruction set in use: {built.instruction_set()} (of avx512, avx2, baseline)",
+        f"CPU kernels       in use: {built.instruction_set()}, of {', '.join(INSTRUCTION_SETS)}{unknown}",
         f"CUDA kernels      {cuda}",
     ]
 
@@ -62,7 +66,12 @@ def _backend_lines() -> list[str]:
     for op in OPS:
         for device, dtypes in _DTYPES.items():
             if device == "cuda" and not torch.cuda.is_available():
-                lines.append(f"  {op} on cuda: no GPU here")
+                built = (
+                    ""
+                    if _extension.module is None or _extension.module.cuda
+                    else ", and no CUDA kernels were built"
+                )
+                lines.append(f"  {op} on cuda: no GPU here{built}")
                 continue
             for dtype in dtypes:
                 try:
@@ -73,8 +82,8 @@ def _backend_lines() -> list[str]:
                 lines.append(f"  {op} on {device}, {_short(dtype)}: {chosen}")
                 for name in backend.NAMES:
                     reason = backend.unavailable(name, device, dtype)
-                    if name != chosen and name != "reference" and reason is not None:
-                        lines.append(f"      not {name}: {reason}")
+                    if name != chosen:
+                        lines.append(f"      not {name}: {reason or 'it would serve, but slower'}")
     return lines
 
 

@@ -33,6 +33,7 @@ def test_costs_and_gradients_agree(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_run_learns(device, precision):
+    pytest.importorskip("jsonargparse")
     run = ladderfast.Run("digits", folder=None, progress=False, accelerator=device, precision=precision)
     totals = [float(run.step()["total"]) for _ in range(30)]
     assert sum(totals[-5:]) < 0.9 * sum(totals[:5])

@@ -1,5 +1,5 @@
-// Vec<T>: one hardware vector of float or double, with exp and sigmoid. Textual header, included per instruction set
-// inside its namespace (isa.h); LF_VECTOR_BYTES is the width.
+// Vec<T>: one hardware vector of float or double, with what the sigmoid needs. Textual header, included per instruction
+// set inside its namespace (isa.h); LF_VECTOR_BYTES is the width.
 
 template <class T>
 struct VecTraits;
@@ -55,34 +55,49 @@ struct Vec {
     }
 };
 
-// exp(x) by 2^n exp(r), |r| <= ln(2) / 2, for x clamped to where the result and its inverse are normal numbers; NaN
-// stays NaN. Error below 1.5 units in the last place. `round` is 1.5 * 2^(mantissa bits), which leaves the integer n in
-// the low bits of x / ln 2 + round.
-LF_HD Vec<float> exp(Vec<float> x) {
+// exp(-x), for -x clamped to where the result and its inverse are normal numbers; NaN stays NaN.
+//
+// float: 2^y with y = -x / ln 2, as 2^n 2^r with |r| <= 1/2. The rounding of y costs |x| 2^-24 in relative precision,
+// which the sigmoid does not see: s' |x| is at most 0.23.
+LF_HD Vec<float> exp_minus(Vec<float> x) {
     using V = VecTraits<float>::Raw;
-    using I = VecTraits<float>::RawInt;
-    const V lo = V{} - 87.0f, hi = V{} + 87.0f, round = V{} + 12582912.0f;
-    V y = x.raw < lo ? lo : x.raw;
+    V y = x.raw * -1.44269504f;
+    const V hi = V{} + 125.0f;
+#if LF_VECTOR_BYTES == 64
+    y = (V)_mm512_min_ps((__m512)hi, (__m512)y);  // the second operand where one is NaN
+    const V n = (V)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    // 1.5 * 2^23 leaves the integer n in the low bits of `shifted`.
+    const V lo = V{} - 125.0f, round = V{} + 12582912.0f;
     y = y > hi ? hi : y;
-    const V shifted = y * 1.44269504f + round;
+    y = y < lo ? lo : y;
+    const V shifted = y + round;
     const V n = shifted - round;
-    V r = y - n * 0x1.62e4p-1f;
-    r = r - n * 1.42860677e-6f;
-    V p = V{} + 0.00139262504f;
-    p = p * r + 0.00836323295f;
-    p = p * r + 0.0416665524f;
-    p = p * r + 0.166665763f;
-    p = p * r + 0.5f;
-    p = (p * r) * r + r;
+#endif
+    const V r = y - n;
+    V p = V{} + 0.000154532623f;
+    p = p * r + 0.00133909786f;
+    p = p * r + 0.00961808208f;
+    p = p * r + 0.0555035695f;
+    p = p * r + 0.240226507f;
+    p = p * r + 0.693147182f;
+    p = p * r + 1.0f;
+#if LF_VECTOR_BYTES == 64
+    return {(V)_mm512_scalef_ps((__m512)p, (__m512)n)};
+#else
+    using I = VecTraits<float>::RawInt;
     const I scale = ((I)shifted << 23) + 0x3f800000;
-    return {(p + 1.0f) * (V)scale};
+    return {p * (V)scale};
+#endif
 }
 
-LF_HD Vec<double> exp(Vec<double> x) {
+// double: exp(r) 2^n with |r| <= ln(2) / 2; 1.5 * 2^52 does what 1.5 * 2^23 does above.
+LF_HD Vec<double> exp_minus(Vec<double> x) {
     using V = VecTraits<double>::Raw;
     using I = VecTraits<double>::RawInt;
     const V lo = V{} - 708.0, hi = V{} + 708.0, round = V{} + 6755399441055744.0;
-    V y = x.raw < lo ? lo : x.raw;
+    V y = -x.raw;
+    y = y < lo ? lo : y;
     y = y > hi ? hi : y;
     const V shifted = y * 1.4426950408889634 + round;
     const V n = shifted - round;
@@ -105,6 +120,18 @@ LF_HD Vec<double> exp(Vec<double> x) {
     return {(p + 1.0) * (V)scale};
 }
 
+LF_HD Vec<double> reciprocal(Vec<double> x) { return {1.0 / x.raw}; }
+
+// x is not infinite. AVX-512 divides slowly: its 14-bit estimate and one Newton step are right to one rounding or so.
+LF_HD Vec<float> reciprocal(Vec<float> x) {
+#if LF_VECTOR_BYTES == 64
+    const Vec<float>::Raw estimate = (Vec<float>::Raw)_mm512_rcp14_ps((__m512)x.raw);
+    return {estimate + estimate * (1.0f - x.raw * estimate)};
+#else
+    return {1.0f / x.raw};
+#endif
+}
+
 template <class V>
 struct Sigmoid {
     V value, slope;
@@ -113,8 +140,7 @@ struct Sigmoid {
 // s(x) and s'(x). The slope is e / (1 + e)^2 rather than s (1 - s), which would cancel for large x.
 template <class T>
 LF_HD Sigmoid<Vec<T>> sigmoid(Vec<T> x) {
-    const Vec<T> one = Vec<T>::broadcast(1);
-    const Vec<T> e = exp(Vec<T>{-x.raw});
-    const Vec<T> s = one / (one + e);
+    const Vec<T> e = exp_minus(x);
+    const Vec<T> s = reciprocal(Vec<T>::broadcast(1) + e);
     return {s, e * s * s};
 }

@@ -23,9 +23,8 @@ def check_dtype(op: str, name: str, t: Tensor) -> None:
 def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the tensors in the widest of their dtypes; otherwise as they are."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
-        return tensors
-    if not torch.is_autocast_enabled(first.device.type):
+    device = first.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = first.dtype
     for t in tensors[1:]:

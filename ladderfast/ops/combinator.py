@@ -121,8 +121,6 @@ class _CombinatorBackward(torch.autograd.Function):
 
 def _check(z: Tensor, u: Tensor, params: Tensor) -> None:
     op = "gaussian_combinator"
-    for name, t in (("z", z), ("u", u), ("params", params)):
-        check_dtype(op, name, t)
     if params.dim() not in (2, 3) or params.shape[-2] != 10:
         raise ValueError(
             f"{op}: params must have shape (10, C), or (S, 10, C) with an axis of seeds; got {shape_text(params)}"
@@ -178,6 +176,8 @@ def gaussian_combinator(z: Tensor, u: Tensor, params: Tensor, *, squash_v: bool 
     Source: Rasmus et al., "Semi-Supervised Learning with Ladder Networks", 2015, section 3 (parameters per unit);
     Greff et al., "Tagger", 2016, for `squash_v`.
     """
+    for name, t in (("z", z), ("u", u), ("params", params)):
+        check_dtype("gaussian_combinator", name, t)
     z, u = autocast_promote(z, u)
     _check(z, u, params)
     name = backend.choose("gaussian_combinator", z.device.type, z.dtype)

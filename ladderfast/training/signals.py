@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -35,4 +34,5 @@ class StopRequest:
             os.kill(os.getpid(), number)
             return
         self.received = number
-        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step; once more stops at once\n")

@@ -18,6 +18,7 @@ from torch.library import triton_op, wrap_triton
 
 ROWS_PER_TILE = 4
 SUM_TILE = 16
+SEGMENT = 32768  # elements of a run that a program takes, at the least
 
 
 @triton.jit
@@ -292,7 +293,8 @@ class Plan:
             self.segment = self.segments = 1
             self.rows_per_chunk = max(32, _ceil(self.rows, 256))
         else:
-            self.segment = max(32768, _ceil(self.inner, 255))
+            # At most 256 segments, of whole tiles: a tile that ran into the next segment would count twice.
+            self.segment = _ceil(max(SEGMENT, _ceil(self.inner, 256)), self.columns) * self.columns
             self.segments = _ceil(self.inner, self.segment)
             self.rows_per_chunk = max(1, 8192 // self.inner, _ceil(self.rows, 256))
         self.slots = _ceil(self.rows, self.rows_per_chunk) * self.segments
@@ -330,9 +332,10 @@ def combinator_triton(z: Tensor, u: Tensor, params: Tensor, squash_v: int) -> Te
     z_hat = torch.empty_like(z)
     if z.numel() > 0:
         plan = Plan(z, params)
-        wrap_triton(_forward_kernel)[plan.grid](
-            z, _like(u, z), params.contiguous(), z_hat, *plan.sizes, **plan.constants(squash_v)
-        )
+        with torch.cuda.device_of(z):
+            wrap_triton(_forward_kernel)[plan.grid](
+                z, _like(u, z), params.contiguous(), z_hat, *plan.sizes, **plan.constants(squash_v)
+            )
     return z_hat
 
 
@@ -348,19 +351,20 @@ def combinator_backward_triton(
     plan = Plan(z, params)
     grad_params = torch.empty_like(params)
     partial = torch.empty((plan.seeds, plan.slots, 10, plan.channels), dtype=torch.float32, device=z.device)
-    wrap_triton(_backward_kernel)[plan.grid](
-        _like(grad_z_hat, z),
-        z,
-        _like(u, z),
-        params,
-        grad_z,
-        grad_u,
-        partial,
-        *plan.sizes,
-        plan.slots,
-        **plan.constants(squash_v),
-    )
-    wrap_triton(_sum_kernel)[(plan.seeds * 10, _ceil(plan.channels, 128))](
-        partial, params, grad_params, plan.channels, plan.slots, SLOTS=SUM_TILE, COLUMNS=128
-    )
+    with torch.cuda.device_of(z):
+        wrap_triton(_backward_kernel)[plan.grid](
+            _like(grad_z_hat, z),
+            z,
+            _like(u, z),
+            params,
+            grad_z,
+            grad_u,
+            partial,
+            *plan.sizes,
+            plan.slots,
+            **plan.constants(squash_v),
+        )
+        wrap_triton(_sum_kernel)[(plan.seeds * 10, _ceil(plan.channels, 128))](
+            partial, params, grad_params, plan.channels, plan.slots, SLOTS=SUM_TILE, COLUMNS=128
+        )
     return grad_z, grad_u, grad_params

@@ -109,6 +109,19 @@ def test_long_sums(target, shape):
     assert_as_good_as_torch(run(gaussian_combinator, *data), *data, squash_v=False)
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_triton_segments(target, monkeypatch):
+    """A run that is cut into segments, the last of them short."""
+    if target.backend != "triton":
+        pytest.skip("how the Triton kernels cut long runs")
+    from ladderfast.triton import combinator
+
+    monkeypatch.setattr(combinator, "SEGMENT", 100)
+    data = make((2, 3, 300), dtype=torch.float32, device=target.device)
+    assert combinator.Plan(data[0], data[2]).segments == 3
+    assert_as_good_as_torch(run(gaussian_combinator, *data), *data, squash_v=False)
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (20, 3), (3, 4, 5), (2, 3, 4, 5)], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_axis_of_seeds(target, shape):
@@ -356,6 +369,15 @@ def test_errors_name_the_argument(change, error, message):
         if backend.unavailable(name, "cpu", torch.float32) is None:
             with ladderfast.use_backend(name), pytest.raises(error, match="gaussian_combinator: " + message):
                 gaussian_combinator(*change(z, u, params))
+
+
+def test_errors_are_the_same_under_autocast():
+    z, u, params, _ = make((4, 3), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="u must be a tensor; got list"):
+            gaussian_combinator(z, u.tolist(), params)
+        with pytest.raises(TypeError, match=r"z must be float32.*got torch.int32"):
+            gaussian_combinator(z.int(), u, params)
 
 
 def test_meta_tensors_have_shapes():
