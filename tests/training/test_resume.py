@@ -120,9 +120,9 @@ def test_an_interrupted_run_goes_on_in_the_same_process(small, tmp_path, referen
 DRIVER = """
     import os, sys, time, random, signal
     sys.path.insert(0, {tests!r})
-    import torch
+    import sklearn.datasets, torch
     from conftest import RECIPE
-    from ladderfast.training import Run
+    from ladderfast.training import Run, report
 
     # Every part of the run is a fork of this process, which has imported everything and computed nothing.
     # Part by part: die after so many seconds of training, by that signal; at last, none.
