@@ -75,13 +75,12 @@ LF_HD Vec<float> exp_minus(Vec<float> x) {
     const V n = shifted - round;
 #endif
     const V r = y - n;
-    V p = V{} + 0.000154532623f;
-    p = p * r + 0.00133909786f;
-    p = p * r + 0.00961808208f;
-    p = p * r + 0.0555035695f;
-    p = p * r + 0.240226507f;
-    p = p * r + 0.693147182f;
-    p = p * r + 1.0f;
+    // Estrin's order: the chain of operations, not their number, is what limits the kernels.
+    const V r2 = r * r;
+    const V p01 = r * 0.693147182f + 1.0f, p23 = r * 0.0555035695f + 0.240226507f;
+    const V p45 = r * 0.00133909786f + 0.00961808208f;
+    const V p46 = r2 * 0.000154532623f + p45;
+    const V p = (p46 * r2 + p23) * r2 + p01;
 #if LF_VECTOR_BYTES == 64
     return {(V)_mm512_scalef_ps((__m512)p, (__m512)n)};
 #else
@@ -120,18 +119,6 @@ LF_HD Vec<double> exp_minus(Vec<double> x) {
     return {(p + 1.0) * (V)scale};
 }
 
-LF_HD Vec<double> reciprocal(Vec<double> x) { return {1.0 / x.raw}; }
-
-// x is not infinite. AVX-512 divides slowly: its 14-bit estimate and one Newton step are right to one rounding or so.
-LF_HD Vec<float> reciprocal(Vec<float> x) {
-#if LF_VECTOR_BYTES == 64
-    const Vec<float>::Raw estimate = (Vec<float>::Raw)_mm512_rcp14_ps((__m512)x.raw);
-    return {estimate + estimate * (1.0f - x.raw * estimate)};
-#else
-    return {1.0f / x.raw};
-#endif
-}
-
 template <class V>
 struct Sigmoid {
     V value, slope;
@@ -141,6 +128,7 @@ struct Sigmoid {
 template <class T>
 LF_HD Sigmoid<Vec<T>> sigmoid(Vec<T> x) {
     const Vec<T> e = exp_minus(x);
-    const Vec<T> s = reciprocal(Vec<T>::broadcast(1) + e);
+    const Vec<T> one = Vec<T>::broadcast(1);
+    const Vec<T> s = one / (one + e);
     return {s, e * s * s};
 }

@@ -32,10 +32,9 @@ class MNIST(Dataset):
     """60,000 training and 10,000 test images of 28 x 28 pixels, values 0..1, as x (N, 784).
 
     Args:
-        data_dir: folder with the four files, each gzip or not, under their usual names
-        (train-images-idx3-ubyte,
-            train-images-idx3-ubyte.gz or train-images.idx3-ubyte, and so on). Default: ladderfast/mnist in
-            the user's cache.
+        data_dir: folder with the four files, each gzip or not, under their usual names (train-images-idx3-ubyte,
+            train-images-idx3-ubyte.gz or train-images.idx3-ubyte, and so on). Default: ladderfast/mnist in the
+            user's cache.
         num_labels: labelled samples, the same number of each digit; null for all 60,000.
         seed: draws the labelled samples.
         download: fetch files that are not there.

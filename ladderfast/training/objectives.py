@@ -42,9 +42,8 @@ class LadderObjective(Objective):
     """Rasmus et al. 2015, Algorithm 1: C = cross-entropy(corrupted labelled output) + sum_l lambda_l cost_l.
 
     Args:
-        denoising_weights: lambda of the layers 0..L, the input first. A cost of weight 0 is not computed;
-        with
-            all of them 0 this is the objective of the baseline.
+        denoising_weights: lambda of the layers 0..L, the input first. A cost of weight 0 is not computed; with all
+            of them 0 this is the objective of the baseline.
 
     Raises ValueError for a weight that is negative or not finite, or if their number is not the model's.
     """
