@@ -27,10 +27,11 @@ namespace ladderfast::cpu {
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static const int64_t kBlock = 512;       // columns of one item: their parameters and sums fit the first-level cache
-static const int64_t kTile = 16;         // rows, or vectors of a run, that are summed in registers
-static const int64_t kRows = 64;         // rows of one item, at most
-static const int64_t kAhead = 512;       // bytes that backward prefetches ahead in each of a tile's rows
+static const int64_t kBlock = 512;  // columns of one item: their parameters and sums fit the first-level cache
+static const int64_t kTile = 16;    // rows, or vectors of a run, that are summed in registers
+static const int64_t kRows = 64;    // rows of one item, at most
+// Bytes to prefetch ahead: in the rows of a tile, and in runs forward and backward.
+static const int64_t kAhead = 512, kForwardAhead = 2048, kBackwardAhead = 1024;
 static const int64_t kSegment = 8192;    // elements of a run that one item takes, at most
 static const int64_t kLongInner = 16;    // from here on by runs
 static const int64_t kReduceBlock = 64;  // channels of one item of the final sums
@@ -195,8 +196,11 @@ static inline void forward_runs(const T* z, const T* u, const T* params, T* z_ha
         for (int64_t r = item.row; r < item.row_end; ++r) {
             const int64_t at = item.offset(s, r);
             int64_t c = 0;
-            for (; c + V::width <= item.count; c += V::width)
+            for (; c + V::width <= item.count; c += V::width) {
+                __builtin_prefetch(z + at + c + kForwardAhead / sizeof(T));
+                __builtin_prefetch(u + at + c + kForwardAhead / sizeof(T));
                 combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p).store(z_hat + at + c);
+            }
             if (c < item.count)
                 combinator_forward<squash>(V::load(z + at + c, item.count - c), V::load(u + at + c, item.count - c), p)
                     .store(z_hat + at + c, item.count - c);
@@ -269,6 +273,12 @@ static inline void backward_runs(const T* grad, const T* z, const T* u, const T*
                 for (int j = 0; j < 10; ++j) sums[j] = V::broadcast(0);
                 const int64_t tile_end = min_of(c + kTile * V::width, item.count);
                 for (; c + V::width <= tile_end; c += V::width) {
+                    const int64_t ahead = at + c + kBackwardAhead / sizeof(T);
+                    __builtin_prefetch(grad + ahead);
+                    __builtin_prefetch(z + ahead);
+                    __builtin_prefetch(u + ahead);
+                    __builtin_prefetch(grad_z + ahead, 1);
+                    __builtin_prefetch(grad_u + ahead, 1);
                     combinator_backward<squash>(V::load(grad + at + c), V::load(z + at + c), V::load(u + at + c), p, gz,
                                                 gu, sums);
                     gz.store(grad_z + at + c);
