@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 # Kernel -> its argument types and, for each variant that is launched, the constants. In a process of its own, since the
 # interpreter that the other tests use replaces the compiler.
 CODE = r"""
-import os, subprocess, sys, tempfile
+import os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,15 +28,22 @@ def compile(kernel, pointers, constants):
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-    cubin = os.path.join(tempfile.mkdtemp(), "k.cubin")
-    open(cubin, "wb").write(compiled.asm["cubin"])
-    usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin], capture_output=True, text=True)
-    print(kernel.fn.__name__, constants, usage.stdout.replace("\n", " "))
+    folder = tempfile.mkdtemp()
+    ptx, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
+    open(ptx, "w").write(compiled.asm["ptx"])
+    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+    command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={target}", ptx, "-o", cubin]
+    report = subprocess.run(command, capture_output=True, text=True).stderr
+    if "Unsupported .version" in report:  # a Triton that writes newer PTX than its own ptxas reads
+        open(cubin, "wb").write(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+        report = subprocess.run(command, capture_output=True, text=True).stdout
+    print(kernel.fn.__name__, constants, report.replace("\n", " "))
 
 for element in ("*fp32", "*bf16"):
     tensors = {n: element for n in ("z_ptr", "u_ptr", "z_hat_ptr", "grad_ptr", "grad_z_ptr", "grad_u_ptr")}
     tensors |= {"params_ptr": "*fp32", "partial_ptr": "*fp32", "grad_params_ptr": "*fp32"}
-    for per_column, rows, columns in ((1, 4, 128), (1, 32, 16), (0, 4, 128)):
+    for per_column, rows, columns in ((1, 4, 128), (1, 8, 64), (1, 16, 32), (1, 16, 16), (0, 4, 128)):
         for squash in (0, 1):
             constants = {"SQUASH": squash, "PER_COLUMN": per_column, "ROWS": rows, "COLUMNS": columns}
             if per_column:  # arguments equal to 1 become constants
@@ -59,12 +66,10 @@ def test_triton_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = done.stdout.strip().splitlines()
-    assert len(reports) == 25
+    assert len(reports) == 41
     for report in reports:
-        usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", report)
-        assert usage, report
-        registers, stack, local = map(int, usage.groups())
-        assert 0 < registers <= 255, report
-        # Registers are spilled to the stack, and only when all 255 are taken; a few bytes below that are no spill.
-        assert local == 0, report
-        assert stack == 0 or (registers < 255 and stack <= 16), report
+        # ptxas counts spills; cuobjdump only the stack frame, which holds them.
+        spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)
+        spills += re.findall(r"(?:STACK|LOCAL):(\d+)", report)
+        assert spills, report
+        assert not any(map(int, spills)), report

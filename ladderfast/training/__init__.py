@@ -21,6 +21,7 @@ def _check_installed() -> None:
 
 _check_installed()
 
+# Only now: these import what was looked for.
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .run import Run  # noqa: E402

@@ -30,7 +30,7 @@ class Objective(ABC):
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of the cost, by name, in nats and 0-dim; the total is their sum."""
 
-    def finish(self, model: Any, data: Batches) -> None:  # noqa: B027
+    def finish(self, model: Any, data: Batches) -> None:  # noqa: B027  (most objectives have nothing to do)
         """After the last epoch, before the last measurement."""
 
     def figures(self, model: Any, data: Batches) -> dict[str, Figure]:

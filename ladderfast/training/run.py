@@ -497,7 +497,7 @@ def _make_fabric(recipe: Recipe) -> Fabric:
             strategy=recipe.strategy,
             devices=recipe.devices,
             num_nodes=recipe.num_nodes,
-            precision=recipe.precision,  # type: ignore[arg-type]
+            precision=recipe.precision,  # type: ignore[arg-type]  # Fabric lists the names and checks them itself
         )
     except Exception as error:  # each of its checks raises a class of its own
         wanted = ", ".join(

@@ -288,7 +288,7 @@ class Plan:
         self.per_column = self.inner == 1
         width = self.channels if self.per_column else self.inner
         self.columns = min(128, max(16, triton.next_power_of_2(width)))
-        self.tile_rows = max(1, 512 // self.columns) if self.per_column else ROWS_PER_TILE
+        self.tile_rows = min(16, 512 // self.columns) if self.per_column else ROWS_PER_TILE
         if self.per_column:
             self.segment = self.segments = 1
             self.rows_per_chunk = max(32, _ceil(self.rows, 256))
