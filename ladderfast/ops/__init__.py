@@ -1,5 +1,7 @@
 """The ops as functions on tensors. Each has the same formula in ladderfast.reference."""
 
 from ladderfast.ops.combinator import gaussian_combinator
+from ladderfast.ops.ladder_decoder import ladder_decoder
+from ladderfast.ops.ladder_encoder import ladder_encoder
 
-__all__ = ["gaussian_combinator"]
+__all__ = ["gaussian_combinator", "ladder_decoder", "ladder_encoder"]
