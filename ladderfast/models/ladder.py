@@ -18,6 +18,9 @@ from ladderfast.ops import ladder_encoder
 
 MAX_COUNT = 10  # the running weight of a batch's statistics is 1 / min(batches seen, MAX_COUNT)
 
+# Layer l's noise has the stream l in training and this much more in pictures, which then leave training as it is.
+PICTURES = 1 << 62
+
 # By the papers' names, the op's.
 ACTIVATIONS = {"relu": "relu", "leaky_relu": "leaky_relu", "linear": "identity"}
 
@@ -190,14 +193,14 @@ class LadderNetwork(nn.Module):
         if self.training:
             self._update_statistics(statistics, len(x_labelled))
 
+        state = self._take_noise()
         denoising: list[Tensor | None] = [None] * len(self.layers)
         if not wanted:
-            return LadderOutput(
-                self._encode([x_labelled], len(self.layers))[0][0], clean_logits, tuple(denoising)
-            )
+            (logits,), _, _ = self._encode([x_labelled], len(self.layers), state)
+            return LadderOutput(logits, clean_logits, tuple(denoising))
         lowest, highest = min(wanted), max(wanted)
         (logits, logits_u), laterals, targets = self._encode(
-            [x_labelled, x_unlabelled], lowest, clean_layers=highest
+            [x_labelled, x_unlabelled], lowest, state, clean_layers=highest
         )
         targets = [target if index in wanted else () for index, target in enumerate(targets)]
         for index, _, cost in self._decode(logits_u, laterals, targets, lowest):
@@ -208,7 +211,8 @@ class LadderNetwork(nn.Module):
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, layers[0]), N >= 2, corrupted, and its reconstruction z_hat_0 from that, for pictures.
 
-        With the batch's own statistics; those for evaluation stay as they are.
+        With the batch's own statistics; those for evaluation stay as they are, and so does `noise_state`: the noise is
+        the same until the next training pass, and none that training has.
 
         Raises:
             TypeError, ValueError: x is no floating-point tensor of that shape, or layer 0 has no combinator.
@@ -216,7 +220,7 @@ class LadderNetwork(nn.Module):
         _check_input("x", x, self.layers[0], at_least=2)
         if self.combinators[0] is None:
             raise ValueError('reconstruct needs a combinator at layer 0, whose combinator is "none"')
-        (logits,), laterals, _ = self._encode([x], 0)
+        (logits,), laterals, _ = self._encode([x], 0, self.noise_state, PICTURES)
         *_, (_, z_hat, _) = self._decode(logits, laterals, [()] * len(self.layers), 0)
         return laterals[0], z_hat
 
@@ -265,12 +269,13 @@ class LadderNetwork(nn.Module):
         return h, [*means, *torch._foreach_mul(variances, counts)]
 
     def _encode(
-        self, halves: list[Tensor], lowest: int, *, clean_layers: int = -1
+        self, halves: list[Tensor], lowest: int, state: Tensor, stream: int = 0, *, clean_layers: int = -1
     ) -> tuple[tuple[Tensor, ...], list[Any], list[Any]]:
         """The corrupted pass over one or both halves, and beside it the clean pass over the last of them.
 
         Every layer has one linear map for the rows of all three, in this order. Lateral values and targets are of
-        the layers from `lowest` on, and the clean pass goes up to layer `clean_layers`.
+        the layers from `lowest` on, and the clean pass goes up to layer `clean_layers`. The noise of layer l is that of
+        `state` and `stream` + l.
 
         Returns the logits of each half; the last half's lateral values z~_l; and its clean pass's targets, (x,) of
         layer 0 and (z_l, mean_l, var_l) of the others.
@@ -278,19 +283,20 @@ class LadderNetwork(nn.Module):
         depth = len(self.layers)
         laterals: list[Any] = [None] * depth
         targets: list[Any] = [()] * depth
-        state = self._take_noise()
         labelled = len(halves[0])
         noisy = sum(map(len, halves))
         sizes = [len(half) for half in halves]
         clean = len(halves[-1]) if clean_layers > 0 else 0
         h = torch.cat([*halves, halves[-1]] if clean else halves)
-        _add_noise(h[:noisy], self.noise_std[0], state, 0)
+        _add_noise(h[:noisy], self.noise_std[0], state, stream)
         if lowest == 0:
             laterals[0], targets[0] = h[noisy - sizes[-1] : noisy], (halves[-1],)
         for index, layer in enumerate(self.encoder, 1):
             if clean and index > clean_layers:
                 h, clean = h[:noisy], 0
-            z, h, mean, var = layer(h, labelled, num_clean=clean, noise_state=state, noise_stream=index)
+            z, h, mean, var = layer(
+                h, labelled, num_clean=clean, noise_state=state, noise_stream=stream + index
+            )
             if index >= lowest:
                 # One split for both: backward makes one gradient of z out of its parts, in one pass.
                 parts = z.split([*sizes, clean] if clean else sizes)

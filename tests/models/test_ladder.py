@@ -109,14 +109,14 @@ def halves(n_l=4, n_u=6, width=LAYERS[0], seed=1, dtype=torch.float64):
     )
 
 
-def noise_of(state, std, n_l, n_u, layers):
+def noise_of(state, std, n_l, n_u, layers, stream=0):
     """Each half's noise in the pass that finds the model's `noise_state` so, by the reference; 0 where std is 0.
 
     A layer's noise is numbered over the rows of both halves, the labelled first.
     """
     noise_l, noise_u = [], []
     for level, (width, scale) in enumerate(zip(layers, std, strict=True)):
-        noise = scale * normal_noise(state, level, (n_l + n_u) * width).double().reshape(-1, width)
+        noise = scale * normal_noise(state, stream + level, (n_l + n_u) * width).double().reshape(-1, width)
         noise_l.append(noise[:n_l])
         noise_u.append(noise[n_l:])
     return noise_l, noise_u
@@ -235,7 +235,7 @@ def test_noise_is_drawn_for_every_sample_and_has_its_deviation():
     assert noise.std() == pytest.approx(0.25, rel=0.03)
     assert noise.std(0).min() > 0.1  # not one sample of noise for the whole batch
     assert abs(noise.mean()) < 0.01
-    torch.testing.assert_close(corrupted, x + 0.25 * normal_noise(state, 0, 50 * 400).reshape(50, 400))
+    torch.testing.assert_close(corrupted, x + 0.25 * normal_noise(state, 1 << 62, 50 * 400).reshape(50, 400))
 
 
 def test_every_pass_draws_noise_that_no_other_draws():
@@ -243,13 +243,15 @@ def test_every_pass_draws_noise_that_no_other_draws():
     model = make()
     first = model.noise_state.clone()
     taken = []
-    for step in range(3):
+    for step in range(3):  # in evaluation mode as well
         taken.append(model.noise_state.tolist())
-        (model.training_pass, lambda x, _: model.reconstruct(x))[step % 2](*halves())
+        model.training_pass(*halves())
+        model.train(step == 1)
     assert [seed for seed, _ in taken] == [first[0].item()] * 3
     offsets = [offset + layer for _, offset in taken for layer in range(4)]
     assert len(set(offsets)) == 12
-    model(halves()[0])  # there is no noise in a clean pass
+    model(halves()[0])  # there is no noise in a clean pass, and that of pictures is other noise
+    model.reconstruct(halves()[1])
     assert model.noise_state.tolist() == [taken[0][0], taken[2][1] + 4]
 
 
@@ -645,12 +647,17 @@ def test_compiles_without_a_graph_break():
 def test_reconstruct_is_the_decoder_of_the_training_pass():
     model = make()
     _, x = halves()
-    _, noise = noise_of(model.noise_state.clone(), [0.3] * 4, 0, len(x), LAYERS)
+    before = model.noise_state.clone()
+    _, noise = noise_of(before, [0.3] * 4, 0, len(x), LAYERS, stream=1 << 62)
     corrupted, z_hat = model.reconstruct(x)
     _, _, costs = naive(dict(model.named_parameters()), LAYERS, x, x, noise, noise)
     torch.testing.assert_close(corrupted, x + noise[0])
     torch.testing.assert_close((z_hat - x).square().mean(), costs[0].detach())
     assert not z_hat.requires_grad
+    assert torch.equal(model.noise_state, before)  # a picture in the middle of training does not change it
+    assert torch.equal(model.reconstruct(x)[0], corrupted)
+    model.training_pass(x, x)
+    assert not torch.equal(model.reconstruct(x)[0], corrupted)
 
 
 def test_it_learns():
