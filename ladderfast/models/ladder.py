@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.nn.combinator import make_combinator
+from ladderfast.nn.ladder_decoder import decode
+from ladderfast.nn.ladder_encoder import LadderEncoderLayer
+from ladderfast.nn.maps import op_dtype
+from ladderfast.ops import ladder_encoder
 
-EPS = 1e-10  # beneath every square root of a variance
 MAX_COUNT = 10  # the running weight of a batch's statistics is 1 / min(batches seen, MAX_COUNT)
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": partial(F.leaky_relu, negative_slope=0.1),
-    "linear": lambda x: x,
-}
+# Layer l's noise has the stream l in training and this much more in pictures, which then leave training as it is.
+PICTURES = 1 << 62
+
+# By the papers' names, the op's.
+ACTIVATIONS = {"relu": "relu", "leaky_relu": "leaky_relu", "linear": "identity"}
 
 
 class LadderOutput(NamedTuple):
@@ -33,61 +34,6 @@ class LadderOutput(NamedTuple):
     """(N_l, classes) of the clean pass, labelled half."""
     denoising: tuple[Tensor | None, ...]
     """The unweighted denoising cost of each layer, 0 first, 0-dim; None where it was not computed."""
-
-
-class LadderLayer(nn.Module):
-    """The encoder's unit: a linear map, and what follows its normalisation.
-
-        z_pre = W h        z = (z_pre - mean) / sqrt(var + eps) (+ noise)        h = act(gamma (z + beta))
-
-    Args:
-        linear: the map W, without bias.
-        num_features: units (C) that it puts out.
-        activation: a key of `ACTIVATIONS`. The top layer takes "linear" here and leaves its softmax to the
-            network, which needs the logits as well.
-        shift: whether there is a beta (C), 0 at the start.
-        scale: whether there is a gamma (C), 1 at the start.
-
-    The buffers `running_mean` and `running_var` (C) are the statistics for evaluation.
-    """
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        num_features: int,
-        *,
-        activation: str,
-        shift: bool,
-        scale: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.linear = linear
-        self.activation = activation
-        self.beta = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if shift else None
-        self.gamma = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype)) if scale else None
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
-
-    def project(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """z_pre = W h of each part, all of them in one matrix product."""
-        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return _project(self.linear, rows).split([len(part) for part in parts])
-
-    def activate(self, z: Tensor) -> Tensor:
-        """h = act(gamma (z + beta)): the bias first, then the scale."""
-        if self.beta is not None:
-            z = z + self.beta
-        if self.gamma is not None:
-            z = z * self.gamma
-        return ACTIVATIONS[self.activation](z)
-
-    def normalise_for_evaluation(self, z_pre: Tensor) -> Tensor:
-        mean, var = self.running_mean.to(z_pre.dtype), self.running_var.to(z_pre.dtype)
-        return F.batch_norm(z_pre, mean, var, training=False, eps=EPS)
 
 
 class LadderNetwork(nn.Module):
@@ -144,12 +90,14 @@ class LadderNetwork(nn.Module):
         encoder = nn.ModuleList()
         for below, width in itertools.pairwise(self.layers):
             top = len(encoder) == depth - 2
-            layer = LadderLayer(
+            layer = LadderEncoderLayer(
                 nn.Linear(below, width, bias=False, device=device, dtype=dtype),
                 width,
-                activation="linear" if top else activation,
+                activation=ACTIVATIONS["linear" if top else activation],
+                noise_std=self.noise_std[len(encoder) + 1],
                 shift=top or activation != "linear",
                 scale=top and top_gamma,
+                wide=top,
                 device=device,
                 dtype=dtype,
             )
@@ -163,27 +111,32 @@ class LadderNetwork(nn.Module):
                 v = nn.Linear(self.layers[index + 1], width, bias=False, device=device, dtype=dtype)
                 decoder.add_module(str(index), None if name == "none" else v)
         # A ModuleList says of its entries no more than that they are modules.
-        self.encoder = cast("Sequence[LadderLayer]", encoder)
+        self.encoder = cast("Sequence[LadderEncoderLayer]", encoder)
         self.combinators = cast("Sequence[Any]", combinators)
         self.decoder = cast("Sequence[Any]", decoder)
         self.num_batches_tracked: Tensor
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self.noise_state: Tensor
+        self.register_buffer("noise_state", torch.zeros(2, dtype=torch.long, device=device))
+        # Processes that train together draw noise of their own: DistributedDataParallel leaves this buffer alone.
+        self._ddp_params_and_buffers_to_ignore = ["noise_state"]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the published start values: weights randn / sqrt(fan_in), beta 0, gamma 1, combinators' own."""
+        """Set the published start values: weights randn / sqrt(fan_in), beta 0, gamma 1, combinators' own.
+
+        The noise starts anew as well, from a seed drawn, as the weights are, from torch's global generator.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            elif isinstance(module, LadderLayer):
-                if module.beta is not None:
-                    nn.init.zeros_(module.beta)
-                if module.gamma is not None:
-                    nn.init.ones_(module.gamma)
+            elif isinstance(module, LadderEncoderLayer):
+                module.reset_parameters()
         for combinator in self.combinators:
             if combinator is not None:
                 combinator.reset_parameters()
-        self.reset_statistics()
+        self.num_batches_tracked.zero_()
+        self.noise_state.copy_(torch.stack([torch.randint(2**63 - 1, ()), torch.zeros((), dtype=torch.long)]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of the clean pass over x (N, layers[0]).
@@ -201,12 +154,16 @@ class LadderNetwork(nn.Module):
             return logits
         h = x
         for layer in self.encoder:
-            (z_pre,) = layer.project(h)
-            h = layer.activate(layer.normalise_for_evaluation(z_pre))
+            h = layer.evaluate(h)
         return h
 
     def training_pass(
-        self, x_labelled: Tensor, x_unlabelled: Tensor, *, costs: Sequence[bool] | None = None
+        self,
+        x_labelled: Tensor,
+        x_unlabelled: Tensor,
+        *,
+        costs: Sequence[bool] | None = None,
+        clean_gradients: bool = True,
     ) -> LadderOutput:
         """Both encoder passes and the decoder; in training mode the statistics for evaluation follow.
 
@@ -221,6 +178,7 @@ class LadderNetwork(nn.Module):
             x_unlabelled: (N_u, layers[0]), N_u >= 2; unused, and of any length, where no cost is computed.
             costs: for each layer 0..L whether its cost is wanted; by default wherever there is a
                 combinator. What only the costs not wanted would need is not computed.
+            clean_gradients: whether clean_logits can be differentiated. Without, less is kept for backward.
 
         Raises:
             TypeError, ValueError: an input of the wrong kind or shape, or a cost where no combinator is.
@@ -230,27 +188,31 @@ class LadderNetwork(nn.Module):
         _check_input("x_unlabelled", x_unlabelled, self.layers[0], at_least=2 if wanted else 0)
 
         # Apart from the other rows: nothing flows back through it unless the caller uses its logits.
-        clean_logits, statistics = self._clean_pass(x_labelled)
+        with torch.set_grad_enabled(clean_gradients and torch.is_grad_enabled()):
+            clean_logits, statistics = self._clean_pass(x_labelled)
         if self.training:
             self._update_statistics(statistics, len(x_labelled))
 
+        state = self._take_noise()
         denoising: list[Tensor | None] = [None] * len(self.layers)
-        if wanted:
-            (logits, logits_u), laterals, targets = self._corrupted_pass(
-                x_labelled, x_unlabelled, clean=x_unlabelled, clean_layers=max(wanted)
-            )
-            z_hat = self._decode(logits_u, laterals, lowest=min(wanted))
-            for index in wanted:
-                denoising[index] = _denoising_cost(targets[index], z_hat[index], normalised=index > 0)
-        else:
-            (logits,), _, _ = self._corrupted_pass(x_labelled)
+        if not wanted:
+            (logits,), _, _ = self._encode([x_labelled], len(self.layers), state)
+            return LadderOutput(logits, clean_logits, tuple(denoising))
+        lowest, highest = min(wanted), max(wanted)
+        (logits, logits_u), laterals, targets = self._encode(
+            [x_labelled, x_unlabelled], lowest, state, clean_layers=highest
+        )
+        targets = [target if index in wanted else () for index, target in enumerate(targets)]
+        for index, _, cost in self._decode(logits_u, laterals, targets, lowest):
+            denoising[index] = cost
         return LadderOutput(logits, clean_logits, tuple(denoising))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, layers[0]), N >= 2, corrupted, and its reconstruction z_hat_0 from that, for pictures.
 
-        With the batch's own statistics; those for evaluation stay as they are.
+        With the batch's own statistics; those for evaluation stay as they are, and so does `noise_state`: the noise is
+        the same until the next training pass, and none that training has.
 
         Raises:
             TypeError, ValueError: x is no floating-point tensor of that shape, or layer 0 has no combinator.
@@ -258,15 +220,15 @@ class LadderNetwork(nn.Module):
         _check_input("x", x, self.layers[0], at_least=2)
         if self.combinators[0] is None:
             raise ValueError('reconstruct needs a combinator at layer 0, whose combinator is "none"')
-        (logits,), laterals, _ = self._corrupted_pass(x)
-        return laterals[0], self._decode(logits, laterals, lowest=0)[0]
+        (logits,), laterals, _ = self._encode([x], 0, self.noise_state, PICTURES)
+        *_, (_, z_hat, _) = self._decode(logits, laterals, [()] * len(self.layers), 0)
+        return laterals[0], z_hat
 
     @torch.no_grad()
     def reset_statistics(self) -> None:
         """Forget the statistics for evaluation: mean 0, variance 1, no batch seen."""
         for layer in self.encoder:
-            layer.running_mean.zero_()
-            layer.running_var.fill_(1)
+            layer.reset_statistics()
         self.num_batches_tracked.zero_()
 
     @torch.no_grad()
@@ -288,68 +250,99 @@ class LadderNetwork(nn.Module):
                 collected.append(self._clean_pass(batch)[1])
         if not collected:
             raise ValueError("batches must hold a batch of at least two samples, got none")
-        for layer, statistics in zip(self.encoder, zip(*collected, strict=True), strict=True):
-            layer.running_mean.copy_(torch.stack([mean for mean, _ in statistics]).mean(0))
-            layer.running_var.copy_(torch.stack([var for _, var in statistics]).mean(0))
+        means = [torch.stack(values).mean(0) for values in zip(*collected, strict=True)]
+        torch._foreach_copy_(self._statistics(), means)
 
     def extra_repr(self) -> str:
         return f"layers={self.layers}, noise_std={self.noise_std}"
 
-    def _clean_pass(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Logits, and each layer's mean and unbiased variance."""
-        h, statistics = x, []
+    def _clean_pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the layers' means and then their unbiased variances, detached."""
+        h, means, variances, counts = x, [], [], []
         for layer in self.encoder:
-            (z_pre,) = layer.project(h)
-            mean, var = _moments(z_pre.detach())
-            statistics.append((mean, var * (len(x) / max(len(x) - 1, 1))))
-            h = layer.activate(_normalise(z_pre))
-        return h, statistics
+            out = layer(h)
+            h = out.h
+            means.append(out.mean[0].detach())
+            variances.append(out.var[0].detach())
+            values = h.numel() // h.shape[1]  # that each mean is over
+            counts.append(values / max(values - 1, 1))
+        return h, [*means, *torch._foreach_mul(variances, counts)]
 
-    def _corrupted_pass(
-        self, *halves: Tensor, clean: Tensor | None = None, clean_layers: int = 0
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The corrupted pass over `halves` and beside it the clean one over `clean`, up to `clean_layers`.
+    def _encode(
+        self, halves: list[Tensor], lowest: int, state: Tensor, stream: int = 0, *, clean_layers: int = -1
+    ) -> tuple[tuple[Tensor, ...], list[Any], list[Any]]:
+        """The corrupted pass over one or both halves, and beside it the clean pass over the last of them.
 
-        Returns each half's logits, the last half's lateral values z~_0 .. z~_L, and of the clean pass x and
-        z_pre_1 .. : the targets before their normalisation.
+        Every layer has one linear map for the rows of all three, in this order. Lateral values and targets are of
+        the layers from `lowest` on, and the clean pass goes up to layer `clean_layers`. The noise of layer l is that of
+        `state` and `stream` + l.
+
+        Returns the logits of each half; the last half's lateral values z~_l; and its clean pass's targets, (x,) of
+        layer 0 and (z_l, mean_l, var_l) of the others.
         """
-        h = [_add_noise(x, self.noise_std[0]) for x in halves]
-        laterals, targets = [h[-1]], [] if clean is None else [clean]
+        depth = len(self.layers)
+        laterals: list[Any] = [None] * depth
+        targets: list[Any] = [()] * depth
+        labelled = len(halves[0])
+        noisy = sum(map(len, halves))
+        sizes = [len(half) for half in halves]
+        clean = len(halves[-1]) if clean_layers > 0 else 0
+        h = torch.cat([*halves, halves[-1]] if clean else halves)
+        _add_noise(h[:noisy], self.noise_std[0], state, stream)
+        if lowest == 0:
+            laterals[0], targets[0] = h[noisy - sizes[-1] : noisy], (halves[-1],)
         for index, layer in enumerate(self.encoder, 1):
-            if index > clean_layers:
-                clean = None
-            z_pre = layer.project(*h) if clean is None else layer.project(*h, clean)
-            z = [_add_noise(_normalise(part), self.noise_std[index]) for part in z_pre[: len(h)]]
-            h = [layer.activate(half) for half in z]
-            laterals.append(z[-1])
-            if clean is not None:
-                targets.append(z_pre[-1])
-                clean = layer.activate(_normalise(z_pre[-1]))
-        return h, laterals, targets
+            if clean and index > clean_layers:
+                h, clean = h[:noisy], 0
+            z, h, mean, var = layer(
+                h, labelled, num_clean=clean, noise_state=state, noise_stream=stream + index
+            )
+            if index >= lowest:
+                # One split for both: backward makes one gradient of z out of its parts, in one pass.
+                parts = z.split([*sizes, clean] if clean else sizes)
+                laterals[index] = parts[len(halves) - 1]
+                if clean:
+                    targets[index] = (parts[-1], mean[2], var[2])
+        return h[:noisy].split(sizes), laterals, targets
 
-    def _decode(self, logits: Tensor, laterals: Sequence[Tensor], *, lowest: int) -> list[Tensor]:
-        """z_hat_l for l = lowest .. L, at their own indices."""
-        u = _normalise(torch.softmax(logits, 1))
-        z_hat = list(laterals)
+    def _decode(
+        self, logits: Tensor, laterals: list[Any], targets: list[Any], lowest: int
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Layer, z_hat and cost from the top to `lowest`; a cost where the layer has a target."""
+        x = torch.softmax(logits, 1)
         for index in range(len(self.layers) - 1, lowest - 1, -1):
-            if index < len(self.layers) - 1:
-                u = _normalise(_project(self.decoder[index], z_hat[index + 1]))
-            combinator = self.combinators[index]
-            dtype = next(combinator.parameters()).dtype
-            z_hat[index] = _wide(combinator(laterals[index].to(dtype), u.to(dtype)))
-        return z_hat
+            linear = self.decoder[index] if index < len(self.layers) - 1 else None
+            x, cost = decode(self.combinators[index], linear, x, laterals[index], *targets[index])
+            yield index, x, cost
+
+    def _take_noise(self) -> Tensor:
+        """This pass's seed and offset, to which each layer adds its index; the buffer moves on to the next pass's.
+
+        A copy: backward draws the noise again, after the buffer has moved.
+        """
+        state = self.noise_state.clone()
+        self.noise_state[1].add_(len(self.layers))
+        return state
 
     @torch.no_grad()
-    def _update_statistics(self, statistics: Sequence[tuple[Tensor, Tensor]], samples: int) -> None:
+    def _update_statistics(self, statistics: list[Tensor], samples: int) -> None:
         if samples < 2:
             return
         self.num_batches_tracked += 1
         # A tensor, so that neither a GPU is waited for nor a captured graph keeps one step's value.
         count = self.num_batches_tracked.clamp(max=MAX_COUNT)
-        for layer, (mean, var) in zip(self.encoder, statistics, strict=True):
-            weight = count.to(mean.dtype).reciprocal()
-            for running, new in ((layer.running_mean, mean), (layer.running_var, var)):
-                running.copy_(torch.lerp(running.to(new.dtype), new, weight))
+        weight = count.to(statistics[0].dtype).reciprocal()
+        running = self._statistics()
+        wide = running
+        if running[0].dtype != weight.dtype:
+            wide = [old.to(weight.dtype) for old in running]
+        torch._foreach_lerp_(wide, statistics, [weight] * len(statistics))
+        if wide is not running:
+            torch._foreach_copy_(running, wide)
+
+    def _statistics(self) -> list[Tensor]:
+        """The buffers of the statistics for evaluation, in the order of `_clean_pass`."""
+        return [layer.running_mean for layer in self.encoder] + [layer.running_var for layer in self.encoder]
 
     def _check_costs(self, costs: Sequence[bool] | None) -> list[int]:
         """The layers whose cost is wanted, the lowest first."""
@@ -365,39 +358,13 @@ class LadderNetwork(nn.Module):
         return wanted
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _project(linear: nn.Linear, h: Tensor) -> Tensor:
-    """The matrix product in the weight's type (or autocast's), widened for the statistics that follow."""
-    return _wide(linear(h.to(linear.weight.dtype)))
-
-
-def _normalise(z: Tensor) -> Tensor:
-    """(z - mean) / sqrt(var + eps) with the statistics of these rows; one row gives 0."""
-    if len(z) == 1:
-        return z - z
-    return F.batch_norm(z, None, None, training=True, eps=EPS)
-
-
-def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over the rows; in two passes, which costs half of `torch.var` on a CPU."""
-    mean = z.mean(0)
-    return mean, (z - mean).square().mean(0)
-
-
-def _add_noise(z: Tensor, std: float) -> Tensor:
-    """z plus noise of its own for every sample and unit, from torch's global generator of the device."""
-    return torch.add(z, torch.randn_like(z), alpha=std) if std else z
-
-
-def _denoising_cost(target: Tensor, z_hat: Tensor, *, normalised: bool) -> Tensor:
-    """Mean of (z - (z_hat - mean) / s)^2, where z = (target - mean) / s: the mean cancels."""
-    if not normalised:
-        return F.mse_loss(z_hat, _wide(target))
-    error = (target - z_hat).square().mean(0)
-    return (error / (_moments(target)[1] + EPS)).mean()
+def _add_noise(x: Tensor, std: float, state: Tensor, stream: int) -> None:
+    """Add noise of its own to every element of x, in place."""
+    if std and len(x):
+        # Of zeros, which its normalisation leaves as they are, the encoder's op makes the noise alone.
+        zeros = torch.zeros(x.shape, dtype=op_dtype(x.dtype, x.device), device=x.device)
+        noise = ladder_encoder(zeros, len(x), noise_std=std, noise_state=state, noise_stream=stream).z
+        x.add_(noise)
 
 
 def _check_input(name: str, x: Tensor, width: int, *, at_least: int) -> None:

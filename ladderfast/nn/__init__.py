@@ -9,12 +9,16 @@ from ladderfast.nn.combinator import (
     SigmoidNoProductCombinator,
     make_combinator,
 )
+from ladderfast.nn.ladder_decoder import LadderDecoderLayer
+from ladderfast.nn.ladder_encoder import LadderEncoderLayer
 
 __all__ = [
     "COMBINATORS",
     "AdditiveCombinator",
     "BilinearCombinator",
     "GaussianCombinator",
+    "LadderDecoderLayer",
+    "LadderEncoderLayer",
     "SigmoidCombinator",
     "SigmoidNoProductCombinator",
     "make_combinator",

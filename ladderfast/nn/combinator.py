@@ -9,7 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ladderfast.ops import gaussian_combinator
+from ladderfast.nn.maps import for_op
+from ladderfast.ops import gaussian_combinator, ladder_decoder
+from ladderfast.ops.ladder_decoder import LadderDecoderOutput
+from ladderfast.reference.ladder_decoder import denoising_cost
+from ladderfast.reference.ladder_encoder import moments, normalise
 
 
 class GaussianCombinator(nn.Module):
@@ -50,6 +54,20 @@ class GaussianCombinator(nn.Module):
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
         return gaussian_combinator(z, u, self.weight, squash_v=self.squash_v)
+
+    def decode(
+        self,
+        u: Tensor,
+        z: Tensor,
+        clean_z: Tensor | None = None,
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
+        *,
+        eps: float = 1e-10,
+    ) -> LadderDecoderOutput:
+        """g(z, u normalised) and the denoising cost, as `ladderfast.ops.ladder_decoder`."""
+        weight = for_op(self.weight, u)
+        return ladder_decoder(u, z, weight, clean_z, mean, var, squash_v=self.squash_v, eps=eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}" + (", squash_v=True" if self.squash_v else "")
@@ -92,6 +110,24 @@ class _UnitwiseCombinator(nn.Module):
             z, u, weight = z.float(), u.float(), weight.float()
         rows = weight.reshape(*weight.shape, *[1] * (z.dim() - 2)).unbind()
         return self.combine(z, u, *rows).to(dtype)
+
+    def decode(
+        self,
+        u: Tensor,
+        z: Tensor,
+        clean_z: Tensor | None = None,
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
+        *,
+        eps: float = 1e-10,
+    ) -> LadderDecoderOutput:
+        """g(z, u normalised) and the denoising cost; arguments as those of `ladderfast.ops.ladder_decoder`."""
+        dtype = u.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            u, z, clean_z = u.float(), z.float(), None if clean_z is None else clean_z.float()
+        z_hat = self(z, normalise(u, *moments(u), eps))
+        cost = None if clean_z is None else denoising_cost(z_hat, clean_z, mean, var, eps)
+        return LadderDecoderOutput(z_hat.to(dtype), cost)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"

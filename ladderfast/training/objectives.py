@@ -58,7 +58,9 @@ class LadderObjective(Objective):
         self._wanted = [weight > 0 for weight in weights]
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        out = model.training_pass(batch.x_labelled, batch.x_unlabelled, costs=self._wanted)
+        out = model.training_pass(
+            batch.x_labelled, batch.x_unlabelled, costs=self._wanted, clean_gradients=False
+        )
         terms = {"cross_entropy": F.cross_entropy(out.logits, batch.y_labelled)}
         for layer, (weight, cost) in enumerate(zip(self.denoising_weights, out.denoising, strict=True)):
             if weight > 0:

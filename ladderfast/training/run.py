@@ -157,6 +157,7 @@ class Run:
         )
         if fabric.global_rank:
             torch.manual_seed(recipe.seed + (fabric.global_rank << 32))  # noise of its own for each process
+        self._own_noise()
         # Whatever else draws random numbers before the first step has no part in the run.
         self._random: dict[str, Tensor] | None = checkpoint.random_state(device)
 
@@ -398,6 +399,13 @@ class Run:
             "torch": torch.__version__,
         }
 
+    def _own_noise(self) -> None:
+        """Give this process noise of its own: a buffer called noise_state holds a seed, which all have alike so far."""
+        if self.fabric.global_rank:
+            for name, buffer in self.model.named_buffers():
+                if name.rpartition(".")[2] == "noise_state":
+                    buffer[0] += self.fabric.global_rank
+
     def _any(self, value: bool) -> bool:
         """Whether it is so in any of the processes."""
         if self.fabric.world_size == 1:
@@ -479,6 +487,7 @@ class Run:
                 stacklevel=3,
             )
         self.model.load_state_dict(saved["model"])
+        self._own_noise()
         self._adam.load_state_dict(saved["optimizer"])
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if random:

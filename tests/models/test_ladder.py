@@ -1,6 +1,7 @@
 """The dense Ladder network: against Algorithm 1 written out naively, against numbers by hand, and its manners."""
 
 import copy
+import importlib
 import io
 import itertools
 import math
@@ -10,6 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ladderfast.models import LadderNetwork, LadderOutput
+from ladderfast.reference.noise import normal_noise
+
+ladder_encoder_module = importlib.import_module("ladderfast.nn.ladder_encoder")
+combinator_module = importlib.import_module("ladderfast.nn.combinator")
 
 LAYERS = (6, 5, 4, 3)
 SEPARATE = {"relu": torch.relu, "leaky_relu": lambda x: torch.where(x > 0, x, 0.1 * x), "linear": lambda x: x}
@@ -104,30 +109,16 @@ def halves(n_l=4, n_u=6, width=LAYERS[0], seed=1, dtype=torch.float64):
     )
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The noise that the network draws, in the order of the draws."""
-    draws = []
-    draw = torch.randn_like
+def noise_of(state, std, n_l, n_u, layers, stream=0):
+    """Each half's noise in the pass that finds the model's `noise_state` so, by the reference; 0 where std is 0.
 
-    def randn_like(x, **kwargs):
-        draws.append(draw(x, **kwargs))
-        return draws[-1]
-
-    monkeypatch.setattr(torch, "randn_like", randn_like)
-    return draws
-
-
-def noise_of(draws, std, n_l, n_u, layers):
-    """From the draws (layer by layer, the labelled half first) to each half's noise; 0 where std is 0."""
-    draws = iter(draws)
+    A layer's noise is numbered over the rows of both halves, the labelled first.
+    """
     noise_l, noise_u = [], []
-    for width, scale in zip(layers, std, strict=True):
-        for noise, n in ((noise_l, n_l), (noise_u, n_u)):
-            value = torch.zeros(n, width, dtype=torch.float64) if scale == 0 else scale * next(draws)
-            assert value.shape == (n, width)  # a sample's noise is its own
-            noise.append(value)
-    assert next(draws, None) is None
+    for level, (width, scale) in enumerate(zip(layers, std, strict=True)):
+        noise = scale * normal_noise(state, stream + level, (n_l + n_u) * width).double().reshape(-1, width)
+        noise_l.append(noise[:n_l])
+        noise_u.append(noise[n_l:])
     return noise_l, noise_u
 
 
@@ -147,10 +138,11 @@ def total_cost(logits, costs, weights, target):
         (2, 2, "relu", [0.0, 0.2, 0.0, 0.3], False),
     ],
 )
-def test_values_and_gradients_are_those_of_algorithm_1(drawn, n_l, n_u, activation, std, top_gamma):
+def test_values_and_gradients_are_those_of_algorithm_1(n_l, n_u, activation, std, top_gamma):
     model = make(activation=activation, noise_std=std, top_gamma=top_gamma)
     x_l, x_u = halves(n_l, n_u)
     target, weights = torch.arange(n_l) % 3, [10.0, 2.0, 0.5, 3.0]
+    noise_l, noise_u = noise_of(model.noise_state.clone(), std, n_l, n_u, LAYERS)
 
     output = model.training_pass(x_l, x_u)
     grads = torch.autograd.grad(
@@ -158,7 +150,6 @@ def test_values_and_gradients_are_those_of_algorithm_1(drawn, n_l, n_u, activati
     )
 
     p = {name: q.detach().clone().requires_grad_() for name, q in model.named_parameters()}
-    noise_l, noise_u = noise_of(drawn, std, n_l, n_u, LAYERS)
     logits, clean_logits, costs = naive(p, LAYERS, x_l, x_u, noise_l, noise_u, activation)
     expected = torch.autograd.grad(total_cost(logits, costs, weights, target), tuple(p.values()))
 
@@ -174,13 +165,13 @@ def test_values_and_gradients_are_those_of_algorithm_1(drawn, n_l, n_u, activati
         assert grad.abs().max() > 0, name
 
 
-def test_variance_and_eps_where_they_matter(drawn):
+def test_variance_and_eps_where_they_matter():
     """Inputs of variance about eps: 1e-5 instead of 1e-10, or a variance over n - 1, would show at once."""
     model = make(noise_std=0.0)
     x_l, x_u = halves()
     x_l, x_u = x_l * 1e-5, x_u * 1e-5
     output = model.training_pass(x_l, x_u)
-    noise = noise_of(drawn, [0.0] * 4, 4, 6, LAYERS)
+    noise = noise_of(model.noise_state, [0.0] * 4, 4, 6, LAYERS)
     logits, _, costs = naive(dict(model.named_parameters()), LAYERS, x_l, x_u, *noise)
     torch.testing.assert_close(output.logits, logits, rtol=1e-6, atol=1e-9)
     for cost, naive_cost in zip(output.denoising, costs, strict=True):
@@ -216,6 +207,7 @@ def test_gradcheck():
     model.eval()  # so that the calls do not move the statistics
     x_l, x_u = halves(3, 4, width=3)
     names = [name for name, _ in model.named_parameters()]
+    state = model.noise_state.clone()
 
     class Pass(torch.nn.Module):
         def __init__(self):
@@ -223,7 +215,7 @@ def test_gradcheck():
             self.model = model
 
         def forward(self):
-            torch.manual_seed(5)
+            self.model.noise_state.copy_(state)
             output = self.model.training_pass(x_l, x_u)
             return output.logits, output.clean_logits, *output.denoising
 
@@ -237,14 +229,52 @@ def test_gradcheck():
 def test_noise_is_drawn_for_every_sample_and_has_its_deviation():
     model = LadderNetwork([400, 3], noise_std=[0.25, 0.0])
     x = torch.rand(50, 400)
-    torch.manual_seed(3)
+    state = model.noise_state.clone()
     corrupted, _ = model.reconstruct(x)
     noise = corrupted - x
     assert noise.std() == pytest.approx(0.25, rel=0.03)
     assert noise.std(0).min() > 0.1  # not one sample of noise for the whole batch
     assert abs(noise.mean()) < 0.01
-    torch.manual_seed(3)
-    torch.testing.assert_close(corrupted, x + 0.25 * torch.randn(50, 400))
+    torch.testing.assert_close(corrupted, x + 0.25 * normal_noise(state, 1 << 62, 50 * 400).reshape(50, 400))
+
+
+def test_every_pass_draws_noise_that_no_other_draws():
+    """Seed and offset + layer say what the noise is: no two passes share one, nor has any layer another's."""
+    model = make()
+    first = model.noise_state.clone()
+    taken = []
+    for step in range(3):  # in evaluation mode as well
+        taken.append(model.noise_state.tolist())
+        model.training_pass(*halves())
+        model.train(step == 1)
+    assert [seed for seed, _ in taken] == [first[0].item()] * 3
+    offsets = [offset + layer for _, offset in taken for layer in range(4)]
+    assert len(set(offsets)) == 12
+    model(halves()[0])  # there is no noise in a clean pass, and that of pictures is other noise
+    model.reconstruct(halves()[1])
+    assert model.noise_state.tolist() == [taken[0][0], taken[2][1] + 4]
+
+
+def test_backward_after_another_pass_is_still_that_of_its_own_noise():
+    model = make()
+    twin = copy.deepcopy(model)
+    earlier, _ = model.training_pass(*halves()), model.training_pass(*halves(seed=2))
+    alone = twin.training_pass(*halves())
+    for output in (earlier, alone):
+        total_cost(output.logits, output.denoising, [10.0, 2.0, 0.5, 3.0], torch.arange(4) % 3).backward()
+    for (name, ours), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_networks_made_one_after_the_other_have_noise_of_their_own():
+    torch.manual_seed(0)
+    first, second = LadderNetwork(LAYERS), LadderNetwork(LAYERS)
+    assert first.noise_state[0] != second.noise_state[0]
+    torch.manual_seed(0)
+    assert torch.equal(LadderNetwork(LAYERS).noise_state, first.noise_state)
+    first.training_pass(*halves(dtype=torch.float32))
+    first.reset_parameters()
+    assert first.noise_state[1] == 0
 
 
 @pytest.mark.parametrize("combinator", ["sigmoid", "sigmoid_no_product", "bilinear", "additive"])
@@ -290,7 +320,7 @@ def test_reset_parameters_starts_again():
     model.reset_parameters()
     for name, value in model.state_dict().items():
         assert torch.equal(value, first[name])
-        if "weight" not in name:
+        if "weight" not in name and name != "noise_state":  # these are drawn
             assert torch.equal(value, fresh.state_dict()[name])
 
 
@@ -370,7 +400,7 @@ def test_evaluation_uses_the_statistics_and_changes_nothing():
     model.training_pass(*halves())
     model.reconstruct(x)
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        assert torch.equal(value, before[name]) == (name != "noise_state"), name
 
 
 def test_training_mode_forward_uses_the_batch():
@@ -401,7 +431,7 @@ def test_one_labelled_sample_is_finite_and_leaves_the_statistics():
     torch.testing.assert_close(output.logits, (top.gamma * top.beta).unsqueeze(0))  # z = 0
     assert all(p.grad.isfinite().all() for p in model.parameters())
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        assert torch.equal(value, before[name]) == (name != "noise_state"), name
 
 
 # Only what is needed is computed
@@ -434,6 +464,34 @@ def test_labelled_and_unlabelled_rows_share_a_matrix_product():
     assert all(cost is not None for cost in output.denoising)
 
 
+def test_a_layer_is_one_call_of_its_op(monkeypatch):
+    calls = []
+
+    def counted(module, name):
+        op = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, **kwargs: (calls.append(name), op(*args, **kwargs))[1]
+        )
+
+    counted(ladder_encoder_module, "ladder_encoder")
+    counted(combinator_module, "ladder_decoder")
+    make().training_pass(*halves())
+    assert (
+        calls.count("ladder_encoder") == 3 + 3
+    )  # every row of a layer at once; beside them, the clean labelled
+    assert calls.count("ladder_decoder") == 4
+
+
+def test_clean_logits_without_gradients():
+    model = make()
+    twin = copy.deepcopy(model)
+    output, expected = model.training_pass(*halves(), clean_gradients=False), twin.training_pass(*halves())
+    assert not output.clean_logits.requires_grad
+    assert torch.equal(output.clean_logits, expected.clean_logits)
+    assert torch.equal(output.logits, expected.logits)
+    assert output.logits.requires_grad
+
+
 def test_bottom_cost_alone_needs_no_clean_pass_over_the_unlabelled_half():
     output, rows = rows_seen(make(), costs=[True, False, False, False])
     assert all(rows[f"encoder.{index}.linear"] == [4, 4 + 6] for index in range(3))
@@ -451,10 +509,10 @@ def test_nothing_is_decoded_below_the_lowest_wanted_cost():
 
 def test_unwanted_costs_do_not_change_the_others():
     model = make()
-    torch.manual_seed(4)
+    state = model.noise_state.clone()
     full = model.training_pass(*halves())
     for index in range(4):
-        torch.manual_seed(4)
+        model.noise_state.copy_(state)
         output = model.training_pass(*halves(), costs=[i == index for i in range(4)])
         torch.testing.assert_close(output.denoising[index], full.denoising[index])
         torch.testing.assert_close(output.logits, full.logits)
@@ -472,9 +530,7 @@ def test_gamma_model_has_and_computes_the_top_of_the_decoder_alone():
 
     full = make()
     full.load_state_dict(model.state_dict(), strict=False)
-    torch.manual_seed(4)
     expected = full.training_pass(*halves())
-    torch.manual_seed(4)
     torch.testing.assert_close(model.training_pass(*halves()).denoising[3], expected.denoising[3])
 
 
@@ -561,10 +617,7 @@ def test_autocast_leaves_statistics_and_costs_in_float32(dtype):
     model = make(dtype=torch.float32)
     x_l, x_u = halves(n_l=300, n_u=200, dtype=torch.float32)
     x_l = x_l + 5  # sums that a 16-bit accumulator loses
-    plain = copy.deepcopy(model)
-    torch.manual_seed(1)
-    expected = plain.training_pass(x_l, x_u)
-    torch.manual_seed(1)
+    expected = copy.deepcopy(model).training_pass(x_l, x_u)  # with the same noise
     with torch.autocast("cpu", dtype):
         output = model.training_pass(x_l, x_u)
         z_pre = F.linear(x_l, model.encoder[0].linear.weight)
@@ -572,35 +625,39 @@ def test_autocast_leaves_statistics_and_costs_in_float32(dtype):
     assert z_pre.dtype == dtype
     torch.testing.assert_close(model.encoder[0].running_mean, z_pre.float().mean(0))
     torch.testing.assert_close(model.encoder[0].running_var, z_pre.float().var(0))
-    for value, wide in zip(
-        (*output.denoising, output.logits), (*expected.denoising, expected.logits), strict=True
-    ):
+    for value, wide in zip(output.denoising, expected.denoising, strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, wide, rtol=0.1, atol=0.2)
+    assert output.logits.dtype == torch.float32
+    # Next to 5 bfloat16 has steps of a tenth of the inputs' deviation.
+    assert (output.logits - expected.logits).square().mean() < 0.01 * expected.logits.var()
     assert evaluated.dtype == torch.float32
 
 
 def test_compiles_without_a_graph_break():
     model = make(dtype=torch.float32)
     x_l, x_u = halves(dtype=torch.float32)
-    torch.manual_seed(2)
     expected = copy.deepcopy(model).training_pass(x_l, x_u)
-    torch.manual_seed(2)
     output = torch.compile(model.training_pass, backend="eager", fullgraph=True)(x_l, x_u)
     assert isinstance(output, LadderOutput)
     torch.testing.assert_close(output.denoising, expected.denoising)
     torch.testing.assert_close(output.logits, expected.logits)
 
 
-def test_reconstruct_is_the_decoder_of_the_training_pass(drawn):
+def test_reconstruct_is_the_decoder_of_the_training_pass():
     model = make()
     _, x = halves()
+    before = model.noise_state.clone()
+    _, noise = noise_of(before, [0.3] * 4, 0, len(x), LAYERS, stream=1 << 62)
     corrupted, z_hat = model.reconstruct(x)
-    noise = [0.3 * draw for draw in drawn]
     _, _, costs = naive(dict(model.named_parameters()), LAYERS, x, x, noise, noise)
     torch.testing.assert_close(corrupted, x + noise[0])
     torch.testing.assert_close((z_hat - x).square().mean(), costs[0].detach())
     assert not z_hat.requires_grad
+    assert torch.equal(model.noise_state, before)  # a picture in the middle of training does not change it
+    assert torch.equal(model.reconstruct(x)[0], corrupted)
+    model.training_pass(x, x)
+    assert not torch.equal(model.reconstruct(x)[0], corrupted)
 
 
 def test_it_learns():

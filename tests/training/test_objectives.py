@@ -15,7 +15,8 @@ class Stub:
     def __init__(self, costs):
         self.costs = costs
 
-    def training_pass(self, x_labelled, x_unlabelled, *, costs):
+    def training_pass(self, x_labelled, x_unlabelled, *, costs, clean_gradients):
+        assert not clean_gradients  # nobody uses them
         self.asked = (x_labelled, x_unlabelled, list(costs))
         denoising = tuple(c if wanted else None for c, wanted in zip(self.costs, costs, strict=True))
         return LadderOutput(x_labelled, torch.full_like(x_labelled, torch.nan), denoising)

@@ -1,0 +1,139 @@
+"""Drop-in module for a Ladder's encoder layer: a linear map, and the op that follows it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ladderfast.nn.maps import HALF, apply_map, for_op, op_dtype
+from ladderfast.ops.ladder_encoder import LadderEncoderOutput, ladder_encoder
+from ladderfast.reference.ladder_encoder import ACTIVATIONS, activate
+
+
+class LadderEncoderLayer(nn.Module):
+    """A Ladder's encoder layer (Rasmus et al. 2015, Algorithm 1): linear map, normalisation, noise, activation.
+
+        z_pre = W x        z = (z_pre - mean) / sqrt(var + eps) + noise_std * noise        h = act(gamma (z + beta))
+
+    Args:
+        linear: the map W, without bias: `nn.Linear`, `nn.Conv2d`, a pooling; any module whose output is (N, C, *).
+        num_features: units or channels (C) that it puts out.
+        activation: "identity", "relu" or "leaky_relu" (slope 0.1).
+        noise_std: standard deviation of the noise.
+        shift: whether there is a beta (C), 0 at the start.
+        scale: whether there is a gamma (C), 1 at the start.
+        wide: return float32 even where the map computes in 16 bits, for logits.
+        eps: beneath the square root.
+
+    `layer(x)` normalises with the batch's own statistics, whatever the mode; `layer.evaluate(x)` with the buffers
+    `running_mean` and `running_var` (C), which are the caller's to set: in a Ladder they follow a clean pass over
+    labelled samples.
+
+    >>> layer = ladderfast.nn.LadderEncoderLayer(torch.nn.Linear(784, 500, bias=False), 500, noise_std=0.3)
+    >>> state = torch.tensor([seed, 0])
+    >>> z, h, mean, var = layer(torch.cat([x_labelled, x_unlabelled]), len(x_labelled), noise_state=state)
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        num_features: int,
+        *,
+        activation: str = "relu",
+        noise_std: float = 0.0,
+        shift: bool = True,
+        scale: bool = False,
+        wide: bool = False,
+        eps: float = 1e-10,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        self.linear = linear
+        self.num_features = num_features
+        self.activation = activation
+        self.noise_std = noise_std
+        self.wide = wide
+        self.eps = eps
+        self.beta = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if shift else None
+        self.gamma = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if scale else None
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.empty(num_features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the start values of beta, gamma and the statistics; the map's are its own."""
+        if self.beta is not None:
+            nn.init.zeros_(self.beta)
+        if self.gamma is not None:
+            nn.init.ones_(self.gamma)
+        self.reset_statistics()
+
+    @torch.no_grad()
+    def reset_statistics(self) -> None:
+        """Forget the statistics for evaluation: mean 0, variance 1."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+
+    def forward(
+        self,
+        x: Tensor,
+        num_labelled: int | None = None,
+        *,
+        num_clean: int = 0,
+        noise_state: Tensor | None = None,
+        noise_stream: int = 0,
+    ) -> LadderEncoderOutput:
+        """z, h, mean and var, with the batch's own statistics.
+
+        Args:
+            x: (N, *) the layer's input: first the labelled samples, then the unlabelled ones, then those of a clean
+                pass. These parts are normalised apart.
+            num_labelled: rows of the first part; all by default.
+            num_clean: rows of the last part, which gets no noise.
+            noise_state, noise_stream: (2,) int64 and a number, which say what noise, as in
+                `ladderfast.ops.ladder_encoder`. None: no noise.
+
+        Raises TypeError and ValueError as the op does.
+        """
+        z_pre = self._project(x)
+        return ladder_encoder(
+            z_pre,
+            len(z_pre) if num_labelled is None else num_labelled,
+            num_clean=num_clean,
+            beta=None if self.beta is None else for_op(self.beta, z_pre),
+            gamma=None if self.gamma is None else for_op(self.gamma, z_pre),
+            noise_std=0.0 if noise_state is None else self.noise_std,
+            noise_state=noise_state,
+            noise_stream=noise_stream,
+            activation=self.activation,
+            eps=self.eps,
+        )
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """h (N, C, *) with the statistics for evaluation."""
+        z_pre = self._project(x)
+        mean, var, beta, gamma = (
+            None if t is None else t.to(z_pre.dtype)
+            for t in (self.running_mean, self.running_var, self.beta, self.gamma)
+        )
+        # gamma (z + beta) is a scale gamma and a shift gamma beta, which batch_norm applies in the same pass.
+        shift = beta if beta is None or gamma is None else gamma * beta
+        if shift is not None and gamma is None:
+            gamma = torch.ones_like(shift)
+        h = F.batch_norm(z_pre, mean, var, gamma, shift, training=False, eps=self.eps)
+        return activate(h, self.activation, 0.1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, activation={self.activation}, noise_std={self.noise_std}"
+
+    def _project(self, x: Tensor) -> Tensor:
+        z_pre = apply_map(self.linear, x)
+        if self.wide and z_pre.dtype in HALF:
+            return z_pre.float()
+        return z_pre.to(op_dtype(z_pre.dtype, z_pre.device))
