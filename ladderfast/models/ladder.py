@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ladderfast.nn.combinator import make_combinator
+from ladderfast.ops.function import plain
 from ladderfast.nn.ladder_decoder import decode
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
 from ladderfast.nn.maps import op_dtype
@@ -266,6 +267,8 @@ class LadderNetwork(nn.Module):
             variances.append(out.var[0].detach())
             values = h.numel() // h.shape[1]  # that each mean is over
             counts.append(values / max(values - 1, 1))
+        if not plain():  # torch.func has no rule for operations on lists
+            return h, [*means, *(var * count for var, count in zip(variances, counts, strict=True))]
         return h, [*means, *torch._foreach_mul(variances, counts)]
 
     def _encode(
@@ -336,7 +339,11 @@ class LadderNetwork(nn.Module):
         wide = running
         if running[0].dtype != weight.dtype:
             wide = [old.to(weight.dtype) for old in running]
-        torch._foreach_lerp_(wide, statistics, [weight] * len(statistics))
+        if plain():
+            torch._foreach_lerp_(wide, statistics, [weight] * len(statistics))
+        else:
+            for old, new in zip(wide, statistics, strict=True):
+                old.lerp_(new, weight)
         if wide is not running:
             torch._foreach_copy_(running, wide)
 
