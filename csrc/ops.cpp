@@ -55,6 +55,8 @@ bool same_layout(const Tensor& a, const Tensor& b) {
     return true;
 }
 
+const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
+
 // t itself if it lies in memory as `like` does, else a copy that does.
 Tensor laid_out_like(const Tensor& t, const Tensor& like) {
     if (t.numel() == 0 || same_layout(t, like)) return t;
@@ -163,8 +165,6 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cpu(Tensor grad, Tensor z
 
 // ladder_encoder
 
-const void* data_or_null(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
-
 // z_pre (N, C, *), or (S, N, C, *) with `seeds`; contiguous or channels-last.
 LadderEncoderShape encoder_shape(const char* op, const Tensor& z_pre, int64_t num_labelled, int64_t num_clean,
                                  bool seeds) {
@@ -237,9 +237,9 @@ void run_encoder(const Tensor& z_pre, const std::optional<Tensor>& beta, const s
     namespace cpu = ladderfast::cpu;
     Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_workspace(shape)});
     const cpu::LadderEncoderForward<T> pass{(const T*)z_pre.data_ptr(),
-                                            (const T*)data_or_null(beta),
-                                            (const T*)data_or_null(gamma),
-                                            (const int64_t*)data_or_null(state),
+                                            (const T*)pointer(beta),
+                                            (const T*)pointer(gamma),
+                                            (const int64_t*)pointer(state),
                                             want_z ? (T*)z.data_ptr() : nullptr,
                                             want_h ? (T*)h.data_ptr() : nullptr,
                                             (T*)mean.data_ptr(),
@@ -317,16 +317,16 @@ void run_encoder_backward(const std::optional<Tensor>& grad_z, const std::option
                           const LadderEncoderShape& shape) {
     namespace cpu = ladderfast::cpu;
     Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_backward_workspace(shape)});
-    const cpu::LadderEncoderBackward<T> pass{(const T*)data_or_null(grad_z),
-                                             (const T*)data_or_null(grad_h),
-                                             (const T*)data_or_null(grad_mean),
-                                             (const T*)data_or_null(grad_var),
+    const cpu::LadderEncoderBackward<T> pass{(const T*)pointer(grad_z),
+                                             (const T*)pointer(grad_h),
+                                             (const T*)pointer(grad_mean),
+                                             (const T*)pointer(grad_var),
                                              (const T*)z_pre.data_ptr(),
                                              (const T*)mean.data_ptr(),
                                              (const T*)var.data_ptr(),
-                                             (const T*)data_or_null(beta),
-                                             (const T*)data_or_null(gamma),
-                                             (const int64_t*)data_or_null(state),
+                                             (const T*)pointer(beta),
+                                             (const T*)pointer(gamma),
+                                             (const int64_t*)pointer(state),
                                              (T*)grad_x.data_ptr(),
                                              beta ? (T*)grad_beta.data_ptr() : nullptr,
                                              gamma ? (T*)grad_gamma.data_ptr() : nullptr,
@@ -650,7 +650,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_encoder_cuda(Tensor z_pre, std
     Tensor workspace =
         torch::stable::new_empty(z_pre, {ladderfast_ladder_encoder_workspace_cuda(&shape)}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_encoder_forward_cuda(
-        z_pre.data_ptr(), data_or_null(beta), data_or_null(gamma), (const int64_t*)data_or_null(state),
+        z_pre.data_ptr(), pointer(beta), pointer(gamma), (const int64_t*)pointer(state),
         want_z ? z.data_ptr() : nullptr, want_h ? h.data_ptr() : nullptr, mean.data_ptr(), var.data_ptr(),
         workspace.data_ptr(), dtype_code(op, z_pre.scalar_type()), params_code(op, z_pre, beta, gamma), &options,
         &shape, current_stream(z_pre)));
@@ -675,15 +675,13 @@ std::tuple<Tensor, Tensor, Tensor> ladder_encoder_backward_cuda(
     Tensor workspace =
         torch::stable::new_empty(z_pre, {ladderfast_ladder_encoder_backward_workspace_cuda(&shape)}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_encoder_backward_cuda(
-        data_or_null(grad_z), data_or_null(grad_h), data_or_null(grad_mean), data_or_null(grad_var), z_pre.data_ptr(),
-        mean.data_ptr(), var.data_ptr(), data_or_null(beta), data_or_null(gamma), (const int64_t*)data_or_null(state),
+        pointer(grad_z), pointer(grad_h), pointer(grad_mean), pointer(grad_var), z_pre.data_ptr(),
+        mean.data_ptr(), var.data_ptr(), pointer(beta), pointer(gamma), (const int64_t*)pointer(state),
         grad_x.data_ptr(), beta ? grad_beta.data_ptr() : nullptr, gamma ? grad_gamma.data_ptr() : nullptr,
         workspace.data_ptr(), dtype_code(op, z_pre.scalar_type()), params_code(op, z_pre, beta, gamma), &options,
         &shape, current_stream(z_pre)));
     return {grad_x, grad_beta, grad_gamma};
 }
-
-const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cuda(Tensor u, Tensor z, Tensor params,
                                                                std::optional<Tensor> clean_z,

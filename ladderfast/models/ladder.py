@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ladderfast.nn.combinator import make_combinator
-from ladderfast.ops.function import plain
 from ladderfast.nn.ladder_decoder import decode
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
 from ladderfast.nn.maps import op_dtype
 from ladderfast.ops import ladder_encoder
+from ladderfast.ops.function import plain
 
 MAX_COUNT = 10  # the running weight of a batch's statistics is 1 / min(batches seen, MAX_COUNT)
 

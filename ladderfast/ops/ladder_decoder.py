@@ -12,7 +12,7 @@ from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
 from ladderfast.ops.combinator import packed
-from ladderfast.ops.function import batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import ladder_decoder as reference
 
 
@@ -138,8 +138,8 @@ class _LadderDecoder(torch.autograd.Function):
             return (None,) * 9
         needed = ctx.needs_input_grad
         wanted = (needed[1], needed[3], needed[4] or needed[5])
-        grads = _LadderDecoderBackward.apply(
-            grad_z_hat, grad_cost, *ctx.saved_tensors, *ctx.options, *wanted
+        grads = apply_in_backward(
+            _LadderDecoderBackward, grad_z_hat, grad_cost, *ctx.saved_tensors, *ctx.options, *wanted
         )
         costly = grad_cost is not None
         given = (True, needed[1], True, needed[3] and costly, needed[4] and costly, needed[5] and costly)
@@ -300,8 +300,8 @@ def ladder_decoder(
         return LadderDecoderOutput(
             *reference.ladder_decoder(u, z, params, clean_z, mean, var, squash_v=squash_v, eps=eps)
         )
-    z_hat, cost, _, _ = _LadderDecoder.apply(
-        u, z, params, clean_z, mean, var, bool(squash_v), float(eps), name
+    z_hat, cost, _, _ = apply(
+        _LadderDecoder, u, z, params, clean_z, mean, var, bool(squash_v), float(eps), name
     )
     return LadderDecoderOutput(z_hat, None if clean_z is None else cost)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import check_dtype, shape_text
-from ladderfast.ops.function import batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
 
@@ -143,8 +143,18 @@ class _LadderEncoder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         z_pre, beta, gamma, state, mean, var = ctx.saved_tensors
-        grad_z_pre, grad_beta, grad_gamma = _LadderEncoderBackward.apply(
-            *grads, z_pre, mean, var, beta, gamma, state, ctx.options, ctx.seeds, ctx.name
+        grad_z_pre, grad_beta, grad_gamma = apply_in_backward(
+            _LadderEncoderBackward,
+            *grads,
+            z_pre,
+            mean,
+            var,
+            beta,
+            gamma,
+            state,
+            ctx.options,
+            ctx.seeds,
+            ctx.name,
         )
         return (
             grad_z_pre,
@@ -206,7 +216,7 @@ class _LadderEncoderBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         options, seeds, name = inputs[10:]
         tensors = _seeds_first(info.batch_size, seeds, in_dims[:10], inputs[:10])
-        out = _LadderEncoderBackward.apply(*tensors, options, True, name)
+        out = apply_in_backward(_LadderEncoderBackward, *tensors, options, True, name)
         dims = (0, None if inputs[7] is None else 0, None if inputs[8] is None else 0)
         if seeds:
             out = tuple(
@@ -363,8 +373,8 @@ def ladder_encoder(
             float(eps),
         )
         state = noise_state if noise_std else None
-        z, h, mean, var = _LadderEncoder.apply(
-            z_pre, beta, gamma, state, options, want_z or same, not same, False, name
+        z, h, mean, var = apply(
+            _LadderEncoder, z_pre, beta, gamma, state, options, want_z or same, not same, False, name
         )
     return LadderEncoderOutput(z if want_z else None, z if same else h, mean, var)
 
