@@ -26,6 +26,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), which binds the arguments anew and unwraps them at each call for the sake of torch.func's
     transforms: where there are none, this saves 12 us."""
     if plain():
+        if not torch.is_grad_enabled():
+            return function.forward(*args)
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     return function.apply(*args)
 
