@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,14 +36,24 @@ class Dataset:
         for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
             if len(x) != len(y):
                 raise ValueError(f"x_{name} and y_{name} must be of one length, got {len(x)} and {len(y)}")
-        chosen = draw_labels(y_train, num_labels, seed=seed)
         self.x_unlabelled = x_train
-        # With every label this is the same memory, not a second copy of the training set.
-        self.x_labelled = x_train if num_labels is None else x_train[chosen]
-        self.y_labelled = y_train[chosen]
         self.x_test = x_test
         self.y_test = y_test
         self.image_shape = image_shape
+        self._y_train, self._num_labels = y_train, num_labels
+        self._draw(seed)
+
+    def _draw(self, seed: int) -> None:
+        chosen = draw_labels(self._y_train, self._num_labels, seed=seed)
+        # With every label this is the same memory, not a second copy of the training set.
+        self.x_labelled = self.x_unlabelled if self._num_labels is None else self.x_unlabelled[chosen]
+        self.y_labelled = self._y_train[chosen]
+
+    def with_seed(self, seed: int) -> Dataset:
+        """The same samples, with the labels that another seed draws; nothing is read or copied again."""
+        other = copy.copy(self)
+        other._draw(seed)
+        return other
 
 
 class Batch(NamedTuple):
@@ -132,3 +144,46 @@ class Batches:
             return torch.from_numpy(rows[:, self.rank].copy())
 
         return mine(labelled[offset:], self.batch_labelled), mine(unlabelled, self.batch_unlabelled)
+
+
+class EnsembleBatches:
+    """The minibatches of several seeds, side by side: what `Batches` has for each, with an axis of seeds in front.
+
+    datasets: one for each seed, all with the same samples (`Dataset.with_seed`), which are held once. `of(i)` is the
+    `Batches` of seed number i; x_test, y_test and image_shape are theirs.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        batch_labelled: int,
+        batch_unlabelled: int,
+        *,
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._each: list[Batches] = []
+        for dataset, seed in zip(datasets, seeds, strict=True):
+            if self._each:  # on the device already
+                held = copy.copy(dataset)
+                held.x_unlabelled, held.x_test = self._each[0].x_unlabelled, self._each[0].x_test
+                if dataset.x_labelled is dataset.x_unlabelled:
+                    held.x_labelled = held.x_unlabelled
+                dataset = held
+            self._each.append(
+                Batches(dataset, batch_labelled, batch_unlabelled, seed=seed, device=device, dtype=dtype)
+            )
+        first = self._each[0]
+        self.x_test, self.y_test, self.image_shape = first.x_test, first.y_test, first.image_shape
+        self.batch_labelled, self.batch_unlabelled = batch_labelled, batch_unlabelled
+
+    def __len__(self) -> int:
+        return len(self._each[0])
+
+    def of(self, index: int) -> Batches:
+        return self._each[index]
+
+    def get(self, epoch: int, step: int) -> Batch:
+        """The batches of step `step` of epoch `epoch`: x (S, B, *), y (S, B)."""
+        return Batch(*(torch.stack(parts) for parts in zip(*[b.get(epoch, step) for b in self._each], strict=True)))

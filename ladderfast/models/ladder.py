@@ -343,7 +343,7 @@ class LadderNetwork(nn.Module):
             torch._foreach_lerp_(wide, statistics, [weight] * len(statistics))
         else:
             for old, new in zip(wide, statistics, strict=True):
-                old.lerp_(new, weight)
+                old.add_((new - old) * weight)
         if wide is not running:
             torch._foreach_copy_(running, wide)
 

@@ -1,0 +1,95 @@
+"""Networks that differ in their seed alone, trained side by side in one batched program."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Call(nn.Module):
+    """Any function of a module as the forward of one, which is what torch.func.functional_call calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.module, *args)
+
+
+class Ensemble(nn.Module):
+    """Several networks of one architecture as one module, whose parameters and buffers have an axis of networks in front.
+
+    What is computed goes through torch.func.vmap: a matrix product becomes a batched one, and the ops of
+    ladderfast take all networks in one call.
+
+    Args:
+        models: networks with the same modules; their parameters and buffers are copied.
+
+    Raises ValueError where there is no network, or their parameters do not have the same names and shapes.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not models:
+            raise ValueError("models must hold at least one network")
+        states = [model.state_dict() for model in models]
+        for state in states[1:]:
+            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in states[0].items()}:
+                raise ValueError("models must have parameters and buffers of the same names and shapes")
+        self.stacked = copy.deepcopy(models[0])
+        self.size = len(models)
+        for own, *modules in zip(self.stacked.modules(), *[m.modules() for m in models], strict=True):
+            for name, parameter in own._parameters.items():
+                if parameter is not None:
+                    data = torch.stack([m._parameters[name].detach() for m in modules])
+                    own._parameters[name] = nn.Parameter(data, parameter.requires_grad)
+            for name, buffer in own._buffers.items():
+                if buffer is not None:
+                    own._buffers[name] = torch.stack([m._buffers[name] for m in modules])
+        # In a tuple: the calling module shares the networks' parameters and must not bring them in a second time.
+        self._caller = (_Call(self.stacked),)
+
+    def call(self, function: Callable[..., Any], *args: Any, shared: Sequence[bool] | None = None) -> Any:
+        """function(network, *args) for every network; results have the axis of networks in front.
+
+        args: tensors, or tuples and dicts of them, with that axis in front too, unless `shared` says of one that all
+        networks take the same.
+        """
+        caller = self._caller[0]
+        named = {**dict(caller.named_parameters()), **dict(caller.named_buffers())}
+
+        def one(state: dict[str, Tensor], *args: Any) -> Any:
+            return torch.func.functional_call(caller, state, (function, *args))
+
+        dims = [None if whole else 0 for whole in (shared or [False] * len(args))]
+        return torch.func.vmap(one, (0, *dims), randomness="different")(named, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """network(x) of every network, for one x that all of them take."""
+        return self.call(lambda network, x: network(x), x, shared=[True])
+
+    def extract(self, index: int) -> nn.Module:
+        """Network number `index` alone, a copy."""
+        model = copy.deepcopy(self.stacked)
+        for own, stacked in zip(model.modules(), self.stacked.modules(), strict=True):
+            for name, parameter in stacked._parameters.items():
+                if parameter is not None:
+                    own._parameters[name] = nn.Parameter(
+                        parameter[index].detach().clone(), parameter.requires_grad
+                    )
+            for name, buffer in stacked._buffers.items():
+                if buffer is not None:
+                    own._buffers[name] = buffer[index].clone()
+        return model
+
+    @torch.no_grad()
+    def absorb(self, index: int, model: nn.Module) -> None:
+        """Make `model`'s parameters and buffers those of network number `index`."""
+        state = self.stacked.state_dict()
+        for name, value in model.state_dict().items():
+            state[name][index].copy_(value)
