@@ -2,9 +2,9 @@
 //
 // x, z, h and the gradients with respect to them share one packed layout (seeds, rows, channels, inner), inner fastest.
 // Dense and channels-last tensors have inner = 1 and rows = every position. The rows of a seed lie in `parts` parts,
-// one after the other, each with statistics of its own; those of the first `noisy` rows get noise. mean and var and
-// their gradients are (seeds, parts, channels), packed; beta, gamma and their gradients (seeds, channels), packed, or
-// null where there are none. Pointers need no alignment beyond their element's. Outputs never alias inputs.
+// one after the other, each with statistics of its own; the first `noisy` rows, which are whole parts, get noise. mean
+// and var and their gradients are (seeds, parts, channels), packed; beta, gamma and their gradients (seeds, channels),
+// packed, or null where there are none. Pointers need no alignment beyond their element's. Outputs never alias inputs.
 //
 // The noise of an element: its number e counts from the beginning of its seed in the packed layout; it has the word
 // e % 4 of the counter (e / 4, offset + stream), as written in ../ladderfast/reference/noise.py; state is
@@ -27,54 +27,65 @@ struct LadderEncoderOptions {
 // Every pass is cut into work items whose number and extent depend on the shape alone, so that results do not depend on
 // how items are spread over threads. T is float or double; the functions below exist for both.
 //
-//   forward:   run items [0, statistics_items), then [0, apply_items), each in any order
-//   backward:  run items [0, statistics_items) of backward_sums, then [0, apply_items) of backward_apply; then
-//              [0, reduce_items) if beta or gamma have gradients
+//   forward:   run items [0, items) of statistics, [0, merge_items) of merge, [0, items) of apply, each in any order
+//   backward:  run items [0, items) of backward_sums, [0, reduce_items) of reduce, [0, items) of backward_apply
 namespace ladderfast::cpu {
 
-int64_t ladder_encoder_statistics_items(const LadderEncoderShape& shape);
-int64_t ladder_encoder_apply_items(const LadderEncoderShape& shape);
+int64_t ladder_encoder_items(const LadderEncoderShape& shape);
+int64_t ladder_encoder_merge_items(const LadderEncoderShape& shape);
 int64_t ladder_encoder_reduce_items(const LadderEncoderShape& shape);
 int64_t ladder_encoder_workspace(const LadderEncoderShape& shape);           // elements of T, forward
 int64_t ladder_encoder_backward_workspace(const LadderEncoderShape& shape);  // elements of T, backward
 
 template <class T>
-void ladder_encoder_statistics(const T* x, T* workspace, const LadderEncoderShape& shape, int64_t begin, int64_t end);
+struct LadderEncoderForward {
+    const T* x;            // (seeds, rows, channels, inner)
+    const T* beta;         // (seeds, channels) or null
+    const T* gamma;        // (seeds, channels) or null
+    const int64_t* state;  // (seeds, 2) or null: no noise
+    T* z;                  // as x, written once; null: not wanted
+    T* h;                  // as x, written once; null: not wanted
+    T* mean;               // (seeds, parts, channels), written once; 0 for a part of no rows
+    T* var;                // as mean
+    T* workspace;          // ladder_encoder_workspace(shape), need not be initialised
+};
 
 template <class T>
-void ladder_encoder_apply(const T* x,            // (seeds, rows, channels, inner)
-                          const T* workspace,    // filled by every item of ladder_encoder_statistics
-                          const T* beta,         // (seeds, channels) or null
-                          const T* gamma,        // (seeds, channels) or null
-                          const int64_t* state,  // (seeds, 2) or null: no noise
-                          T* z,                  // as x, written once; null: not wanted
-                          T* h,                  // as x, written once; null: not wanted
-                          T* mean, T* var,       // (seeds, parts, channels), written once; 0 for a part of no rows
-                          const LadderEncoderOptions& options, const LadderEncoderShape& shape, int64_t begin,
+struct LadderEncoderBackward {
+    const T* grad_z;     // as x or null: zero
+    const T* grad_h;     // as x or null: zero
+    const T* grad_mean;  // as mean or null: zero
+    const T* grad_var;   // as mean or null: zero
+    const T* x;          // (seeds, rows, channels, inner)
+    const T* mean;       // (seeds, parts, channels)
+    const T* var;        // as mean
+    const T* beta;       // (seeds, channels) or null
+    const T* gamma;      // (seeds, channels) or null
+    const int64_t* state;
+    T* grad_x;      // as x; between sums and apply it holds what reaches the normalised x
+    T* grad_beta;   // (seeds, channels), written once; or null: not wanted
+    T* grad_gamma;  // (seeds, channels), written once; or null: not wanted
+    T* workspace;   // ladder_encoder_backward_workspace(shape), need not be initialised
+};
+
+template <class T>
+void ladder_encoder_statistics(const LadderEncoderForward<T>& pass, const LadderEncoderShape& shape, int64_t begin,
+                               int64_t end);
+template <class T>
+void ladder_encoder_merge(const LadderEncoderForward<T>& pass, const LadderEncoderShape& shape, int64_t begin,
                           int64_t end);
-
 template <class T>
-void ladder_encoder_backward_sums(const T* grad_z,  // as x or null: zero
-                                  const T* grad_h,  // as x or null: zero
-                                  const T* x, const T* mean, const T* var, const T* beta, const T* gamma,
-                                  const int64_t* state,
-                                  T* grad_x,     // as x, holds what reaches the normalised x
-                                  T* workspace,  // ladder_encoder_backward_workspace(shape), need not be initialised
-                                  const LadderEncoderOptions& options, const LadderEncoderShape& shape, int64_t begin,
-                                  int64_t end);
-
+void ladder_encoder_apply(const LadderEncoderForward<T>& pass, const LadderEncoderOptions& options,
+                          const LadderEncoderShape& shape, int64_t begin, int64_t end);
 template <class T>
-void ladder_encoder_backward_apply(const T* x, const T* mean, const T* var,
-                                   const T* grad_mean,  // as mean or null: zero
-                                   const T* grad_var,   // as var or null: zero
-                                   const T* workspace,  // filled by every item of ladder_encoder_backward_sums
-                                   T* grad_x,           // in and out
-                                   const LadderEncoderOptions& options, const LadderEncoderShape& shape, int64_t begin,
-                                   int64_t end);
-
+void ladder_encoder_backward_sums(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+                                  const LadderEncoderShape& shape, int64_t begin, int64_t end);
 template <class T>
-void ladder_encoder_reduce(const T* workspace, T* grad_beta, T* grad_gamma,  // (seeds, channels), written once; or null
+void ladder_encoder_reduce(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
                            const LadderEncoderShape& shape, int64_t begin, int64_t end);
+template <class T>
+void ladder_encoder_backward_apply(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+                                   const LadderEncoderShape& shape, int64_t begin, int64_t end);
 
 }  // namespace ladderfast::cpu
 

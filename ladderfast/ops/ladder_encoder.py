@@ -3,21 +3,274 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ladderfast import _extension
+from ladderfast.ops import backend
 from ladderfast.ops.checks import check_dtype, shape_text
+from ladderfast.ops.function import batch_first, known_signature
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
+
+# num_labelled, num_clean, noise_std, noise_stream, activation as its index, negative_slope, eps
+Options = tuple[int, int, float, int, int, float, float]
+
+if _extension.module is not None:
+
+    @torch.library.register_fake("ladderfast::ladder_encoder")
+    def _ladder_encoder_fake(
+        z_pre: Tensor,
+        beta: Tensor | None,
+        gamma: Tensor | None,
+        noise_state: Tensor | None,
+        num_labelled: int,
+        num_clean: int,
+        noise_std: float,
+        noise_stream: int,
+        activation: int,
+        negative_slope: float,
+        eps: float,
+        want_z: bool,
+        want_h: bool,
+        seeds: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axis = 2 if seeds else 1
+        parts = 3 if num_clean > 0 else 2
+        shape = (*z_pre.shape[: axis - 1], parts, z_pre.shape[axis])
+        wide = torch.float64 if z_pre.dtype == torch.float64 else torch.float32
+        return (
+            torch.empty_like(z_pre) if want_z else z_pre.new_empty(0),
+            torch.empty_like(z_pre) if want_h else z_pre.new_empty(0),
+            z_pre.new_empty(shape, dtype=wide),
+            z_pre.new_empty(shape, dtype=wide),
+        )
+
+    @torch.library.register_fake("ladderfast::ladder_encoder_backward")
+    def _ladder_encoder_backward_fake(
+        grad_z: Tensor | None,
+        grad_h: Tensor | None,
+        grad_mean: Tensor | None,
+        grad_var: Tensor | None,
+        z_pre: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        beta: Tensor | None,
+        gamma: Tensor | None,
+        *options: Any,
+        **named: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            torch.empty_like(z_pre),
+            z_pre.new_empty(0) if beta is None else beta.new_empty(beta.shape),
+            z_pre.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape),
+        )
+
+
+def _packed(z_pre: Tensor, seeds: bool) -> Tensor:
+    """z_pre as the kernels take it: contiguous or channels-last; a copy only where it is neither."""
+    if z_pre.is_contiguous() or z_pre.movedim(2 if seeds else 1, -1).is_contiguous():
+        return z_pre
+    return z_pre.contiguous()
+
+
+def _seeds_first(size: int, seeds: bool, in_dims: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    """The batch axis of vmap in front, merged with the axis of seeds if there is one already; None stays None."""
+    moved = [
+        None if t is None else batch_first(size, (dim,), (t,))[0]
+        for t, dim in zip(tensors, in_dims, strict=True)
+    ]
+    return [None if t is None else t.flatten(0, 1) for t in moved] if seeds else moved
+
+
+def _forward(
+    z_pre: Tensor,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    state: Tensor | None,
+    options: Options,
+    want_z: bool,
+    want_h: bool,
+    seeds: bool,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z_pre = _packed(z_pre, seeds)
+    if name == "triton":
+        from ladderfast.triton.ladder_encoder import ladder_encoder_triton
+
+        return ladder_encoder_triton(
+            z_pre, beta, gamma, state, *options, int(want_z), int(want_h), int(seeds)
+        )
+    return torch.ops.ladderfast.ladder_encoder(z_pre, beta, gamma, state, *options, want_z, want_h, seeds)
+
+
+def _backward(
+    grad_z: Tensor | None,
+    grad_h: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    z_pre: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    state: Tensor | None,
+    options: Options,
+    seeds: bool,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z_pre = _packed(z_pre, seeds)
+    tensors = (grad_z, grad_h, grad_mean, grad_var, z_pre, mean, var, beta, gamma, state)
+    if name == "triton":
+        from ladderfast.triton.ladder_encoder import ladder_encoder_backward_triton
+
+        return ladder_encoder_backward_triton(*tensors, *options, int(seeds))
+    return torch.ops.ladderfast.ladder_encoder_backward(*tensors, *options, seeds)
+
+
+@known_signature
+class _LadderEncoder(torch.autograd.Function):
+    forward = staticmethod(_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], *output[2:])
+        ctx.options, _, _, ctx.seeds, ctx.name = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        z_pre, beta, gamma, state, mean, var = ctx.saved_tensors
+        grad_z_pre, grad_beta, grad_gamma = _LadderEncoderBackward.apply(
+            *grads, z_pre, mean, var, beta, gamma, state, ctx.options, ctx.seeds, ctx.name
+        )
+        return (
+            grad_z_pre,
+            None if beta is None else grad_beta,
+            None if gamma is None else grad_gamma,
+            *[None] * 6,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        options, want_z, want_h, seeds, name = inputs[4:]
+        tensors = _seeds_first(info.batch_size, seeds, in_dims[:4], inputs[:4])
+        out = _LadderEncoder.apply(*tensors, options, want_z, want_h, True, name)
+        dims = (0 if want_z else None, 0 if want_h else None, 0, 0)
+        if seeds:
+            out = tuple(
+                t if dim is None else t.unflatten(0, (info.batch_size, -1))
+                for t, dim in zip(out, dims, strict=True)
+            )
+        return out, dims
+
+
+@known_signature
+class _LadderEncoderBackward(torch.autograd.Function):
+    forward = staticmethod(_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5], *inputs[7:10])
+        ctx.options, ctx.seeds = inputs[10:12]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients of gradients come from the reference. mean and var are functions of z_pre there, so that what
+        # reaches them is part of what reaches z_pre.
+        *upstream, z_pre, beta, gamma, state = ctx.saved_tensors
+        outputs = [i for i, grad in enumerate(upstream) if grad is not None]
+        parameters = [t for t in (beta, gamma) if t is not None]
+        function = _reference_of(z_pre, beta, gamma, state, ctx.options, ctx.seeds)
+
+        def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
+            given, inputs = tensors[: len(outputs)], tensors[len(outputs) :]
+
+            def chosen(*inputs: Tensor) -> tuple[Tensor, ...]:
+                out = function(*inputs)
+                return tuple(out[i] for i in outputs)
+
+            return torch.func.vjp(chosen, *inputs)[1](given)
+
+        wanted = (grads[0], *[g for g, t in zip(grads[1:], (beta, gamma), strict=True) if t is not None])
+        given = [upstream[i] for i in outputs]
+        results = list(torch.func.vjp(formula, *given, z_pre, *parameters)[1](wanted))
+        into: list[Tensor | None] = [results.pop(0) if grad is not None else None for grad in upstream]
+        into += [results.pop(0), None, None]
+        into += [None if t is None else results.pop(0) for t in (beta, gamma)]
+        return *into, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        options, seeds, name = inputs[10:]
+        tensors = _seeds_first(info.batch_size, seeds, in_dims[:10], inputs[:10])
+        out = _LadderEncoderBackward.apply(*tensors, options, True, name)
+        dims = (0, None if inputs[7] is None else 0, None if inputs[8] is None else 0)
+        if seeds:
+            out = tuple(
+                t if dim is None else t.unflatten(0, (info.batch_size, -1))
+                for t, dim in zip(out, dims, strict=True)
+            )
+        return out, dims
+
+
+def _reference_of(
+    z_pre: Tensor,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    state: Tensor | None,
+    options: Options,
+    seeds: bool,
+) -> Any:
+    """The reference as a function of z_pre and of those of beta and gamma that are given, over seeds if need be."""
+    num_labelled, num_clean, std, stream, activation, negative_slope, eps = options
+    half = z_pre.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if half else z_pre.dtype
+    z_pre = _packed(z_pre, seeds)
+
+    def noise_of(x: Tensor, state: Tensor | None) -> Tensor | None:
+        return reference.scaled_noise(x, state, stream, std, num_clean, dtype)
+
+    if seeds and state is not None and std > 0:
+        noise = torch.stack([noise_of(x, s) for x, s in zip(z_pre, state, strict=True)])  # type: ignore[arg-type,misc]
+    else:
+        noise = noise_of(z_pre, state)
+
+    def one(noise: Tensor | None, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        left = list(parameters)
+        shift = None if beta is None else left.pop(0)
+        scale = None if gamma is None else left.pop(0)
+        z, h, mean, var = reference.encode(
+            x.to(dtype),
+            noise,
+            shift,
+            scale,
+            num_labelled,
+            num_clean,
+            ACTIVATIONS[activation],
+            negative_slope,
+            eps,
+        )
+        return z.to(x.dtype), h.to(x.dtype), mean, var
+
+    function = (
+        torch.func.vmap(
+            one, (None if noise is None else 0, *[0] * (1 + (beta is not None) + (gamma is not None)))
+        )
+        if seeds
+        else one
+    )
+    return lambda *inputs: function(noise, *inputs)
 
 
 class LadderEncoderOutput(NamedTuple):
     """What `ladder_encoder` returns."""
 
-    z: Tensor
-    """(N, C, *) normalised values, with noise: the lateral values and, in a clean part, their targets."""
+    z: Tensor | None
+    """(N, C, *) normalised values, with noise: the lateral values and, in a clean part, their targets. None where it
+    was not wanted."""
     h: Tensor
     """(N, C, *) act(gamma (z + beta))."""
     mean: Tensor
@@ -39,6 +292,7 @@ def ladder_encoder(
     activation: str = "identity",
     negative_slope: float = 0.1,
     eps: float = 1e-10,
+    want_z: bool = True,
 ) -> LadderEncoderOutput:
     """What follows the linear map of a Ladder's encoder layer, in one op.
 
@@ -59,9 +313,11 @@ def ladder_encoder(
         activation: "identity", "relu" or "leaky_relu".
         negative_slope: of the leaky ReLU.
         eps: beneath the square root.
+        want_z: whether z is needed: False leaves it out, and the time to write it.
 
     Returns:
-        z, h, mean and var. z and h have the dtype and memory format of z_pre, mean and var are (2, C), or (3, C) with a
+        z, h, mean and var. z and h have the dtype and memory format of z_pre, and are one tensor where they are equal
+        (no beta, no gamma, no activation). mean and var are (2, C), or (3, C) with a
         clean part. A part of no rows has mean and variance 0. Differentiable any number of times in z_pre, beta and
         gamma, also through mean and var. Backward keeps z_pre, beta, gamma, the state and the statistics, and draws
         the noise again.
@@ -80,8 +336,10 @@ def ladder_encoder(
     _check(
         z_pre, num_labelled, num_clean, beta, gamma, noise_std, noise_state, activation, negative_slope, eps
     )
-    return LadderEncoderOutput(
-        *reference.ladder_encoder(
+    name = backend.choose("ladder_encoder", z_pre.device.type, z_pre.dtype)
+    same = beta is None and gamma is None and activation == "identity"  # h is z then
+    if name == "reference":
+        z, h, mean, var = reference.ladder_encoder(
             z_pre,
             num_labelled,
             num_clean=num_clean,
@@ -94,7 +352,21 @@ def ladder_encoder(
             negative_slope=negative_slope,
             eps=eps,
         )
-    )
+    else:
+        options = (
+            num_labelled,
+            num_clean,
+            float(noise_std),
+            noise_stream,
+            ACTIVATIONS.index(activation),
+            float(negative_slope),
+            float(eps),
+        )
+        state = noise_state if noise_std else None
+        z, h, mean, var = _LadderEncoder.apply(
+            z_pre, beta, gamma, state, options, want_z or same, not same, False, name
+        )
+    return LadderEncoderOutput(z if want_z else None, z if same else h, mean, var)
 
 
 def _check(

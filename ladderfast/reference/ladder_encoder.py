@@ -43,6 +43,44 @@ def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
     return x
 
 
+def encode(
+    x: Tensor,
+    noise: Tensor | None,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    num_labelled: int,
+    num_clean: int,
+    activation: str,
+    negative_slope: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ladder_encoder` with the noise, scaled by its standard deviation, given: (N - num_clean, C, *) or None."""
+    noisy = len(x) - num_clean
+    sizes = [num_labelled, noisy - num_labelled, *[num_clean] * (num_clean > 0)]
+    parts = x.split(sizes)
+    statistics = [moments(part) for part in parts]
+    z = torch.cat([normalise(p, *s, eps) for p, s in zip(parts, statistics, strict=True)])
+    if noise is not None:
+        z = torch.cat([z[:noisy] + noise, z[noisy:]]) if num_clean else z + noise
+    h = z
+    if beta is not None:
+        h = h + over_channels(beta.to(h.dtype), h)
+    if gamma is not None:
+        h = h * over_channels(gamma.to(h.dtype), h)
+    h = activate(h, activation, negative_slope)
+    mean, var = (torch.stack(values) for values in zip(*statistics, strict=True))
+    return z, h, mean, var
+
+
+def scaled_noise(
+    z_pre: Tensor, state: Tensor | None, stream: int, std: float, num_clean: int, dtype: torch.dtype
+) -> Tensor | None:
+    """The noise of z_pre (N, C, *) without its clean rows, in `dtype`; None for none."""
+    if std == 0 or state is None:
+        return None
+    return std * noise_like(z_pre, state, stream)[: len(z_pre) - num_clean].to(dtype)
+
+
 def ladder_encoder(
     z_pre: Tensor,
     num_labelled: int,
@@ -62,25 +100,7 @@ def ladder_encoder(
     16-bit inputs are computed in float32; z and h are rounded once, at the end, and the statistics not at all.
     """
     dtype = z_pre.dtype
-    half = dtype in (torch.bfloat16, torch.float16)
-    x = z_pre.float() if half else z_pre
-    noisy = len(x) - num_clean
-    sizes = [num_labelled, noisy - num_labelled, *[num_clean] * (num_clean > 0)]
-    parts = x.split(sizes)
-    statistics = [moments(part) for part in parts]
-    z = torch.cat([normalise(p, *s, eps) for p, s in zip(parts, statistics, strict=True)])
-    if noise_std > 0 and noise_state is not None:
-        noise = noise_like(z_pre, noise_state, noise_stream).to(z.dtype)
-        z = (
-            torch.cat([z[:noisy] + noise_std * noise[:noisy], z[noisy:]])
-            if num_clean
-            else z + noise_std * noise
-        )
-    h = z
-    if beta is not None:
-        h = h + over_channels(beta.to(h.dtype), h)
-    if gamma is not None:
-        h = h * over_channels(gamma.to(h.dtype), h)
-    h = activate(h, activation, negative_slope)
-    mean, var = (torch.stack(values) for values in zip(*statistics, strict=True))
+    x = z_pre.float() if dtype in (torch.bfloat16, torch.float16) else z_pre
+    noise = scaled_noise(z_pre, noise_state, noise_stream, noise_std, num_clean, x.dtype)
+    z, h, mean, var = encode(x, noise, beta, gamma, num_labelled, num_clean, activation, negative_slope, eps)
     return z.to(dtype), h.to(dtype), mean, var
