@@ -276,7 +276,7 @@ class LadderNetwork(nn.Module):
         """Logits, and the layers' means and then their unbiased variances, detached."""
         h, means, variances, counts = x, [], [], []
         for layer in self.encoder:
-            out = layer(h)
+            out = layer(h, want_z=False)
             h = out.h
             means.append(out.mean[0].detach())
             variances.append(out.var[0].detach())
@@ -379,8 +379,10 @@ def _add_noise(x: Tensor, std: float, state: Tensor, stream: int) -> None:
     if std and len(x):
         # Of zeros, which its normalisation leaves as they are, the encoder's op makes the noise alone.
         zeros = torch.zeros(x.shape, dtype=op_dtype(x.dtype, x.device), device=x.device)
-        noise = ladder_encoder(zeros, len(x), noise_std=std, noise_state=state, noise_stream=stream).z
-        x.add_(noise)
+        noise = ladder_encoder(
+            zeros, len(x), noise_std=std, noise_state=state, noise_stream=stream, want_z=False
+        )
+        x.add_(noise.h)
 
 
 def _check_input(name: str, x: Tensor, shape: tuple[int, ...], *, at_least: int) -> Tensor:

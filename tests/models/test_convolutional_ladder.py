@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ladderfast.models import LadderNetwork
 from ladderfast.models.layers import parse_layers
-from ladderfast.reference.noise import normal_noise
+from ladderfast.ops import ladder_encoder
 
 EPS = 1e-10
 EVERYTHING = ["2x5x6", "conv 3 3x2 full", "maxpool 2x2", "conv 4 2x2", "conv 3 3x3 same", "meanpool", 4]
@@ -203,10 +203,11 @@ def test_values_and_gradients_are_those_of_algorithm_1(net, activation, slope, t
     assert model.shapes == net.shapes
     x = torch.rand(10, *net.shapes[0], dtype=torch.float64)
     x_l, x_u = x[:4], x[4:]
-    noise = [
-        s * normal_noise(model.noise_state, level, 10 * math.prod(shape)).double().reshape(10, *shape)
-        for level, (s, shape) in enumerate(zip(std, net.shapes, strict=True))
-    ]
+    noise = []
+    for level, (s, shape) in enumerate(zip(std, net.shapes, strict=True)):
+        zeros = torch.zeros(10, *shape, dtype=torch.float64)
+        options = {"noise_std": 1.0, "noise_state": model.noise_state.clone(), "noise_stream": level}
+        noise.append(s * ladder_encoder(zeros, 10, **options).z)
     output = model.training_pass(x_l, x_u.flatten(1))
 
     p = {name: q.detach().clone().requires_grad_() for name, q in model.named_parameters()}
@@ -241,7 +242,9 @@ def test_evaluation_uses_statistics_by_channel():
     )  # n / (n - 1), n over positions
     for layer, shape in zip(model.encoder, model.shapes[1:], strict=True):
         n = 6 * math.prod(shape[1:])
-        layer.running_var *= (n - 1) / n  # with the biased variance, evaluation is the batch's own normalisation
+        layer.running_var *= (
+            n - 1
+        ) / n  # with the biased variance, evaluation is the batch's own normalisation
     torch.testing.assert_close(model.eval()(x), logits)
 
 
