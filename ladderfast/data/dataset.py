@@ -15,9 +15,9 @@ from .shuffle import LABELLED, UNLABELLED, check_seed, draw_labels, shuffles
 class Dataset:
     """Training and test samples, some of the training samples with their label.
 
-    x_train: (N, *) and x_test: (M, *), y_train: (N,) and y_test: (M,) class labels; image_shape: (height,
-    width) of a sample, for pictures. `num_labels` labels are drawn by `seed`, the same number of each class
-    (`None`: all of them). The labelled samples stay among the unlabelled ones.
+    x_train: (N, *) and x_test: (M, *), y_train: (N,) and y_test: (M,) class labels; image_shape: (height, width) or
+    (channels, height, width) of a sample, for pictures. `num_labels` labels are drawn by `seed`, the same number of
+    each class (`None`: all of them). The labelled samples stay among the unlabelled ones.
 
     Attributes: x_unlabelled (N, *), x_labelled (num_labels, *), y_labelled, x_test, y_test, image_shape.
     """
@@ -29,7 +29,7 @@ class Dataset:
         x_test: Tensor,
         y_test: Tensor,
         *,
-        image_shape: tuple[int, int],
+        image_shape: tuple[int, ...],
         num_labels: int | None = None,
         seed: int = 1,
     ) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import os
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from .dataset import Dataset
+from .download import cache_folder, download_file
 
 # Name and MD5 of the unpacked file, in the order x_train, y_train, x_test, y_test.
 FILES = (
@@ -51,7 +50,7 @@ class MNIST(Dataset):
         seed: int = 1,
         download: bool = False,
     ) -> None:
-        folder = cache_folder() if data_dir is None else Path(data_dir).expanduser()
+        folder = cache_folder("mnist") if data_dir is None else Path(data_dir).expanduser()
         arrays = []
         for name, md5 in FILES:
             path = _find(folder, name)
@@ -61,7 +60,9 @@ class MNIST(Dataset):
                         f"{name} (or {name}.gz) is not in {folder}: name the folder that holds MNIST's four "
                         "files with data_dir (--data-dir), or fetch them with download (--data.download true)"
                     )
-                path = _download(folder, name, md5)
+                path = folder / f"{name}.gz"
+                urls = [f"{mirror}{path.name}" for mirror in MIRRORS]
+                download_file(name, urls, path, check=lambda part, md5=md5: _read(part, md5))  # type: ignore[misc]
             arrays.append(torch.from_numpy(_read(path, md5)))
         x_train, y_train, x_test, y_test = arrays
         super().__init__(
@@ -73,11 +74,6 @@ class MNIST(Dataset):
             num_labels=num_labels,
             seed=seed,
         )
-
-
-def cache_folder() -> Path:
-    """Where MNIST is kept unless `data_dir` says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ladderfast" / "mnist"
 
 
 def parse_idx(content: bytes, name: str | Path) -> np.ndarray:
@@ -126,62 +122,3 @@ def _read(path: Path, md5: str) -> np.ndarray:
             f"{path} is not MNIST's file: the MD5 of its unpacked bytes is {found}, expected {md5}"
         )
     return array
-
-
-def _download(folder: Path, name: str, md5: str) -> Path:
-    try:
-        import pooch
-    except ImportError as error:
-        raise ImportError('download needs pooch: pip install "ladderfast[train]"') from error
-    folder.mkdir(parents=True, exist_ok=True)
-    target, part = folder / f"{name}.gz", folder / f"{name}.gz.part"
-    failures = []
-    for mirror in MIRRORS:
-        url = f"{mirror}{name}.gz"
-        try:
-            with _DownloadProgress(name) as progress:
-                fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 16, timeout=30)
-                fetch(url, str(part), None)
-            _read(part, md5)  # nothing takes the file's name before it is known to be the file
-            os.replace(part, target)
-            return target
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            failures.append(f"{url} ({str(error).splitlines()[0]})")
-        finally:
-            part.unlink(missing_ok=True)
-    raise OSError(f"could not download {name}: tried {'; '.join(failures)}")
-
-
-class _DownloadProgress:
-    """rich's progress bar behind the interface that pooch asks for."""
-
-    def __init__(self, name: str) -> None:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-        columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._progress = Progress(*columns, transient=True)
-        self._task = self._progress.add_task(name, total=None)
-
-    def __enter__(self) -> _DownloadProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._progress.stop()
-
-    @property
-    def total(self) -> float | None:
-        return self._progress.tasks[0].total
-
-    @total.setter
-    def total(self, total: int) -> None:
-        self._progress.update(self._task, total=total or None)
-
-    def update(self, size: int) -> None:
-        self._progress.advance(self._task, size)
-
-    def reset(self) -> None:
-        self._progress.reset(self._task, total=self.total)
-
-    def close(self) -> None:
-        pass

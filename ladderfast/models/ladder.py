@@ -1,4 +1,4 @@
-"""The Ladder network of dense layers (Rasmus et al. 2015, Algorithm 1)."""
+"""The Ladder network, dense and convolutional (Rasmus et al. 2015, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ladderfast.models.layers import Convolution, Dense, downward, parse_layers, upward
 from ladderfast.nn.combinator import make_combinator
 from ladderfast.nn.ladder_decoder import decode
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
@@ -38,15 +39,20 @@ class LadderOutput(NamedTuple):
 
 
 class LadderNetwork(nn.Module):
-    """Ladder network of dense layers: clean and corrupted encoder with shared weights, and a decoder.
+    """Ladder network: clean and corrupted encoder with shared weights, and a decoder.
 
     `model(x)` classifies. For a training step, `training_pass` returns the corrupted logits, for the
     cross-entropy, and the denoising costs, to be weighted with the recipe's lambdas and added.
 
     Args:
-        layers: widths of the layers 0..L, the input first and the classes last.
-        activation: of the layers 1..L-1: "relu", "leaky_relu" (slope 0.1) or "linear" (these have no beta).
-            Layer L has a softmax.
+        layers: the layers 0..L, the input first and the classes last. The input is a width or
+            "CHANNELSxHEIGHTxWIDTH"; a layer is a width (dense), "conv CHANNELS HEIGHTxWIDTH" with "valid" (the
+            default), "full" or "same" behind it for the border, "maxpool HEIGHTxWIDTH" (windows side by side,
+            those at the edge cut off there) or "meanpool" (the mean of each map): ["1x28x28", "conv 32 5x5 full",
+            "maxpool 2x2", "conv 10 1x1", "meanpool", 10].
+        activation: of the layers 1..L-1 that do not pool: "relu", "leaky_relu" (slope 0.1) or "linear" (these have
+            no beta). Layer L has a softmax, also where it pools. Poolings are linear, and are normalised and get
+            noise as other layers do.
         combinator: g(z~, u) of the layers 0..L, one name for all or one for each; names are the keys of
             `ladderfast.nn.COMBINATORS`. A layer with "none" has no denoising cost and, unless it is the top
             one, the decoder stops above it: "none" for all but the top is the Γ-model, for all the plain
@@ -58,11 +64,19 @@ class LadderNetwork(nn.Module):
     Statistics are those of the batch, with biased variance and eps 1e-10. The labelled and the unlabelled
     half are normalised apart, in both passes, and no gradient is stopped. `model.eval()(x)` uses
     statistics for evaluation instead, which follow the clean pass over labelled batches in training
-    mode: a batch's weight is 1/k for the k-th batch, never below 1/10, its variance times n/(n-1). They
-    are buffers. `recompute_statistics` replaces them after training by a plain average.
+    mode: a batch's weight is 1/k for the k-th batch, never below 1/10, its variance times n/(n-1), n the number of
+    values averaged. They are buffers. `recompute_statistics` replaces them after training by a plain average.
 
-    Under autocast, and in a network moved to a 16-bit type, only the matrix products (and, in the
-    latter, the combinators) are computed in 16 bits; statistics, costs and logits are float32.
+    Of maps, statistics, beta, gamma and combinators are by channel, and costs are means over positions as well. The
+    decoder mirrors the encoder: a full convolution undoes a valid one and a valid one a full one, max pooling is undone
+    by copying to every position of the window, mean pooling by copying to every position.
+
+    The noise is that of the buffer `noise_state`, (2,) seed and offset, drawn at the start from torch's global
+    generator. Each training pass takes offsets of its own, also in evaluation mode.
+
+    Under autocast, and in a network moved to a 16-bit type, matrix products and convolutions are computed in 16 bits,
+    and lateral values kept in them on a GPU; everything else is computed in float32, and statistics, costs and logits
+    are float32.
 
     Raises:
         TypeError, ValueError: `layers`, `activation`, `combinator` or `noise_std` make no Ladder.
@@ -70,7 +84,7 @@ class LadderNetwork(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: Sequence[int | str],
         *,
         activation: str = "relu",
         combinator: str | Sequence[str] = "gaussian",
@@ -80,37 +94,41 @@ class LadderNetwork(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.layers = _check_layers(layers)
+        parsed = parse_layers(layers)
+        self.layers = tuple(layers)
+        self.shapes = tuple(layer.shape for layer in parsed)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        depth = len(self.layers)
+        depth = len(parsed)
         self.activation = activation
         self.noise_std = _check_noise_std(noise_std, depth)
         self.combinator = _check_combinator(combinator, depth)
 
         encoder = nn.ModuleList()
-        for below, width in itertools.pairwise(self.layers):
-            top = len(encoder) == depth - 2
-            layer = LadderEncoderLayer(
-                nn.Linear(below, width, bias=False, device=device, dtype=dtype),
-                width,
-                activation=ACTIVATIONS["linear" if top else activation],
-                noise_std=self.noise_std[len(encoder) + 1],
-                shift=top or activation != "linear",
-                scale=top and top_gamma,
-                wide=top,
-                device=device,
-                dtype=dtype,
+        for index, (below, layer) in enumerate(itertools.pairwise(parsed), 1):
+            top = index == depth - 1
+            linear = top or layer.pooling or activation == "linear"
+            encoder.append(
+                LadderEncoderLayer(
+                    upward(below, layer, device=device, dtype=dtype),
+                    layer.num_features,
+                    activation=ACTIVATIONS["linear" if linear else activation],
+                    noise_std=self.noise_std[index],
+                    shift=top or not linear,
+                    scale=top and top_gamma,
+                    wide=top,
+                    device=device,
+                    dtype=dtype,
+                )
             )
-            encoder.append(layer)
         # Entry l of each belongs to layer l: its g, and the V of layer l + 1 that leads down to it.
         combinators, decoder = nn.ModuleList(), nn.ModuleList()
-        for index, name in enumerate(self.combinator):
-            width = self.layers[index]
-            combinators.add_module(str(index), make_combinator(name, width, device=device, dtype=dtype))
+        for index, (name, layer) in enumerate(zip(self.combinator, parsed, strict=True)):
+            g = make_combinator(name, layer.num_features, device=device, dtype=dtype)
+            combinators.add_module(str(index), g)
             if index < depth - 1:
-                v = nn.Linear(self.layers[index + 1], width, bias=False, device=device, dtype=dtype)
-                decoder.add_module(str(index), None if name == "none" else v)
+                v = None if g is None else downward(parsed[index + 1], layer, device=device, dtype=dtype)
+                decoder.add_module(str(index), v)
         # A ModuleList says of its entries no more than that they are modules.
         self.encoder = cast("Sequence[LadderEncoderLayer]", encoder)
         self.combinators = cast("Sequence[Any]", combinators)
@@ -129,9 +147,7 @@ class LadderNetwork(nn.Module):
         The noise starts anew as well, from a seed drawn, as the weights are, from torch's global generator.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            elif isinstance(module, LadderEncoderLayer):
+            if isinstance(module, (Dense, Convolution, LadderEncoderLayer)):
                 module.reset_parameters()
         for combinator in self.combinators:
             if combinator is not None:
@@ -140,7 +156,7 @@ class LadderNetwork(nn.Module):
         self.noise_state.copy_(torch.stack([torch.randint(2**63 - 1, ()), torch.zeros((), dtype=torch.long)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of the clean pass over x (N, layers[0]).
+        """Logits (N, classes) of the clean pass over x (N, *), flattened or not.
 
         In evaluation mode with the statistics for evaluation, in training mode with the batch's own,
         which then count as those of a labelled batch.
@@ -148,7 +164,7 @@ class LadderNetwork(nn.Module):
         Raises:
             TypeError, ValueError: x is no floating-point tensor of that shape, or empty in training mode.
         """
-        _check_input("x", x, self.layers[0], at_least=int(self.training))
+        x = _check_input("x", x, self.shapes[0], at_least=int(self.training))
         if self.training:
             logits, statistics = self._clean_pass(x)
             self._update_statistics(statistics, len(x))
@@ -174,9 +190,9 @@ class LadderNetwork(nn.Module):
         the input as it is.
 
         Args:
-            x_labelled: (N_l, layers[0]). A single sample is normalised to 0, as it has no variance, and
+            x_labelled: (N_l, *), flattened or not. A single sample is normalised to 0, as it has no variance, and
                 leaves the statistics for evaluation as they are.
-            x_unlabelled: (N_u, layers[0]), N_u >= 2; unused, and of any length, where no cost is computed.
+            x_unlabelled: (N_u, *), N_u >= 2; unused, and of any length, where no cost is computed.
             costs: for each layer 0..L whether its cost is wanted; by default wherever there is a
                 combinator. What only the costs not wanted would need is not computed.
             clean_gradients: whether clean_logits can be differentiated. Without, less is kept for backward.
@@ -185,8 +201,8 @@ class LadderNetwork(nn.Module):
             TypeError, ValueError: an input of the wrong kind or shape, or a cost where no combinator is.
         """
         wanted = self._check_costs(costs)
-        _check_input("x_labelled", x_labelled, self.layers[0], at_least=1)
-        _check_input("x_unlabelled", x_unlabelled, self.layers[0], at_least=2 if wanted else 0)
+        x_labelled = _check_input("x_labelled", x_labelled, self.shapes[0], at_least=1)
+        x_unlabelled = _check_input("x_unlabelled", x_unlabelled, self.shapes[0], at_least=2 if wanted else 0)
 
         # Apart from the other rows: nothing flows back through it unless the caller uses its logits.
         with torch.set_grad_enabled(clean_gradients and torch.is_grad_enabled()):
@@ -210,7 +226,7 @@ class LadderNetwork(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, layers[0]), N >= 2, corrupted, and its reconstruction z_hat_0 from that, for pictures.
+        """x (N, *), N >= 2, corrupted, and its reconstruction z_hat_0 from that, for pictures.
 
         With the batch's own statistics; those for evaluation stay as they are, and so does `noise_state`: the noise is
         the same until the next training pass, and none that training has.
@@ -218,12 +234,12 @@ class LadderNetwork(nn.Module):
         Raises:
             TypeError, ValueError: x is no floating-point tensor of that shape, or layer 0 has no combinator.
         """
-        _check_input("x", x, self.layers[0], at_least=2)
+        rows = _check_input("x", x, self.shapes[0], at_least=2)
         if self.combinators[0] is None:
             raise ValueError('reconstruct needs a combinator at layer 0, whose combinator is "none"')
-        (logits,), laterals, _ = self._encode([x], 0, self.noise_state, PICTURES)
+        (logits,), laterals, _ = self._encode([rows], 0, self.noise_state, PICTURES)
         *_, (_, z_hat, _) = self._decode(logits, laterals, [()] * len(self.layers), 0)
-        return laterals[0], z_hat
+        return laterals[0].reshape(x.shape), z_hat.reshape(x.shape)
 
     @torch.no_grad()
     def reset_statistics(self) -> None:
@@ -237,7 +253,7 @@ class LadderNetwork(nn.Module):
         """Make the statistics for evaluation the plain average of those of `batches`.
 
         Args:
-            batches: labelled inputs (N, layers[0]), usually one pass over all of them. A batch of one
+            batches: labelled inputs (N, *), usually one pass over all of them. A batch of one
                 sample has no variance and is left out.
 
         Raises:
@@ -246,7 +262,7 @@ class LadderNetwork(nn.Module):
         """
         collected = []
         for batch in batches:
-            _check_input("batches", batch, self.layers[0], at_least=1)
+            batch = _check_input("batches", batch, self.shapes[0], at_least=1)
             if len(batch) > 1:
                 collected.append(self._clean_pass(batch)[1])
         if not collected:
@@ -261,7 +277,7 @@ class LadderNetwork(nn.Module):
         """Logits, and the layers' means and then their unbiased variances, detached."""
         h, means, variances, counts = x, [], [], []
         for layer in self.encoder:
-            out = layer(h)
+            out = layer(h, want_z=False)
             h = out.h
             means.append(out.mean[0].detach())
             variances.append(out.var[0].detach())
@@ -370,26 +386,24 @@ def _add_noise(x: Tensor, std: float, state: Tensor, stream: int) -> None:
     if std and len(x):
         # Of zeros, which its normalisation leaves as they are, the encoder's op makes the noise alone.
         zeros = torch.zeros(x.shape, dtype=op_dtype(x.dtype, x.device), device=x.device)
-        noise = ladder_encoder(zeros, len(x), noise_std=std, noise_state=state, noise_stream=stream).z
-        x.add_(noise)
+        noise = ladder_encoder(
+            zeros, len(x), noise_std=std, noise_state=state, noise_stream=stream, want_z=False
+        )
+        x.add_(noise.h)
 
 
-def _check_input(name: str, x: Tensor, width: int, *, at_least: int) -> None:
+def _check_input(name: str, x: Tensor, shape: tuple[int, ...], *, at_least: int) -> Tensor:
+    """x as (N, *shape); a map may come flattened."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if x.dim() != 2 or x.shape[1] != width:
-        raise ValueError(f"{name} must have shape (N, {width}), got {tuple(x.shape)}")
+    flat = math.prod(shape)
+    if x.dim() < 2 or (x.shape[1:] != shape and x.shape[1:] != (flat,)):
+        shapes = f"(N, {', '.join(map(str, shape))})" + (f" or (N, {flat})" if len(shape) > 1 else "")
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(x.shape)}")
     if len(x) < at_least:
         raise ValueError(f"{name} must hold at least {at_least} sample{'s'[: at_least > 1]}, got {len(x)}")
-
-
-def _check_layers(layers: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(layers, str) or not all(isinstance(n, int) and not isinstance(n, bool) for n in layers):
-        raise TypeError(f"layers must be a sequence of integers, got {layers!r}")
-    if len(layers) < 2 or min(layers) < 1:
-        raise ValueError(f"layers must have at least two widths, each at least 1, got {list(layers)}")
-    return tuple(layers)
+    return x if x.dim() == len(shape) + 1 else x.unflatten(1, shape)
 
 
 def _check_noise_std(noise_std: float | Sequence[float], depth: int) -> tuple[float, ...]:

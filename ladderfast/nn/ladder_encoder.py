@@ -88,6 +88,7 @@ class LadderEncoderLayer(nn.Module):
         num_clean: int = 0,
         noise_state: Tensor | None = None,
         noise_stream: int = 0,
+        want_z: bool = True,
     ) -> LadderEncoderOutput:
         """z, h, mean and var, with the batch's own statistics.
 
@@ -98,6 +99,7 @@ class LadderEncoderLayer(nn.Module):
             num_clean: rows of the last part, which gets no noise.
             noise_state, noise_stream: (2,) int64 and a number, which say what noise, as in
                 `ladderfast.ops.ladder_encoder`. None: no noise.
+            want_z: False where nobody needs z, which is then None.
 
         Raises TypeError and ValueError as the op does.
         """
@@ -113,6 +115,7 @@ class LadderEncoderLayer(nn.Module):
             noise_stream=noise_stream,
             activation=self.activation,
             eps=self.eps,
+            want_z=want_z,
         )
 
     def evaluate(self, x: Tensor) -> Tensor:

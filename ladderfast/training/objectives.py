@@ -80,11 +80,13 @@ class LadderObjective(Objective):
             x = data.x_test[:1000]
             corrupted, reconstructed = model.reconstruct(x)
             shown = [int((data.y_test[: len(x)] == c).nonzero()[0]) for c in data.y_test[: len(x)].unique()]
-            pictures = [t[shown].float().cpu() for t in (x, corrupted, reconstructed)]
+            pictures = [t[shown].flatten(1).float().cpu() for t in (x, corrupted, reconstructed)]
             figures["Test images, corrupted and reconstructed"] = reconstruction_grid(
                 pictures[0], pictures[1], pictures[2], data.image_shape
             )
         for layer, (combinator, wanted) in enumerate(zip(model.combinators, self._wanted, strict=True)):
             if wanted:
-                figures[f"Combinator of layer {layer}"] = combinator_shapes(combinator, model.layers[layer])
+                figures[f"Combinator of layer {layer}"] = combinator_shapes(
+                    combinator, model.shapes[layer][0]
+                )
         return figures

@@ -254,7 +254,7 @@ class Run:
         self.model.eval()
         x, y = self.batches.x_test, self.batches.y_test
         errors, nats = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
-        for part, labels in zip(x.split(5000), y.split(5000), strict=True):
+        for part, labels in zip(x.split(500), y.split(500), strict=True):
             with self.fabric.autocast():
                 logits = self.model(part)
             errors += (logits.argmax(1) != labels).sum()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ladderfast.models import LadderNetwork, LadderOutput
+from ladderfast.ops import ladder_encoder
 from ladderfast.reference.noise import normal_noise
 
 ladder_encoder_module = importlib.import_module("ladderfast.nn.ladder_encoder")
@@ -110,13 +111,16 @@ def halves(n_l=4, n_u=6, width=LAYERS[0], seed=1, dtype=torch.float64):
 
 
 def noise_of(state, std, n_l, n_u, layers, stream=0):
-    """Each half's noise in the pass that finds the model's `noise_state` so, by the reference; 0 where std is 0.
+    """Each half's noise in the pass that finds the model's `noise_state` so; 0 where std is 0.
 
-    A layer's noise is numbered over the rows of both halves, the labelled first.
+    A layer's noise is numbered over the rows of both halves, the labelled first. It is the op's, which differs from
+    the reference's in the last bits.
     """
     noise_l, noise_u = [], []
     for level, (width, scale) in enumerate(zip(layers, std, strict=True)):
-        noise = scale * normal_noise(state, stream + level, (n_l + n_u) * width).double().reshape(-1, width)
+        zeros = torch.zeros(n_l + n_u, width, dtype=torch.float64)
+        options = {"noise_std": 1.0, "noise_state": state, "noise_stream": stream + level}
+        noise = scale * ladder_encoder(zeros, len(zeros), **options).z
         noise_l.append(noise[:n_l])
         noise_u.append(noise[n_l:])
     return noise_l, noise_u

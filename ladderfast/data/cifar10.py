@@ -1,0 +1,237 @@
+"""CIFAR-10 from its binary or its Python batches, unpacked or in their archive."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .dataset import Dataset
+from .download import cache_folder, download_file
+from .whitening import ZCA, normalise_contrast
+
+PIXELS = 3 * 32 * 32
+# Training batches and the test batch, with the MD5 of the Python ones.
+BATCHES = (
+    ("data_batch_1", "c99cafc152244af753f735de768cd75f"),
+    ("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec"),
+    ("data_batch_3", "54ebc095f3ab1f0389bbae665268c751"),
+    ("data_batch_4", "634d18415352ddfa80567beed471001a"),
+    ("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb"),
+    ("test_batch", "40351d587109b95175f43aff81a1287e"),
+)
+SAMPLES = 10000  # in each
+# Folder, archive and its MD5. Of the binary batches alone no checksum is published.
+FORMS = {
+    "python": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+    "binary": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+}
+MIRRORS = (
+    "https://www.cs.toronto.edu/~kriz/",
+    "https://cave.cs.toronto.edu/kriz/",
+)
+
+
+class CIFAR10(Dataset):
+    """50,000 training and 10,000 test images of 32 x 32 pixels in three colours, as x (N, 3072): channel, row, column.
+
+    Preprocessed as in Rasmus et al. 2015, section 4.2: values 0..255, global contrast normalisation (each image less
+    its mean, scaled to the norm 55), then ZCA whitening by the training images' covariance + 0.1 I. The whitening is
+    fitted once, in a minute, and kept in the user's cache under a checksum of the images.
+
+    Args:
+        data_dir: folder with the six batches, or with a folder cifar-10-batches-bin or cifar-10-batches-py of them, or
+            with the archive cifar-10-binary.tar.gz or cifar-10-python.tar.gz as it is. Default: ladderfast/cifar10 in
+            the user's cache.
+        num_labels: labelled samples, the same number of each class; null for all 50,000.
+        seed: draws the labelled samples.
+        whiten: false leaves the images at 0..255, divided by 255.
+        download: fetch the binary archive if there are no data.
+
+    Raises FileNotFoundError where data are missing, ValueError for files that are truncated, damaged or not CIFAR-10's,
+    OSError where a download fails from every mirror. Python batches are read without executing what they may hold.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        num_labels: int | None = None,
+        *,
+        seed: int = 1,
+        whiten: bool = True,
+        download: bool = False,
+    ) -> None:
+        folder = cache_folder("cifar10") if data_dir is None else Path(data_dir).expanduser()
+        read = _find(folder)
+        if read is None:
+            if not download:
+                raise FileNotFoundError(
+                    f"CIFAR-10 is not in {folder}: name the folder that holds its batches or one of its archives "
+                    f"({', '.join(archive for _, archive, _ in FORMS.values())}) with data_dir (--data-dir), or fetch "
+                    "them with download (--data.download true)"
+                )
+            _, archive, md5 = FORMS["binary"]
+            urls = [f"{mirror}{archive}" for mirror in MIRRORS]
+            target = folder / archive
+            download_file(
+                "CIFAR-10", urls, target, check=lambda part: _check_md5(part, part.read_bytes(), md5)
+            )
+            read = _find(folder)
+            assert read is not None
+        parts = read()
+        pixels, labels = zip(*parts, strict=True)
+        for name, y in (("training", np.concatenate(labels[:5])), ("test", labels[5])):
+            counts = np.bincount(y, minlength=10)
+            if len(set(counts)) > 1:
+                raise ValueError(
+                    f"{folder} does not hold CIFAR-10: its {name} batches have {counts.tolist()} samples of the ten "
+                    "classes, which should be equally many"
+                )
+        x_train = torch.from_numpy(np.concatenate(pixels[:5])).to(torch.float32)
+        x_test = torch.from_numpy(pixels[5]).to(torch.float32)
+        if whiten:
+            x_train, x_test = normalise_contrast(x_train), normalise_contrast(x_test)
+            zca = ZCA.fitted(x_train, folder=cache_folder("cifar10"))
+            x_train, x_test = zca(x_train), zca(x_test)
+        else:
+            x_train, x_test = x_train / 255, x_test / 255
+        super().__init__(
+            x_train,
+            torch.from_numpy(np.concatenate(labels[:5])),
+            x_test,
+            torch.from_numpy(labels[5]),
+            image_shape=(3, 32, 32),
+            num_labels=num_labels,
+            seed=seed,
+        )
+
+
+Part = tuple[np.ndarray, np.ndarray]  # pixels (N, 3072) uint8, labels (N,) int64
+
+
+def _find(folder: Path) -> Callable[[], list[Part]] | None:
+    """How to read the data that are in the folder: loose batches before an archive, Python before binary."""
+    for form, (inner, _, _) in FORMS.items():
+        suffix = ".bin" if form == "binary" else ""
+        for place in (folder, folder / inner):
+            if any((place / f"{name}{suffix}").is_file() for name, _ in BATCHES):
+                return lambda place=place, suffix=suffix, form=form: [  # type: ignore[misc]
+                    _parse(form, place / f"{name}{suffix}", _read(place / f"{name}{suffix}"), md5)
+                    for name, md5 in BATCHES
+                ]
+    for form, (_, archive, md5) in FORMS.items():
+        if (folder / archive).is_file():
+            return lambda path=folder / archive, form=form, md5=md5: _read_archive(path, form, md5)  # type: ignore[misc]
+    return None
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is not in {path.parent}, which has other batches of CIFAR-10")
+    return path.read_bytes()
+
+
+def _read_archive(path: Path, form: str, md5: str) -> list[Part]:
+    content = path.read_bytes()
+    _check_md5(path, content, md5)
+    inner = FORMS[form][0]
+    suffix = ".bin" if form == "binary" else ""
+    parts = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for name, batch_md5 in BATCHES:
+                member = archive.extractfile(f"{inner}/{name}{suffix}")
+                if member is None:
+                    raise ValueError(f"{path} has no file {inner}/{name}{suffix}")
+                parts.append(_parse(form, path / f"{name}{suffix}", member.read(), batch_md5))
+    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return parts
+
+
+def _check_md5(path: Path, content: bytes, md5: str) -> None:
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise ValueError(f"{path} is not CIFAR-10's file: its MD5 is {found}, expected {md5}")
+
+
+def _parse(form: str, path: Path, content: bytes, md5: str) -> Part:
+    if form == "python":
+        _check_md5(path, content, md5)
+        return parse_python(content, path)
+    return parse_binary(content, path)
+
+
+def parse_binary(content: bytes, name: str | Path) -> Part:
+    """Pixels and labels in the bytes of a binary batch: samples of one label and 3072 pixels, a byte each.
+
+    Raises ValueError for another length or a label above 9; `name` is for messages.
+    """
+    expected = SAMPLES * (1 + PIXELS)
+    if len(content) != expected:
+        raise ValueError(
+            f"{name} is not a batch of CIFAR-10: it has {len(content)} bytes, expected {expected}"
+        )
+    samples = np.frombuffer(content, dtype=np.uint8).reshape(SAMPLES, 1 + PIXELS)
+    return _checked(samples[:, 1:], samples[:, 0], name)
+
+
+def parse_python(content: bytes, name: str | Path) -> Part:
+    """Pixels and labels in the bytes of a Python batch: a pickled dict with the keys data and labels.
+
+    Only arrays, and what Python itself is made of, are unpickled: nothing in the file is executed.
+
+    Raises ValueError for anything else; `name` is for messages.
+    """
+    try:
+        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # of arbitrary bytes one can make anything
+        raise ValueError(f"{name} is not a Python batch of CIFAR-10: {error}") from error
+    if not isinstance(batch, dict):
+        raise ValueError(f"{name} is not a batch of CIFAR-10: it holds {type(batch).__name__}, expected dict")
+    values = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    pixels = values.get("data")
+    if not (
+        isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (SAMPLES, PIXELS)
+    ):
+        got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise ValueError(f"{name}: data must be uint8 ({SAMPLES}, {PIXELS}), got {got}")
+    labels = values.get("labels")
+    if not (isinstance(labels, list) and len(labels) == SAMPLES and all(type(y) is int for y in labels)):
+        raise ValueError(f"{name}: labels must be a list of {SAMPLES} integers")
+    return _checked(pixels, np.array(labels), name)
+
+
+def _checked(pixels: np.ndarray, labels: np.ndarray, name: str | Path) -> Part:
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{name}: labels must be from 0 to 9, got {labels.min()} to {labels.max()}")
+    return np.ascontiguousarray(pixels), labels.astype(np.int64)
+
+
+class _Unpickler(pickle.Unpickler):
+    """An array in a pickle is a call of one of these; every other call is refused."""
+
+    allowed = frozenset(
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),  # bytes, as Python 3 writes them for Python 2
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch needs")
+        if module == "numpy.core.multiarray" and not hasattr(np, "core"):
+            module = "numpy._core.multiarray"
+        return super().find_class(module, name)
