@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", metavar="BASELINE", help="train this recipe too, and set the errors side by side"
     )
     train.add_argument(
-        "--seeds", metavar="N", type=int, default=1, help="train with N seeds, and say the mean"
+        "--seeds",
+        metavar="N",
+        type=int,
+        help="train N seeds side by side, and say mean and standard deviation",
     )
     train.add_argument("-h", "--help", action="store_true", help="this, and with RECIPE its fields")
     train.set_defaults(command=_train, parser=train)
@@ -124,19 +127,19 @@ def _train(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         return
     if arguments.recipe is None:
         _fail("train needs a RECIPE; `ladderfast recipes` lists them", 2)
-    if arguments.seeds < 1:
-        _fail(f"--seeds must be at least 1, got {arguments.seeds}", 2)
     if arguments.resume and arguments.overwrite:
         _fail("--resume and --overwrite exclude each other", 2)
     if arguments.seed is not None:
         fields["seed"] = arguments.seed
+    if arguments.seeds is not None:
+        fields["seeds"] = arguments.seeds
     if arguments.data_dir is not None:
         fields["data.data_dir"] = arguments.data_dir
     options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
     if arguments.out is not None:
         options["folder"] = arguments.out
-    if arguments.compare is not None or arguments.seeds > 1:
-        _train_several(arguments, fields, options)
+    if arguments.compare is not None:
+        _train_compared(arguments, fields, options)
         return
 
     with _errors(2):
@@ -150,9 +153,9 @@ def _train(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         print(f"{run.folder}/report.html")
 
 
-def _train_several(arguments: argparse.Namespace, fields: dict[str, Any], options: dict[str, Any]) -> None:
-    """Several seeds, and beside each the baseline; every run has a folder of its own."""
-    sources = [name for name in (arguments.compare, arguments.recipe) if name is not None]
+def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], options: dict[str, Any]) -> None:
+    """The baseline and then the recipe, each in a folder of its own."""
+    sources = [arguments.compare, arguments.recipe]
     with _errors(2):
         from ladderfast.training import Run, read_recipe
 
@@ -161,20 +164,16 @@ def _train_several(arguments: argparse.Namespace, fields: dict[str, Any], option
         if len(set(names)) < len(names):
             raise ValueError(f"--compare needs another recipe than {names[0]}")
         if any(recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1 for recipe in recipes):
-            raise ValueError("--compare and --seeds train one run after the other, each on one device")
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+            raise ValueError("--compare trains one run after the other, each on one device")
+    results: dict[str, dict[str, Any]] = {}
     out = options.pop("folder", None)
-    for seed in range(recipes[0].seed, recipes[0].seed + arguments.seeds):
-        figures = None
-        for name, source in zip(names, sources, strict=True):
-            if out is not None:
-                place = Path(out, f"seed{seed}") if arguments.seeds > 1 else Path(out)
-                options["folder"] = place if name == names[-1] else place / name
-            with _errors(2):
-                run = Run(source, **options, **{**fields, "seed": seed})
-            with _errors(1):
-                figures = run.fit(baseline=figures)
-            results[name].append(figures)
+    for name, source in zip(names, sources, strict=True):
+        if out is not None:
+            options["folder"] = Path(out) if name == names[-1] else Path(out, name)
+        with _errors(2):
+            run = Run(source, **options, **fields)
+        with _errors(1):
+            results[name] = run.fit(baseline=results.get(names[0]))
     print(_table(results))
     print(f"{run.folder}/report.html")
 
@@ -220,28 +219,37 @@ def _info(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 def _summary(result: dict[str, Any]) -> str:
     text = (
-        f"{result['title']}: test error {result['test_error']:.2f} % ({result['test_errors']} of "
+        f"{result['title']}: test error {_error(result)} % ({result['test_errors']} of "
         f"{result['test_samples']}) after {result['epochs']} epochs in {result['seconds']:.0f} s"
     )
+    if "test_error_by_seed" in result:
+        text += f"; of {len(result['test_error_by_seed'])} seeds"
     return f"{text}; published: {result['published']}" if result["published"] else text
 
 
-def _table(results: dict[str, list[dict[str, Any]]]) -> str:
+def _error(result: dict[str, Any]) -> str:
+    spread = f" ± {result['test_error_std']:.2f}" if "test_error_std" in result else ""
+    return f"{result['test_error']:.2f}{spread}"
+
+
+def _table(results: dict[str, dict[str, Any]]) -> str:
     """Test errors by recipe and seed, their means, and what the difference is."""
-    width = max(len(name) for name in [*results, "test error in %"])
-    seeds = [f"seed {run['seed']}" for run in next(iter(results.values()))]
-    lines = [" ".join([f"{'test error in %':{width}}", *(f"{head:>8}" for head in [*seeds, "mean"])])]
-    means = {}
-    for name, runs in results.items():
-        errors = [run["test_error"] for run in runs]
-        means[name] = sum(errors) / len(errors)
-        lines.append(" ".join([f"{name:{width}}", *(f"{error:8.2f}" for error in [*errors, means[name]])]))
-    if len(means) == 2:
-        (baseline, worse), (recipe, better) = means.items()
-        points = f"{abs(worse - better):.2f} points {'less' if better < worse else 'more'}"
-        lines.append(f"{recipe} has a test error of {better:.2f} %, {baseline} of {worse:.2f} %: {points}.")
-    if len(seeds) == 1:
-        lines = lines[3:] or lines
+    (baseline, worse), (recipe, better) = results.items()
+    points = abs(worse["test_error"] - better["test_error"])
+    what = "less" if better["test_error"] < worse["test_error"] else "more"
+    lines = []
+    if "test_error_by_seed" in better:
+        width = max(map(len, [*results, "test error in %"]))
+        first = better["seed"]
+        seeds = [f"seed {first + i}" for i in range(len(better["test_error_by_seed"]))]
+        lines.append(" ".join([f"{'test error in %':{width}}", *(f"{head:>8}" for head in seeds)]))
+        for name, result in results.items():
+            errors = (f"{error:8.2f}" for error in result["test_error_by_seed"])
+            lines.append(" ".join([f"{name:{width}}", *errors]))
+    lines.append(
+        f"{recipe} has a test error of {_error(better)} %, {baseline} of {_error(worse)} %: "
+        f"{points:.2f} points {what}."
+    )
     return "\n".join(lines)
 
 

@@ -186,4 +186,6 @@ class EnsembleBatches:
 
     def get(self, epoch: int, step: int) -> Batch:
         """The batches of step `step` of epoch `epoch`: x (S, B, *), y (S, B)."""
-        return Batch(*(torch.stack(parts) for parts in zip(*[b.get(epoch, step) for b in self._each], strict=True)))
+        return Batch(
+            *(torch.stack(parts) for parts in zip(*[b.get(epoch, step) for b in self._each], strict=True))
+        )

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ladderfast.data import Batch
+
+from .objectives import Objective
+
 
 class _Call(nn.Module):
     """Any function of a module as the forward of one, which is what torch.func.functional_call calls."""
@@ -22,7 +26,7 @@ class _Call(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Several networks of one architecture as one module, whose parameters and buffers have an axis of networks in front.
+    """Several networks of one architecture as one module: parameters and buffers have an axis of networks in front.
 
     What is computed goes through torch.func.vmap: a matrix product becomes a batched one, and the ops of
     ladderfast take all networks in one call.
@@ -93,3 +97,23 @@ class Ensemble(nn.Module):
         state = self.stacked.state_dict()
         for name, value in model.state_dict().items():
             state[name][index].copy_(value)
+
+
+class EnsembleObjective(Objective):
+    """An objective for each network of an `Ensemble`: the terms of its cost are (networks,)."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        return model.call(lambda network, *parts: self.objective(network, Batch(*parts)), *batch)
+
+    def finish(self, model: Any, data: Any) -> None:
+        for index in range(model.size):
+            network = model.extract(index)
+            self.objective.finish(network, data.of(index))
+            model.absorb(index, network)
+
+    def figures(self, model: Any, data: Any) -> dict[str, Any]:
+        """Those of the first network."""
+        return self.objective.figures(model.extract(0), data.of(0))

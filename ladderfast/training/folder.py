@@ -11,12 +11,18 @@ from . import checkpoint
 from .logs import EVENTS, METRICS
 from .recipe import Recipe, read_recipe
 
-DEFAULT = "runs/{recipe}-seed{seed}"
+DEFAULT = "runs/{recipe}-seed{seed}"  # says that `default` is to be asked
 RECIPE, RESULTS, REPORT = "recipe.yaml", "results.json", "report.html"
 FILES = (RECIPE, METRICS, RESULTS, REPORT, checkpoint.NEWEST, checkpoint.PREVIOUS)
 
 # What may differ between a run and its continuation: none of it has a part in the result.
 FREE = {"data.data_dir", "data.download", "log_every", "checkpoint_steps", "checkpoint_minutes"}
+
+
+def default(recipe: Recipe) -> str:
+    """The folder of a run that was given none."""
+    last = f"-{recipe.seed + recipe.seeds - 1}" if recipe.seeds > 1 else ""
+    return DEFAULT.format(recipe=recipe.name, seed=f"{recipe.seed}{last}")
 
 
 def check_free(folder: Path) -> None:

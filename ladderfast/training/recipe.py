@@ -69,6 +69,7 @@ class Recipe:
         decay_from: part of the epochs at the full learning rate; it then falls linearly, and would be 0 one
             epoch after the last.
         seed: of the labels drawn, the order of the samples, the start values and the noise.
+        seeds: networks trained side by side, with the seeds seed, seed + 1 and so on, in one batched program.
         accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
         devices: how many devices, or which; one process runs for each.
         num_nodes: machines.
@@ -97,6 +98,7 @@ class Recipe:
     learning_rate: float = 0.002
     decay_from: float = 0.667
     seed: int = 1
+    seeds: int = 1
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
     num_nodes: int = 1
@@ -114,6 +116,7 @@ class Recipe:
             "batch_labelled",
             "batch_unlabelled",
             "num_nodes",
+            "seeds",
             "evaluate_every",
             "log_every",
         ):

@@ -118,6 +118,9 @@ def _errors(result: Mapping[str, Any], published: str | None, baseline: Mapping[
     wrong, samples = result.get("test_errors"), result.get("test_samples")
     of = f", {_text(wrong)} of {_text(samples)}" if wrong is not None and samples is not None else ""
     entries = [("own", f"{own:.2f} %", f"test error{of}")]
+    if (spread := result.get("test_error_std")) is not None:
+        what = f"test error, mean and standard deviation of {result['seeds']} seeds"
+        entries = [("own", f"{own:.2f} ± {spread:.2f} %", what)]
     if published is not None:
         entries.append(("", published if "%" in published else f"{published} %", "published test error"))
     without = None if baseline is None else baseline.get("test_error")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import platform
 import signal
+import statistics
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladderfast.data import Batches
+from ladderfast.data import Batches, EnsembleBatches
 
 from . import checkpoint
 from . import folder as folders
+from .ensemble import Ensemble, EnsembleObjective
 from .logs import Log, ProgressBar, Row
 from .objectives import Objective
 from .recipe import Recipe, read_recipe
@@ -42,6 +45,9 @@ class Run:
         run.fit()           # the rest, with progress; leaves a folder
         run.evaluate()      # {"test_error": percent, ...}
         run.model           # the network
+
+    With seeds=10 ten networks are trained side by side (see `Ensemble`), each as its seed alone would be, to rounding;
+    costs and errors then are means, evaluate() has the standard deviation too, and `run.network(i)` is one of them.
 
     Args:
         recipe: a recipe's name or YAML file.
@@ -81,7 +87,7 @@ class Run:
             fields["data.data_dir"] = str(data_dir)
         self.recipe = read_recipe(recipe, fields)
         if folder == folders.DEFAULT:
-            folder = folders.DEFAULT.format(recipe=self.recipe.name, seed=self.recipe.seed)
+            folder = folders.default(self.recipe)
         self.folder = None if folder is None else Path(folder).expanduser()
         self.progress = progress
         self._overwrite = overwrite
@@ -123,13 +129,18 @@ class Run:
         self.objective: Objective = recipe.objective.build("objective")
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        torch.manual_seed(recipe.seed)
-        model: nn.Module = recipe.model.build("model")
+        seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+        networks: list[nn.Module] = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            networks.append(recipe.model.build("model"))
         for method in self.objective.forward_methods:
-            if not hasattr(model, method):
-                raise TypeError(
-                    f"model must have the method {method} for this objective, got {type(model).__name__}"
-                )
+            if not hasattr(networks[0], method):
+                got = type(networks[0]).__name__
+                raise TypeError(f"model must have the method {method} for this objective, got {got}")
+        model = networks[0]
+        if len(seeds) > 1:
+            model, self.objective = Ensemble(networks), EnsembleObjective(self.objective)
 
         self.fabric = fabric = _make_fabric(recipe)
         fabric.launch()
@@ -145,16 +156,16 @@ class Run:
         else:
             self.module = model  # Fabric's wrapper has nothing to add, and takes its time
         self._adam = adam
-        self.batches = Batches(
-            dataset,
-            recipe.batch_labelled,
-            recipe.batch_unlabelled,
-            seed=recipe.seed,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            device=device,
-            dtype=next(model.parameters()).dtype,
-        )
+        sizes = (recipe.batch_labelled, recipe.batch_unlabelled)
+        kind: dict[str, Any] = {"device": device, "dtype": next(model.parameters()).dtype}
+        self.batches: Any
+        if len(seeds) > 1:
+            if fabric.world_size > 1:
+                raise ValueError(f"seeds={len(seeds)} needs devices=1: an ensemble is trained by one process")
+            self.batches = EnsembleBatches([dataset.with_seed(s) for s in seeds], *sizes, seeds=seeds, **kind)
+        else:
+            kind.update(rank=fabric.global_rank, world_size=fabric.world_size)
+            self.batches = Batches(dataset, *sizes, seed=recipe.seed, **kind)
         if fabric.global_rank:
             torch.manual_seed(recipe.seed + (fabric.global_rank << 32))  # noise of its own for each process
         self._own_noise()
@@ -185,8 +196,8 @@ class Run:
     def step(self) -> dict[str, Tensor]:
         """One training step. Returns its weighted costs in nats by name, and their "total".
 
-        They are 0-dim tensors on the device, detached: to read one waits for the device. The costs are
-        checked every `log_every` steps.
+        They are 0-dim tensors, (seeds,) if there are several, on the device and detached: to read one waits for the
+        device. The costs are checked every `log_every` steps.
 
         Raises RuntimeError when all epochs are done, FloatingPointError for a cost that is not finite.
         """
@@ -248,25 +259,39 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """Figures on the test samples, with the statistics for evaluation as they are.
 
-        test_error in percent, test_errors, test_samples, test_cross_entropy in nats.
+        test_error in percent, test_errors, test_samples, test_cross_entropy in nats. Of several networks the means and
+        sums, and test_error_std (with n - 1) and test_error_by_seed as well.
         """
         training = self.model.training
         self.model.eval()
         x, y = self.batches.x_test, self.batches.y_test
-        errors, nats = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        errors: Any = 0
+        nats: Any = 0
         for part, labels in zip(x.split(500), y.split(500), strict=True):
             with self.fabric.autocast():
-                logits = self.model(part)
-            errors += (logits.argmax(1) != labels).sum()
-            nats += F.cross_entropy(logits.float(), labels, reduction="sum")
+                logits = self.model(part).float()
+            wanted = labels.expand(logits.shape[:-1])
+            errors += (logits.argmax(-1) != wanted).sum(-1)
+            nats += F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none").sum(-1)
         self.model.train(training)
-        wrong = int(errors)
+        wrong = errors.reshape(-1).tolist()
+        by_seed = [100 * count / len(y) for count in wrong]
+        spread = {}
+        if len(by_seed) > 1:
+            spread = {"test_error_std": statistics.stdev(by_seed), "test_error_by_seed": by_seed}
         return {
-            "test_error": 100 * wrong / len(y),
-            "test_errors": wrong,
-            "test_samples": len(y),
-            "test_cross_entropy": float(nats) / len(y),
+            "test_error": statistics.fmean(by_seed),
+            **spread,
+            "test_errors": sum(wrong),
+            "test_samples": len(y) * len(wrong),
+            "test_cross_entropy": float(nats.mean()) / len(y),
         }
+
+    def network(self, index: int) -> nn.Module:
+        """A copy of network number `index` of those trained side by side, counted from 0."""
+        if not 0 <= index < self.recipe.seeds:
+            raise IndexError(f"index must be from 0 to {self.recipe.seeds - 1}, got {index}")
+        return self.model.extract(index) if isinstance(self.model, Ensemble) else copy.deepcopy(self.model)
 
     def _train_step(self) -> dict[str, Tensor]:
         if self.finished:
@@ -298,7 +323,7 @@ class Run:
         self._unread.append(costs)
         if self.global_step % self.recipe.log_every == 0:
             self._read_costs()
-        return {"total": total.detach(), **dict(zip(terms, costs.unbind(), strict=True))}
+        return {"total": costs.sum(0), **dict(zip(terms, costs.unbind(), strict=True))}
 
     def _read_costs(self) -> None:
         """Bring the costs since the last reading to the CPU, and refuse any that is not finite."""
@@ -307,12 +332,14 @@ class Run:
         costs = self._reduce(torch.stack(self._unread), "mean").cpu().double()
         first = self.global_step - len(self._unread) + 1
         self._unread = []
-        self._read.append(costs)
+        self._read.append(costs if costs.dim() == 2 else costs.mean(-1))
         if not costs.isfinite().all():
-            row = int((~costs.isfinite().all(1)).nonzero()[0])
+            by_term = costs.reshape(len(costs), len(self._terms), -1)
+            row = int((~by_term.isfinite().flatten(1).all(1)).nonzero()[0])
             bad = [
-                f"{t} = {v}"
-                for t, v in zip(self._terms, costs[row].tolist(), strict=True)
+                f"{t} = {v}" + (f" (seed {self.recipe.seed + i})" if self.recipe.seeds > 1 else "")
+                for t, values in zip(self._terms, by_term[row].tolist(), strict=True)
+                for i, v in enumerate(values)
                 if not math.isfinite(v)
             ]
             raise FloatingPointError(
@@ -362,12 +389,13 @@ class Run:
                 "recipe": self.recipe.name,
                 "title": self.recipe.title,
                 "seed": self.recipe.seed,
+                "seeds": self.recipe.seeds,
                 **self.evaluate(),
                 "published": self.recipe.published,
                 "epochs": self.recipe.epochs,
                 "steps": self.global_step,
                 "seconds": round(self.seconds, 2),
-                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "parameters": sum(p.numel() for p in self.model.parameters()) // self.recipe.seeds,
             }
             if self.folder is not None:
                 self._save()
