@@ -242,10 +242,10 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
         width = max(map(len, [*results, "test error in %"]))
         first = better["seed"]
         seeds = [f"seed {first + i}" for i in range(len(better["test_error_by_seed"]))]
-        lines.append(" ".join([f"{'test error in %':{width}}", *(f"{head:>8}" for head in seeds)]))
+        lines.append(" ".join([f"{'test error in %':{width}}", *(f"{head:>8}" for head in seeds), "  mean"]))
         for name, result in results.items():
             errors = (f"{error:8.2f}" for error in result["test_error_by_seed"])
-            lines.append(" ".join([f"{name:{width}}", *errors]))
+            lines.append(" ".join([f"{name:{width}}", *errors, f"  {_error(result)}"]))
     lines.append(
         f"{recipe} has a test error of {_error(better)} %, {baseline} of {_error(worse)} %: "
         f"{points:.2f} points {what}."

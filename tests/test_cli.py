@@ -91,17 +91,18 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
     head, plain, small, said, report = out.splitlines()
     assert head.split() == ["test", "error", "in", "%", "seed", "1", "seed", "2", "mean"]
     assert [plain.split()[0], small.split()[0]] == ["plain", "small"]
+    means = []
     for row in (plain, small):
-        *errors, mean = map(float, row.split()[1:])
+        means.append(" ".join(row.split()[3:]))
+        mean, spread = map(float, means[-1].split(" ± "))
+        errors = [float(error) for error in row.split()[1:3]]
         assert mean == pytest.approx(sum(errors) / 2, abs=0.01)
-    assert said.startswith(
-        f"small has a test error of {small.split()[-1]} %, plain of {plain.split()[-1]} %: "
-    )
-    assert report == "both/seed2/report.html"
-    for seed in (1, 2):
-        assert (recipe.parent / f"both/seed{seed}/results.json").exists()
-        assert (recipe.parent / f"both/seed{seed}/plain/results.json").exists()
-    assert f"{float(plain.split()[2]):.2f}" in (recipe.parent / report).read_text(encoding="utf-8")
+        assert spread == pytest.approx(abs(errors[0] - errors[1]) / 2**0.5, abs=0.02)
+    assert said.startswith(f"small has a test error of {means[1]} %, plain of {means[0]} %: ")
+    assert report == "both/report.html"
+    for folder in ("both", "both/plain"):
+        assert (recipe.parent / folder / "results.json").exists()
+    assert means[0].split()[0] in (recipe.parent / report).read_text(encoding="utf-8")
 
     code, out, _ = call(capsys, "train", recipe, "--compare", "plain.yaml", "--out", "one")
     assert code == 0
@@ -171,9 +172,9 @@ def test_info(capsys, monkeypatch):
         (["train", "{recipe}", "--batch_unlabelled", "5000"], "batch_unlabelled must be from 1 to 1300"),
         (["train", "{recipe}", "--accelerator", "abacus"], "accelerator='abacus'"),
         (["train", "{recipe}", "--resume", "--overwrite"], "exclude each other"),
-        (["train", "{recipe}", "--seeds", "0"], "--seeds must be at least 1"),
+        (["train", "{recipe}", "--seeds", "0"], "seeds must be at least 1, got 0"),
         (["train", "{recipe}", "--seeds", "x"], "invalid int value: 'x'"),
-        (["train", "{recipe}", "--seeds", "2", "--devices", "2"], "each on one device"),
+        (["train", "{recipe}", "--seeds", "2", "--devices", "2"], "seeds=2 needs one device"),
         (["train", "{recipe}", "another"], "unrecognized arguments: another"),
         (
             ["train", "mnist_100_full", "--data-dir", "nowhere"],

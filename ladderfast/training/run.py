@@ -129,6 +129,11 @@ class Run:
         self.objective: Objective = recipe.objective.build("objective")
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
+        if recipe.seeds > 1 and (recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1):
+            raise ValueError(
+                f"seeds={recipe.seeds} needs one device, as one process trains all of them; "
+                f"got devices={recipe.devices!r}, num_nodes={recipe.num_nodes}"
+            )
         seeds = range(recipe.seed, recipe.seed + recipe.seeds)
         networks: list[nn.Module] = []
         for seed in seeds:
@@ -160,8 +165,6 @@ class Run:
         kind: dict[str, Any] = {"device": device, "dtype": next(model.parameters()).dtype}
         self.batches: Any
         if len(seeds) > 1:
-            if fabric.world_size > 1:
-                raise ValueError(f"seeds={len(seeds)} needs devices=1: an ensemble is trained by one process")
             self.batches = EnsembleBatches([dataset.with_seed(s) for s in seeds], *sizes, seeds=seeds, **kind)
         else:
             kind.update(rank=fabric.global_rank, world_size=fabric.world_size)
