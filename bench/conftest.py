@@ -46,6 +46,24 @@ def copy_seconds(moved: int, device: str) -> float:
     return _copies[key]
 
 
+def peak_memory(function: Callable[[], object]) -> int:
+    """The most bytes that one call holds on the CPU beyond what was there before it, workspaces of kernels included."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        function()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
 def record(
     benchmark, *, op: str, shape: str, phase: str, variant: str, device: str, moved: int, kept: int
 ) -> None:

@@ -14,6 +14,12 @@ COLUMNS = (
     "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
 )
 
+STEP_COLUMNS = (
+    "| | samples | ms | plain, ms | torch.compile, ms | floor, ms | times the floor | times faster than plain "
+    "| than torch.compile | peak, MiB | plain peak, MiB | torch.compile peak, MiB |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+)
+
 
 def machine_line(run: dict) -> str:
     info = run["machine_info"]
@@ -27,6 +33,8 @@ def table(run: dict) -> str:
     cases: dict[tuple[str, ...], dict[str, dict]] = {}
     for bench in run["benchmarks"]:
         info = bench["extra_info"]
+        if info.get("table"):
+            continue
         key = (info["op"], info["device"], info["shape"], info["phase"])
         cases.setdefault(key, {})[info["variant"]] = bench
     lines = []
@@ -46,6 +54,51 @@ def table(run: dict) -> str:
     return COLUMNS + "\n".join(lines) + "\n"
 
 
+def step_table(run: dict) -> str:
+    """Whole training steps beside their floor."""
+    cases: dict[tuple[str, str], dict[str, dict]] = {}
+    for bench in run["benchmarks"]:
+        info = bench["extra_info"]
+        if info.get("table") == "step" and info["op"] != "growth":
+            cases.setdefault((info["op"], info["shape"]), {})[info["variant"]] = bench
+    lines = []
+    for (op, shape), variants in cases.items():
+        ours, plain, compiled, floor = (
+            variants[name]["stats"]["median"] * 1e3 for name in ("ladderfast", "plain", "compile", "floor")
+        )
+        peaks = [variants[name]["extra_info"]["peak"] / 2**20 for name in ("ladderfast", "plain", "compile")]
+        lines.append(
+            f"| {op} | {shape} | {ours:.3g} | {plain:.3g} | {compiled:.3g} | {floor:.3g} | {ours / floor:.2f} "
+            f"| {plain / ours:.2f} | {compiled / ours:.2f} | {' | '.join(f'{peak:.3g}' for peak in peaks)} |"
+        )
+    return STEP_COLUMNS + "\n".join(lines) + "\n" if lines else ""
+
+
+def draw_growth(run: dict, path: Path) -> bool:
+    """Time of a step by its rows, on logarithmic axes, beside a line of slope one."""
+    points = sorted(
+        (sum(map(int, bench["extra_info"]["shape"].split(" + "))), bench["stats"]["median"] * 1e3)
+        for bench in run["benchmarks"]
+        if bench["extra_info"].get("op") == "growth"
+    )
+    if not points:
+        return False
+    from matplotlib.figure import Figure
+
+    rows, times = zip(*points, strict=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.loglog(rows, times, "o-", label="one training step")
+    axes.loglog(
+        rows, [times[-1] * r / rows[-1] for r in rows], ":", color="0.5", label="proportional to the rows"
+    )
+    axes.set_xlabel("rows of a step (labelled + unlabelled)")
+    axes.set_ylabel("ms")
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
@@ -54,7 +107,14 @@ def main() -> None:
     args = parser.parse_args()
     run = json.loads(args.run.read_text())
     text = f"{machine_line(run)}\n\n{table(run)}"
-    args.out.write_text(f"# Speed\n\n{text}")
+    if steps := step_table(run):
+        text += (
+            "\nA whole training step of `mnist_100_full`; the floor is its matrix products and Adam alone, and peak is "
+            f"what a step holds beyond parameters, optimiser and data.\n\n{steps}"
+        )
+    picture = args.out.with_name(f"{args.out.stem}_growth.svg")
+    grown = f"\n![Time of a step by its rows]({picture.name})\n" if draw_growth(run, picture) else ""
+    args.out.write_text(f"# Speed\n\n{text}{grown}")
     if args.readme:
         readme = args.readme.read_text()
         before, rest = readme.split(START)

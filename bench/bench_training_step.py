@@ -1,0 +1,153 @@
+"""A whole training step of mnist_100_full, `Run.step()`: both passes, decoder, costs, backward and Adam.
+
+Beside it, in the same run: the same network on the reference backend ("plain"), that under torch.compile, and the
+floor, which does the matrix products and Adam and nothing else. The reference draws noise with torch.randn here, as a
+user would write it: the counter's integers in plain PyTorch would make the yardsticks several times slower.
+
+Images are random: what they show has no part in the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+from conftest import DEVICES, peak_memory, sync_timer
+from torch import Tensor
+
+import ladderfast
+from ladderfast.data import Dataset
+from ladderfast.reference import noise
+
+VARIANTS = ["ladderfast", "plain", "compile", "floor"]
+ROWS = [64, 256, 1024, 4096, 16384]
+
+
+class RandomImages(Dataset):
+    """Images of MNIST's size with random pixels and labels."""
+
+    def __init__(self, num_labels: int | None = None, samples: int = 20000, *, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(samples, 784, generator=generator)
+        y = torch.arange(samples) % 10
+        super().__init__(x, y, x[:10], y[:10], image_shape=(28, 28), num_labels=num_labels, seed=seed)
+
+
+def make_run(device: str, rows: int, **fields) -> ladderfast.Run:
+    """rows: labelled and unlabelled samples of a step together."""
+    return ladderfast.Run(
+        "mnist_100_full",
+        folder=None,
+        progress=False,
+        accelerator=device,
+        batch_labelled=rows // 2,
+        batch_unlabelled=rows // 2,
+        epochs=10**6,
+        **{"data.class_path": f"{__name__}.RandomImages", "data.num_labels": 100, **fields},
+    )
+
+
+def floor(run: ladderfast.Run, rows: int) -> Callable[[], None]:
+    """The step's matrix products, into memory that is there already, and Adam; no gradient of the images."""
+    device, half = run.fabric.device, rows // 2
+    products: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    def add(a: Tensor, b: Tensor, out: Tensor | None = None) -> None:
+        products.append((a, b, random(a.shape[0], b.shape[1]) if out is None else out))
+
+    parameters = list(run.model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    weights = [layer.linear.weight for layer in run.model.encoder]
+    for index, weight in enumerate(weights):
+        above, below = weight.shape
+        grad, x = random(3 * half, above), random(3 * half, below)
+        add(x, weight.detach().t())  # corrupted rows and the clean unlabelled ones
+        add(random(half, below), weight.detach().t())  # the clean labelled ones: statistics for evaluation
+        add(grad.t(), x, weight.grad)
+        if index > 0:
+            add(grad, weight.detach())
+    for layer in run.model.decoder:
+        above, below = layer.weight.shape
+        grad, x = random(half, above), random(half, below)
+        add(x, layer.weight.detach().t())
+        add(grad.t(), x, layer.weight.grad)
+        add(grad, layer.weight.detach())
+    adam = torch.optim.Adam(parameters, lr=0.002, fused=True)
+
+    def step() -> None:
+        with torch.no_grad():
+            for a, b, out in products:
+                torch.mm(a, b, out=out)
+        adam.step()
+
+    return step
+
+
+@contextlib.contextmanager
+def stepping(variant: str, device: str, rows: int) -> Iterator[Callable[[], object]]:
+    """The function that does one step of this variant."""
+
+    def randn(state: Tensor, stream: int, count: int) -> Tensor:
+        return torch.randn(count, device=state.device)
+
+    plain = variant in ("plain", "compile")
+    with (
+        ladderfast.use_backend("reference" if plain else None),
+        mock.patch.object(noise, "normal_noise", randn) if plain else contextlib.nullcontext(),
+    ):
+        run = make_run(device, rows)
+        if variant == "compile":
+            run.objective = torch.compile(run.objective)
+        yield floor(run, rows) if variant == "floor" else run.step
+
+
+def need_time(benchmark, rows: int) -> None:
+    if benchmark.disabled and rows > 256:
+        pytest.skip("takes long, and says nothing unless it is measured")
+
+
+def record_step(
+    benchmark, variant: str, device: str, rows: int, step: Callable[[], object], phase: str
+) -> None:
+    benchmark.extra_info.update(
+        table="step", op=phase, shape=f"{rows // 2} + {rows // 2}", variant=variant, device=device
+    )
+    if device == "cpu":
+        benchmark.extra_info.update(peak=peak_memory(step))
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        benchmark.extra_info.update(peak=torch.cuda.max_memory_allocated() - before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rows", [200, 8192])
+@pytest.mark.parametrize("device", DEVICES)
+def bench_training_step(benchmark, device, rows, variant):
+    need_time(benchmark, rows)
+    with stepping(variant, device, rows) as step:
+        for _ in range(3):
+            step()
+        record_step(benchmark, variant, device, rows, step, "training step")
+        benchmark._timer = sync_timer
+        benchmark.pedantic(step, rounds=40 if rows < 1000 else 5, warmup_rounds=5 if rows < 1000 else 1)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("device", DEVICES)
+def bench_growth(benchmark, device, rows):
+    """Time by the number of rows; bench/table.py draws it."""
+    need_time(benchmark, rows)
+    with stepping("ladderfast", device, rows) as step:
+        step()
+        record_step(benchmark, "ladderfast", device, rows, step, "growth")
+        benchmark._timer = sync_timer
+        benchmark.pedantic(step, rounds=max(3, min(40, 20000 // rows)), warmup_rounds=2)
