@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import check_dtype, shape_text
-from ladderfast.ops.function import batch_first, known_signature
+from ladderfast.ops.function import batch_first, known_signature, transformed
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
 from ladderfast.reference.noise import noise_like
@@ -144,15 +144,15 @@ class _LadderEncoder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         z_pre, beta, gamma, state, mean, var = ctx.saved_tensors
-        grad_z_pre, grad_beta, grad_gamma = _LadderEncoderBackward.apply(
-            *grads, z_pre, mean, var, beta, gamma, state, ctx.options, ctx.seeds, ctx.name
+        inputs = (*grads, z_pre, mean, var, beta, gamma, state, ctx.options, ctx.seeds, ctx.name)
+        grad_z_pre, grad_beta, grad_gamma = (
+            _LadderEncoderBackward.apply(*inputs) if transformed() else _backward(*inputs)
         )
-        return (
-            grad_z_pre,
-            None if beta is None else grad_beta,
-            None if gamma is None else grad_gamma,
-            *[None] * 6,
-        )
+        if beta is None:
+            grad_beta = None
+        if gamma is None:
+            grad_gamma = None
+        return grad_z_pre, grad_beta, grad_gamma, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -374,9 +374,8 @@ def ladder_encoder(
             float(eps),
         )
         state = noise_state if noise_std else None
-        z, h, mean, var = _LadderEncoder.apply(
-            z_pre, beta, gamma, state, options, want_z or same, not same, False, name
-        )
+        inputs = (z_pre, beta, gamma, state, options, want_z or same, not same, False, name)
+        z, h, mean, var = _LadderEncoder.apply(*inputs) if transformed() else _forward(*inputs)
     return LadderEncoderOutput(z if want_z else None, z if same else h, mean, var)
 
 
