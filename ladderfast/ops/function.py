@@ -14,26 +14,34 @@ from torch import Tensor
 
 F = TypeVar("F", bound=type[torch.autograd.Function])
 
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
-_ANY = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+
+def _plain() -> bool:
+    """Whether neither torch.compile nor a transform of torch.func looks on."""
+    return not (torch.compiler.is_compiling() or _transforms_active())
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), which binds the arguments anew and unwraps them at each call for the sake of torch.func's
+    transforms: where there are none, this saves 12 us."""
+    if _plain():
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return function.apply(*args)
+
+
+def apply_in_backward(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """apply(function, *args) in the backward of another function: without a graph where nobody asked for one."""
+    if _plain() and not torch.is_grad_enabled():
+        return function.forward(*args)
+    return function.apply(*args)
 
 
 def known_signature(function: F) -> F:
-    """Let torch take the arguments of `forward`, which has no defaults, as they are: it would inspect the signature at
-    each call and bind them one by one (about 20 us)."""
+    """Keep the signature of `forward`, which torch would inspect anew at each call (about 10 us)."""
     forward: Any = function.forward
-    forward.__signature__ = _ANY
+    forward.__signature__ = inspect.signature(forward)
     return function
-
-
-def transformed() -> bool:
-    """Whether autograd, torch.func or torch.compile watches what is computed now; a registered op may be called as it
-    is otherwise, without the autograd.Function around it (about 20 us)."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def batch_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:

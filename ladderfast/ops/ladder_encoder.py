@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import check_dtype, shape_text
-from ladderfast.ops.function import batch_first, known_signature, transformed
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
 from ladderfast.reference.noise import noise_like
@@ -144,9 +144,9 @@ class _LadderEncoder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         z_pre, beta, gamma, state, mean, var = ctx.saved_tensors
-        inputs = (*grads, z_pre, mean, var, beta, gamma, state, ctx.options, ctx.seeds, ctx.name)
-        grad_z_pre, grad_beta, grad_gamma = (
-            _LadderEncoderBackward.apply(*inputs) if transformed() else _backward(*inputs)
+        tensors = (*grads, z_pre, mean, var, beta, gamma, state)
+        grad_z_pre, grad_beta, grad_gamma = apply_in_backward(
+            _LadderEncoderBackward, *tensors, ctx.options, ctx.seeds, ctx.name
         )
         if beta is None:
             grad_beta = None
@@ -374,8 +374,9 @@ def ladder_encoder(
             float(eps),
         )
         state = noise_state if noise_std else None
-        inputs = (z_pre, beta, gamma, state, options, want_z or same, not same, False, name)
-        z, h, mean, var = _LadderEncoder.apply(*inputs) if transformed() else _forward(*inputs)
+        z, h, mean, var = apply(
+            _LadderEncoder, z_pre, beta, gamma, state, options, want_z or same, not same, False, name
+        )
     return LadderEncoderOutput(z if want_z else None, z if same else h, mean, var)
 
 
