@@ -56,7 +56,13 @@ static inline void fill_row(T* row, const T* values, T without, const PartsPlan&
     } else if (plan.inner == 1 && plan.width == plan.natural) {
         memcpy(row, values + item.first, item.count * sizeof(T));
     } else {
-        for (int64_t i = 0; i < item.count; ++i) row[i] = values[(item.first + i) % plan.natural / plan.inner];
+        int64_t column = item.first % plan.natural, channel = column / plan.inner, k = column % plan.inner;
+        for (int64_t i = 0; i < item.count; ++i) {
+            row[i] = values[channel];
+            if (++k < plan.inner) continue;
+            k = 0;
+            if (++channel == plan.channels) channel = 0;
+        }
     }
 }
 

@@ -14,6 +14,7 @@ from ladderfast.ops.checks import check_dtype, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
+from ladderfast.reference.noise import noise_like
 
 # num_labelled, num_clean, noise_std, noise_stream, activation as its index, negative_slope, eps
 Options = tuple[int, int, float, int, int, float, float]
@@ -143,25 +144,15 @@ class _LadderEncoder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         z_pre, beta, gamma, state, mean, var = ctx.saved_tensors
+        tensors = (*grads, z_pre, mean, var, beta, gamma, state)
         grad_z_pre, grad_beta, grad_gamma = apply_in_backward(
-            _LadderEncoderBackward,
-            *grads,
-            z_pre,
-            mean,
-            var,
-            beta,
-            gamma,
-            state,
-            ctx.options,
-            ctx.seeds,
-            ctx.name,
+            _LadderEncoderBackward, *tensors, ctx.options, ctx.seeds, ctx.name
         )
-        return (
-            grad_z_pre,
-            None if beta is None else grad_beta,
-            None if gamma is None else grad_gamma,
-            *[None] * 6,
-        )
+        if beta is None:
+            grad_beta = None
+        if gamma is None:
+            grad_gamma = None
+        return grad_z_pre, grad_beta, grad_gamma, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -240,13 +231,16 @@ def _reference_of(
     dtype = torch.float32 if half else z_pre.dtype
     z_pre = _packed(z_pre, seeds)
 
-    def noise_of(x: Tensor, state: Tensor | None) -> Tensor | None:
-        return reference.scaled_noise(x, state, stream, std, num_clean, dtype)
-
+    noise: Tensor | None
     if seeds and state is not None and std > 0:
-        noise = torch.stack([noise_of(x, s) for x, s in zip(z_pre, state, strict=True)])  # type: ignore[arg-type,misc]
+        noise = torch.stack(
+            [
+                std * noise_like(x, s, stream)[: len(x) - num_clean].to(dtype)
+                for x, s in zip(z_pre, state, strict=True)
+            ]
+        )
     else:
-        noise = noise_of(z_pre, state)
+        noise = reference.scaled_noise(z_pre, state, stream, std, num_clean, dtype)
 
     def one(noise: Tensor | None, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         left = list(parameters)
@@ -265,13 +259,10 @@ def _reference_of(
         )
         return z.to(x.dtype), h.to(x.dtype), mean, var
 
-    function = (
-        torch.func.vmap(
-            one, (None if noise is None else 0, *[0] * (1 + (beta is not None) + (gamma is not None)))
-        )
-        if seeds
-        else one
-    )
+    function = one
+    if seeds:
+        given = 1 + (beta is not None) + (gamma is not None)
+        function = torch.func.vmap(one, (None if noise is None else 0, *[0] * given))
     return lambda *inputs: function(noise, *inputs)
 
 
@@ -319,7 +310,8 @@ def ladder_encoder(
         noise_std: standard deviation of the noise; 0 is the clean pass.
         noise_state: (2,) int64 on the device of z_pre: seed and offset, whose noise this is. Needed where noise_std
             is not 0.
-        noise_stream: added to the offset: calls that share a state need different ones for different noise.
+        noise_stream: added to the offset: calls that share a state need different ones for different noise. Not
+            negative.
         activation: "identity", "relu" or "leaky_relu".
         negative_slope: of the leaky ReLU.
         eps: beneath the square root.
@@ -327,10 +319,9 @@ def ladder_encoder(
 
     Returns:
         z, h, mean and var. z and h have the dtype and memory format of z_pre, and are one tensor where they are equal
-        (no beta, no gamma, no activation). mean and var are (2, C), or (3, C) with a
-        clean part. A part of no rows has mean and variance 0. Differentiable any number of times in z_pre, beta and
-        gamma, also through mean and var. Backward keeps z_pre, beta, gamma, the state and the statistics, and draws
-        the noise again.
+        (no beta, no gamma, no activation). mean and var are (2, C), or (3, C) with a clean part; a part of no rows has
+        mean and variance 0. Differentiable any number of times in z_pre, beta and gamma, also through mean and var.
+        Backward keeps z_pre, beta, gamma, the state and the statistics, and draws the noise again.
 
     The noise comes from Philox4x32-10, counted by seed, offset and element, and is float32 on every backend. An
     element's number is its place in memory (contiguous or channels-last), else its place in contiguous order.
@@ -344,7 +335,17 @@ def ladder_encoder(
     Source: Rasmus et al., "Semi-Supervised Learning with Ladder Networks", 2015, Algorithm 1.
     """
     _check(
-        z_pre, num_labelled, num_clean, beta, gamma, noise_std, noise_state, activation, negative_slope, eps
+        z_pre,
+        num_labelled,
+        num_clean,
+        beta,
+        gamma,
+        noise_std,
+        noise_state,
+        noise_stream,
+        activation,
+        negative_slope,
+        eps,
     )
     name = backend.choose("ladder_encoder", z_pre.device.type, z_pre.dtype)
     same = beta is None and gamma is None and activation == "identity"  # h is z then
@@ -387,6 +388,7 @@ def _check(
     gamma: Tensor | None,
     noise_std: float,
     noise_state: Tensor | None,
+    noise_stream: int,
     activation: str,
     negative_slope: float,
     eps: float,
@@ -395,7 +397,11 @@ def _check(
     check_dtype(op, "z_pre", z_pre)
     if z_pre.dim() < 2:
         raise ValueError(f"{op}: z_pre must have shape (N, C, *); got {shape_text(z_pre)}")
-    for name, number in (("num_labelled", num_labelled), ("num_clean", num_clean)):
+    for name, number in (
+        ("num_labelled", num_labelled),
+        ("num_clean", num_clean),
+        ("noise_stream", noise_stream),
+    ):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{op}: {name} must be an integer; got {number!r}")
         if number < 0:
