@@ -1,4 +1,4 @@
-// Vec<T>: one hardware vector of float or double, with what the sigmoid needs. Textual header, included per instruction
+// Vec<T>: one hardware vector of float or double, with what the formulas need. Textual header, included per instruction
 // set inside its namespace (isa.h); LF_VECTOR_BYTES is the width.
 
 template <class T>
@@ -20,6 +20,38 @@ struct VecTraits<double> {
     typedef double Unaligned __attribute__((vector_size(LF_VECTOR_BYTES), aligned(8), may_alias));
 };
 
+#if LF_VECTOR_BYTES == 64
+LF_HD VecTraits<float>::Raw load_first(const float* p, int64_t n) {
+    return (VecTraits<float>::Raw)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+LF_HD VecTraits<double>::Raw load_first(const double* p, int64_t n) {
+    return (VecTraits<double>::Raw)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+}
+LF_HD void store_first(float* p, int64_t n, VecTraits<float>::Raw raw) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)raw);
+}
+LF_HD void store_first(double* p, int64_t n, VecTraits<double>::Raw raw) {
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)raw);
+}
+#elif LF_VECTOR_BYTES == 32
+LF_HD __m256i first_lanes(const float*, int64_t n) {
+    return (__m256i)(VecTraits<float>::RawInt{0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)n);
+}
+LF_HD __m256i first_lanes(const double*, int64_t n) { return (__m256i)(VecTraits<double>::RawInt{0, 1, 2, 3} < n); }
+LF_HD VecTraits<float>::Raw load_first(const float* p, int64_t n) {
+    return (VecTraits<float>::Raw)_mm256_maskload_ps(p, first_lanes(p, n));
+}
+LF_HD VecTraits<double>::Raw load_first(const double* p, int64_t n) {
+    return (VecTraits<double>::Raw)_mm256_maskload_pd(p, first_lanes(p, n));
+}
+LF_HD void store_first(float* p, int64_t n, VecTraits<float>::Raw raw) {
+    _mm256_maskstore_ps(p, first_lanes(p, n), (__m256)raw);
+}
+LF_HD void store_first(double* p, int64_t n, VecTraits<double>::Raw raw) {
+    _mm256_maskstore_pd(p, first_lanes(p, n), (__m256d)raw);
+}
+#endif
+
 template <class T>
 struct Vec {
     using Raw = typename VecTraits<T>::Raw;
@@ -32,6 +64,10 @@ struct Vec {
     LF_HD void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = raw; }
 
     // The first n < width elements; the others are read as 0 and not written.
+#if LF_VECTOR_BYTES >= 32
+    static LF_HD Vec load(const T* p, int64_t n) { return {load_first(p, n)}; }
+    LF_HD void store(T* p, int64_t n) const { store_first(p, n, raw); }
+#else
     static LF_HD Vec load(const T* p, int64_t n) {
         alignas(LF_VECTOR_BYTES) T buffer[width] = {};
         for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
@@ -42,6 +78,7 @@ struct Vec {
         store(buffer);
         for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
     }
+#endif
 
     friend LF_HD Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
     friend LF_HD Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }
@@ -54,6 +91,24 @@ struct Vec {
         return total;
     }
 };
+
+template <class T>
+LF_HD Vec<T> operator*(Vec<T> a, float b) {
+    return {a.raw * (T)b};
+}
+
+template <class T>
+LF_HD Vec<T> zero_like(Vec<T>) {
+    return Vec<T>::broadcast(0);
+}
+
+LF_HD double zero_like(double) { return 0; }
+
+// a where test <= 0, b elsewhere, also where test is NaN.
+template <class T>
+LF_HD Vec<T> where_not_positive(Vec<T> test, Vec<T> a, Vec<T> b) {
+    return {test.raw <= (T)0 ? a.raw : b.raw};
+}
 
 // exp(-x), for -x clamped to where the result and its inverse are normal numbers; NaN stays NaN.
 //
