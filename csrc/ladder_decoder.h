@@ -23,27 +23,36 @@ struct LadderDecoderOptions {
 // Every pass is cut into work items whose number and extent depend on the shape alone, so that results do not depend on
 // how items are spread over threads. T is float or double; the functions below exist for both.
 //
-//   forward:   run items [0, statistics_items), [0, apply_items), then, for a cost, [0, seeds) of the cost
-//   backward:  run items [0, apply_items) of backward_sums, [0, reduce_items), then [0, apply_items) of backward_apply
+//   forward:   run items [0, apply_items) of statistics, [0, reduce_items) of moments, [0, apply_items) of apply, then,
+//              for a cost, [0, seeds) of cost
+//   backward:  run items [0, apply_items) of backward_sums, [0, reduce_items) of reduce, then [0, apply_items) of
+//              backward_apply
 namespace ladderfast::cpu {
 
-int64_t ladder_decoder_statistics_items(const LadderDecoderShape& shape);
 int64_t ladder_decoder_apply_items(const LadderDecoderShape& shape);
 int64_t ladder_decoder_reduce_items(const LadderDecoderShape& shape);
 int64_t ladder_decoder_workspace(const LadderDecoderShape& shape);           // elements of T, forward
 int64_t ladder_decoder_backward_workspace(const LadderDecoderShape& shape);  // elements of T, backward
 
 template <class T>
-void ladder_decoder_statistics(const T* u, T* workspace, const LadderDecoderShape& shape, int64_t begin, int64_t end);
+void ladder_decoder_statistics(const T* u,    // (seeds, rows, channels, inner)
+                               T* workspace,  // need not be initialised
+                               const LadderDecoderShape& shape, int64_t begin, int64_t end);
+
+template <class T>
+void ladder_decoder_moments(const T* u,
+                            const T* workspace,   // filled by every item of the statistics
+                            T* u_mean, T* u_var,  // (seeds, channels), written once; 0 where there are no rows
+                            const LadderDecoderShape& shape, int64_t begin, int64_t end);
 
 template <class T>
 void ladder_decoder_apply(const T* u, const T* z, const T* params,
-                          const T* clean_z,     // as u, or null: no cost
-                          const T* mean,        // (seeds, channels), or null: layer 0
-                          const T* var,         // (seeds, channels), or null: layer 0
-                          T* z_hat,             // as u, written once
-                          T* u_mean, T* u_var,  // (seeds, channels), written once
-                          T* workspace,         // in: the statistics' sums; out: the cost's
+                          const T* clean_z,  // as u, or null: no cost
+                          const T* mean,     // (seeds, channels), or null: layer 0
+                          const T* var,      // (seeds, channels), or null: layer 0
+                          const T* u_mean, const T* u_var,
+                          T* z_hat,      // as u, written once
+                          T* workspace,  // the cost's sums, over what the statistics left
                           const LadderDecoderOptions& options, const LadderDecoderShape& shape, int64_t begin,
                           int64_t end);
 
@@ -61,11 +70,12 @@ void ladder_decoder_backward_sums(const T* grad_z_hat,  // as u, or null: zero
                                   T* grad_z,        // as u, written once; null: not wanted
                                   T* grad_clean_z,  // as u, written once; null: not wanted, or no grad_cost
                                   T* workspace,     // need not be initialised
+                                  bool statistics,  // whether mean and var have gradients
                                   const LadderDecoderOptions& options, const LadderDecoderShape& shape, int64_t begin,
                                   int64_t end);
 
 template <class T>
-void ladder_decoder_reduce(T* workspace, const T* params, const T* var, const T* u_var, T* grad_params,
+void ladder_decoder_reduce(T* workspace, const T* params, const T* var, T* grad_params,
                            T* grad_mean,  // (seeds, channels), written once; or null
                            T* grad_var,   // (seeds, channels), written once; or null
                            const LadderDecoderOptions& options, const LadderDecoderShape& shape, int64_t begin,

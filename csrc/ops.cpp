@@ -14,7 +14,9 @@
 #endif
 
 #include "combinator.h"
+#include "ladder_decoder.h"
 
+#include <optional>
 #include <tuple>
 
 namespace {
@@ -60,32 +62,36 @@ Tensor laid_out_like(const Tensor& t, const Tensor& like) {
     return copy;
 }
 
-void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& z) {
+void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& z, const char* of = "z") {
     bool same = t.dim() == z.dim();
     for (int64_t axis = 0; same && axis < z.dim(); ++axis) same = t.size(axis) == z.size(axis);
     STD_TORCH_CHECK(same && t.scalar_type() == z.scalar_type() && t.device() == z.device(), op, ": ", name,
-                    " must have the shape, dtype and device of z");
+                    " must have the shape, dtype and device of ", of);
 }
 
-// z is (N, C, *) with params (10, C), or (S, N, C, *) with params (S, 10, C); contiguous or channels-last.
-CombinatorShape combinator_shape(const char* op, const Tensor& z, const Tensor& u, const Tensor& params) {
+// Of z, (N, C, *) with params (10, C) or (S, N, C, *) with params (S, 10, C), contiguous or channels-last.
+CombinatorShape packed_shape(const char* op, const char* name, const Tensor& z, const Tensor& params) {
     const int64_t axis = params.dim() - 1;  // of the channels
     STD_TORCH_CHECK(axis == 1 || axis == 2, op, ": params must be (10, C) or (S, 10, C)");
     STD_TORCH_CHECK(z.dim() > axis && params.size(axis - 1) == 10 && params.size(axis) == z.size(axis) &&
                         (axis == 1 || params.size(0) == z.size(0)),
-                    op, ": the shapes of z and params do not fit");
-    STD_TORCH_CHECK(params.device() == z.device(), op, ": params must be on the device of z");
-    check_same_shape(op, "u", u, z);
+                    op, ": the shapes of ", name, " and params do not fit");
+    STD_TORCH_CHECK(params.device() == z.device(), op, ": params must be on the device of ", name);
 
     CombinatorShape shape{axis == 2 ? z.size(0) : 1, z.size(axis - 1), z.size(axis), 1};
     for (int64_t k = axis + 1; k < z.dim(); ++k) shape.inner *= z.size(k);
     if (packed(z, [](int64_t k) { return k; })) return shape;
     const int64_t last = z.dim() - 1;
     const bool channels_last = packed(z, [=](int64_t k) { return k < axis ? k : k == last ? axis : k + 1; });
-    STD_TORCH_CHECK(channels_last, op, ": z must be contiguous or channels-last");
+    STD_TORCH_CHECK(channels_last, op, ": ", name, " must be contiguous or channels-last");
     shape.rows *= shape.inner;
     shape.inner = 1;
     return shape;
+}
+
+CombinatorShape combinator_shape(const char* op, const Tensor& z, const Tensor& u, const Tensor& params) {
+    check_same_shape(op, "u", u, z);
+    return packed_shape(op, "z", z, params);
 }
 
 int64_t numel(const CombinatorShape& s) { return s.seeds * s.rows * s.channels * s.inner; }
@@ -154,6 +160,203 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cpu(Tensor grad, Tensor z
     return {grad_z, grad_u, grad_params};
 }
 
+// ladder_decoder: arguments that its two ops share, as its kernels take them. u is as z above; z and clean_z are laid
+// out as u is. Without clean_z, mean and var are not looked at.
+struct DecoderTensors {
+    Tensor u, z, params;
+    std::optional<Tensor> clean_z, mean, var;
+    LadderDecoderShape shape;
+    LadderDecoderOptions options;
+
+    DecoderTensors(const char* op, const Tensor& u_, const Tensor& z_, const Tensor& params_,
+                   const std::optional<Tensor>& clean_z_, const std::optional<Tensor>& mean_,
+                   const std::optional<Tensor>& var_, bool squash_v, double eps)
+        : u(u_), z(z_), params(torch::stable::contiguous(params_)), options{eps, squash_v} {
+        const CombinatorShape s = packed_shape(op, "u", u, params);
+        shape = {s.seeds, s.rows, s.channels, s.inner};
+        check_same_shape(op, "z", z, u, "u");
+        z = laid_out_like(z, u);
+        if (!clean_z_.has_value()) return;
+        check_same_shape(op, "clean_z", *clean_z_, u, "u");
+        clean_z = laid_out_like(*clean_z_, u);
+        STD_TORCH_CHECK(mean_.has_value() == var_.has_value(), op, ": mean and var must be given together");
+        if (!mean_.has_value()) return;
+        mean = of_channels(op, "mean", *mean_);
+        var = of_channels(op, "var", *var_);
+    }
+
+    // (C) or (S, C): a packed tensor of the statistics' dtype.
+    Tensor of_channels(const char* op, const char* name, const Tensor& t) const {
+        const bool seeds = params.dim() == 3;
+        STD_TORCH_CHECK(t.dim() == params.dim() - 1 && t.size(t.dim() - 1) == shape.channels &&
+                            (!seeds || t.size(0) == shape.seeds) && t.scalar_type() == wide() &&
+                            t.device() == u.device(),
+                        op, ": ", name, " must be one value for each channel, wide and on the device of u");
+        return torch::stable::contiguous(t);
+    }
+
+    // The dtype of statistics and cost.
+    ScalarType wide() const { return u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+    Tensor new_wide(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(u, size, wide()); }
+
+    Tensor new_statistics() const {
+        return params.dim() == 3 ? new_wide({shape.seeds, shape.channels}) : new_wide({shape.channels});
+    }
+
+    // 0-dim or (S); no elements without a cost.
+    Tensor new_cost() const {
+        return !clean_z.has_value() ? new_wide({0}) : params.dim() == 3 ? new_wide({shape.seeds}) : new_wide({});
+    }
+
+    int64_t numel() const { return shape.seeds * shape.rows * shape.channels * shape.inner; }
+};
+
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+    return t.has_value() ? (const T*)t->data_ptr() : nullptr;
+}
+
+// Of an output that may have no elements because nobody wants it.
+template <class T>
+T* wanted_pointer(bool wanted, const Tensor& t) {
+    return wanted ? (T*)t.data_ptr() : nullptr;
+}
+
+template <class T>
+void run_decoder(const DecoderTensors& d, Tensor& z_hat, Tensor& cost, Tensor& u_mean, Tensor& u_var) {
+    namespace cpu = ladderfast::cpu;
+    const T *u = (const T*)d.u.data_ptr(), *z = (const T*)d.z.data_ptr(), *params = (const T*)d.params.data_ptr();
+    const T *clean_z = pointer<T>(d.clean_z), *mean = pointer<T>(d.mean), *var = pointer<T>(d.var);
+    const Tensor scratch = torch::stable::new_empty(d.u, {cpu::ladder_decoder_workspace(d.shape)});
+    T *workspace = (T*)scratch.data_ptr(), *out = (T*)z_hat.data_ptr();
+    T *um = (T*)u_mean.data_ptr(), *uv = (T*)u_var.data_ptr();
+    const int64_t items = cpu::ladder_decoder_apply_items(d.shape);
+    parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
+        cpu::ladder_decoder_statistics<T>(u, workspace, d.shape, begin, end);
+    });
+    parallel_items(cpu::ladder_decoder_reduce_items(d.shape), scratch.numel(), [&](int64_t begin, int64_t end) {
+        cpu::ladder_decoder_moments<T>(u, workspace, um, uv, d.shape, begin, end);
+    });
+    parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
+        cpu::ladder_decoder_apply<T>(u, z, params, clean_z, mean, var, um, uv, out, workspace, d.options, d.shape,
+                                     begin, end);
+    });
+    if (d.clean_z.has_value()) cpu::ladder_decoder_cost<T>(workspace, (T*)cost.data_ptr(), d.shape, 0, d.shape.seeds);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cpu(Tensor u, Tensor z, Tensor params,
+                                                              std::optional<Tensor> clean_z, std::optional<Tensor> mean,
+                                                              std::optional<Tensor> var, bool squash_v, double eps) {
+    const DecoderTensors d("ladder_decoder", u, z, params, clean_z, mean, var, squash_v, eps);
+    const ScalarType dtype = u.scalar_type();
+    STD_TORCH_CHECK(params.scalar_type() == dtype, "ladder_decoder: params must have the dtype of u on the CPU");
+    Tensor z_hat = torch::stable::empty_like(u), cost = d.new_cost();
+    Tensor u_mean = d.new_statistics(), u_var = d.new_statistics();
+    if (dtype == ScalarType::Float) {
+        run_decoder<float>(d, z_hat, cost, u_mean, u_var);
+    } else if (dtype == ScalarType::Double) {
+        run_decoder<double>(d, z_hat, cost, u_mean, u_var);
+    } else {
+        STD_TORCH_CHECK(false, "ladder_decoder: the CPU kernel takes float32 and float64");
+    }
+    return {z_hat, cost, u_mean, u_var};
+}
+
+// Arguments and outputs of ladder_decoder_backward. Outputs that nobody wants have no elements; without a gradient of
+// the cost those of clean_z, mean and var are not wanted.
+struct DecoderGradients {
+    const DecoderTensors d;
+    std::optional<Tensor> grad_z_hat, grad_cost;
+    Tensor u_mean, u_var;
+    bool want_z, want_clean_z, want_statistics;
+    Tensor grad_u, grad_z, grad_params, grad_clean_z, grad_mean, grad_var;
+
+    DecoderGradients(const char* op, const std::optional<Tensor>& grad_z_hat_, const std::optional<Tensor>& grad_cost_,
+                     DecoderTensors tensors, const Tensor& u_mean_, const Tensor& u_var_, bool z, bool clean_z,
+                     bool statistics)
+        : d(std::move(tensors)),
+          u_mean(d.of_channels(op, "u_mean", u_mean_)),
+          u_var(d.of_channels(op, "u_var", u_var_)),
+          want_z(z) {
+        if (grad_z_hat_.has_value()) {
+            check_same_shape(op, "grad_z_hat", *grad_z_hat_, d.u, "u");
+            grad_z_hat = laid_out_like(*grad_z_hat_, d.u);
+        }
+        if (grad_cost_.has_value() && d.clean_z.has_value()) {
+            const bool seeds = d.params.dim() == 3;
+            STD_TORCH_CHECK(grad_cost_->dim() == (seeds ? 1 : 0) && grad_cost_->numel() == d.shape.seeds &&
+                                grad_cost_->scalar_type() == d.wide() && grad_cost_->device() == d.u.device(),
+                            op, ": grad_cost must be as the cost");
+            grad_cost = torch::stable::contiguous(*grad_cost_);
+        }
+        want_clean_z = clean_z && grad_cost.has_value();
+        want_statistics = statistics && grad_cost.has_value() && d.mean.has_value();
+        grad_u = torch::stable::empty_like(d.u);
+        grad_params = torch::stable::empty_like(d.params);
+        grad_z = want_z ? torch::stable::empty_like(d.u) : nothing();
+        grad_clean_z = want_clean_z ? torch::stable::empty_like(d.u) : nothing();
+        grad_mean = want_statistics ? d.new_statistics() : d.new_wide({0});
+        grad_var = want_statistics ? d.new_statistics() : d.new_wide({0});
+    }
+
+    Tensor nothing() const { return torch::stable::new_empty(d.u, {0}); }
+
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
+        return {grad_u, grad_z, grad_params, grad_clean_z, grad_mean, grad_var};
+    }
+};
+
+template <class T>
+void run_decoder_backward(const DecoderGradients& g) {
+    namespace cpu = ladderfast::cpu;
+    const DecoderTensors& d = g.d;
+    const T *grad_z_hat = pointer<T>(g.grad_z_hat), *grad_cost = pointer<T>(g.grad_cost);
+    const T *u = (const T*)d.u.data_ptr(), *z = (const T*)d.z.data_ptr(), *params = (const T*)d.params.data_ptr();
+    const T *clean_z = pointer<T>(d.clean_z), *mean = pointer<T>(d.mean), *var = pointer<T>(d.var);
+    const T *um = (const T*)g.u_mean.data_ptr(), *uv = (const T*)g.u_var.data_ptr();
+    T *grad_u = (T*)g.grad_u.data_ptr(), *grad_params = (T*)g.grad_params.data_ptr();
+    T* grad_z = wanted_pointer<T>(g.want_z, g.grad_z);
+    T* grad_clean_z = wanted_pointer<T>(g.want_clean_z, g.grad_clean_z);
+    T* grad_mean = wanted_pointer<T>(g.want_statistics, g.grad_mean);
+    T* grad_var = wanted_pointer<T>(g.want_statistics, g.grad_var);
+    const Tensor scratch = torch::stable::new_empty(d.u, {cpu::ladder_decoder_backward_workspace(d.shape)});
+    T* workspace = (T*)scratch.data_ptr();
+    const int64_t items = cpu::ladder_decoder_apply_items(d.shape);
+    parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
+        cpu::ladder_decoder_backward_sums<T>(grad_z_hat, grad_cost, u, z, params, clean_z, mean, var, um, uv, grad_u,
+                                             grad_z, grad_clean_z, workspace, g.want_statistics, d.options, d.shape,
+                                             begin, end);
+    });
+    parallel_items(cpu::ladder_decoder_reduce_items(d.shape), scratch.numel(), [&](int64_t begin, int64_t end) {
+        cpu::ladder_decoder_reduce<T>(workspace, params, var, grad_params, grad_mean, grad_var, d.options, d.shape,
+                                      begin, end);
+    });
+    parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
+        cpu::ladder_decoder_backward_apply<T>(u, um, uv, workspace, grad_u, d.options, d.shape, begin, end);
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ladder_decoder_backward_cpu(
+    std::optional<Tensor> grad_z_hat, std::optional<Tensor> grad_cost, Tensor u, Tensor z, Tensor params,
+    std::optional<Tensor> clean_z, std::optional<Tensor> mean, std::optional<Tensor> var, Tensor u_mean, Tensor u_var,
+    bool squash_v, double eps, bool want_z, bool want_clean_z, bool want_statistics) {
+    const char* op = "ladder_decoder_backward";
+    const DecoderGradients g(op, grad_z_hat, grad_cost,
+                             DecoderTensors(op, u, z, params, clean_z, mean, var, squash_v, eps), u_mean, u_var, want_z,
+                             want_clean_z, want_statistics);
+    const ScalarType dtype = u.scalar_type();
+    STD_TORCH_CHECK(params.scalar_type() == dtype, op, ": params must have the dtype of u on the CPU");
+    if (dtype == ScalarType::Float) {
+        run_decoder_backward<float>(g);
+    } else if (dtype == ScalarType::Double) {
+        run_decoder_backward<double>(g);
+    } else {
+        STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32 and float64");
+    }
+    return g.outputs();
+}
+
 #ifdef LADDERFAST_WITH_CUDA
 
 // The dtype codes of the contract headers.
@@ -209,6 +412,49 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cuda(Tensor grad, Tensor 
     return {grad_z, grad_u, grad_params};
 }
 
+const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cuda(Tensor u, Tensor z, Tensor params,
+                                                               std::optional<Tensor> clean_z,
+                                                               std::optional<Tensor> mean, std::optional<Tensor> var,
+                                                               bool squash_v, double eps) {
+    const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+    const char* op = "ladder_decoder";
+    const DecoderTensors d(op, u, z, params, clean_z, mean, var, squash_v, eps);
+    Tensor z_hat = torch::stable::empty_like(u), cost = d.new_cost();
+    Tensor u_mean = d.new_statistics(), u_var = d.new_statistics();
+    const int64_t size = ladderfast_ladder_decoder_workspace_cuda(&d.shape);
+    Tensor workspace = torch::stable::new_empty(u, {size}, ScalarType::Byte);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_decoder_forward_cuda(
+        d.u.data_ptr(), d.z.data_ptr(), d.params.data_ptr(), pointer(d.clean_z), pointer(d.mean), pointer(d.var),
+        z_hat.data_ptr(), u_mean.data_ptr(), u_var.data_ptr(), d.clean_z.has_value() ? cost.data_ptr() : nullptr,
+        workspace.data_ptr(), dtype_code(op, u.scalar_type()), dtype_code(op, params.scalar_type()), &d.options,
+        &d.shape, current_stream(u)));
+    return {z_hat, cost, u_mean, u_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ladder_decoder_backward_cuda(
+    std::optional<Tensor> grad_z_hat, std::optional<Tensor> grad_cost, Tensor u, Tensor z, Tensor params,
+    std::optional<Tensor> clean_z, std::optional<Tensor> mean, std::optional<Tensor> var, Tensor u_mean, Tensor u_var,
+    bool squash_v, double eps, bool want_z, bool want_clean_z, bool want_statistics) {
+    const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+    const char* op = "ladder_decoder_backward";
+    const DecoderGradients g(op, grad_z_hat, grad_cost,
+                             DecoderTensors(op, u, z, params, clean_z, mean, var, squash_v, eps), u_mean, u_var, want_z,
+                             want_clean_z, want_statistics);
+    const int64_t size = ladderfast_ladder_decoder_backward_workspace_cuda(&g.d.shape);
+    Tensor workspace = torch::stable::new_empty(u, {size}, ScalarType::Byte);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_decoder_backward_cuda(
+        pointer(g.grad_z_hat), pointer(g.grad_cost), g.d.u.data_ptr(), g.d.z.data_ptr(), g.d.params.data_ptr(),
+        pointer(g.d.clean_z), pointer(g.d.mean), pointer(g.d.var), g.u_mean.data_ptr(), g.u_var.data_ptr(),
+        g.grad_u.data_ptr(), wanted_pointer<void>(g.want_z, g.grad_z),
+        wanted_pointer<void>(g.want_clean_z, g.grad_clean_z), g.grad_params.data_ptr(),
+        wanted_pointer<void>(g.want_statistics, g.grad_mean), wanted_pointer<void>(g.want_statistics, g.grad_var),
+        workspace.data_ptr(), dtype_code(op, u.scalar_type()), dtype_code(op, params.scalar_type()), &g.d.options,
+        &g.d.shape, current_stream(u)));
+    return g.outputs();
+}
+
 #endif
 
 }  // namespace
@@ -218,16 +464,29 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
     m.def(
         "combinator_backward(Tensor grad_z_hat, Tensor z, Tensor u, Tensor params, bool squash_v) -> (Tensor, Tensor, "
         "Tensor)");
+    m.def(
+        "ladder_decoder(Tensor u, Tensor z, Tensor params, Tensor? clean_z, Tensor? mean, Tensor? var, bool squash_v, "
+        "float eps) -> (Tensor z_hat, Tensor cost, Tensor u_mean, Tensor u_var)");
+    m.def(
+        "ladder_decoder_backward(Tensor? grad_z_hat, Tensor? grad_cost, Tensor u, Tensor z, Tensor params, Tensor? "
+        "clean_z, Tensor? mean, Tensor? var, Tensor u_mean, Tensor u_var, bool squash_v, float eps, bool want_z, bool "
+        "want_clean_z, bool want_statistics) -> (Tensor grad_u, Tensor grad_z, Tensor grad_params, Tensor "
+        "grad_clean_z, "
+        "Tensor grad_mean, Tensor grad_var)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("combinator", TORCH_BOX(&combinator_cpu));
     m.impl("combinator_backward", TORCH_BOX(&combinator_backward_cpu));
+    m.impl("ladder_decoder", TORCH_BOX(&ladder_decoder_cpu));
+    m.impl("ladder_decoder_backward", TORCH_BOX(&ladder_decoder_backward_cpu));
 }
 
 #ifdef LADDERFAST_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("combinator", TORCH_BOX(&combinator_cuda));
     m.impl("combinator_backward", TORCH_BOX(&combinator_backward_cuda));
+    m.impl("ladder_decoder", TORCH_BOX(&ladder_decoder_cuda));
+    m.impl("ladder_decoder_backward", TORCH_BOX(&ladder_decoder_backward_cuda));
 }
 #endif

@@ -83,21 +83,7 @@ namespace ladderfast::cpu {
 namespace LF_ISA {
 
 #include "vec.h"
-#include "../math/combinator.h"
-
-template <class T>
-static LF_HD Combinator<Vec<T>> load_columns(const T* table, int64_t column) {
-    Combinator<Vec<T>> p;
-    for (int j = 0; j < 10; ++j) p.a[j] = Vec<T>::load(table + j * kBlock + column);
-    return p;
-}
-
-template <class T>
-static LF_HD Combinator<Vec<T>> broadcast_channel(const T* params, int64_t channels, int64_t channel) {
-    Combinator<Vec<T>> p;
-    for (int j = 0; j < 10; ++j) p.a[j] = Vec<T>::broadcast(params[j * channels + channel]);
-    return p;
-}
+#include "combinator_table.h"
 
 // The parameters of columns [first, first + count), each row padded to whole vectors.
 template <class T>
@@ -174,11 +160,11 @@ static inline void forward_columns(const T* z, const T* u, const T* params, T* z
                 __builtin_prefetch(z + at + c + plan.width);
                 __builtin_prefetch(u + at + c + plan.width);
                 __builtin_prefetch(z_hat + at + c + plan.width, 1);
-                const auto p = load_columns(table, c);
+                const auto p = load_columns(table, kBlock, c);
                 combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p).store(z_hat + at + c);
             }
             if (c < count) {
-                const auto p = load_columns(table, c);
+                const auto p = load_columns(table, kBlock, c);
                 combinator_forward<squash>(V::load(z + at + c, count - c), V::load(u + at + c, count - c), p)
                     .store(z_hat + at + c, count - c);
             }
@@ -222,7 +208,7 @@ static inline void backward_columns(const T* grad, const T* z, const T* u, const
         for (int64_t tile = item.row; tile < item.row_end; tile += kTile) {
             const int64_t tile_end = min_of(tile + kTile, item.row_end);
             for (int64_t c = 0; c < item.count; c += V::width) {
-                const auto p = load_columns(table, c);
+                const auto p = load_columns(table, kBlock, c);
                 V sums[10];
                 for (int j = 0; j < 10; ++j) sums[j] = V::broadcast(0);
                 for (int64_t r = tile; r < tile_end; ++r) {
@@ -327,14 +313,11 @@ static inline void reduce(const T* workspace, const T* params, T* grad_params, c
             }
         }
         for (int64_t c = 0; c < count; ++c) {
-            Combinator<double> p;
             double channel[10];
-            for (int j = 0; j < 10; ++j) {
-                p.a[j] = params[(seed * 10 + j) * s.channels + first + c];
-                channel[j] = sums[j][c];
-            }
-            combinator_finish(channel, p);
-            for (int j = 0; j < 10; ++j) grad_params[(seed * 10 + j) * s.channels + first + c] = (T)channel[j];
+            for (int j = 0; j < 10; ++j) channel[j] = sums[j][c];
+            const int64_t at = seed * 10 * s.channels;
+            finish_channel(channel, load_channel(params + at, s.channels, first + c), grad_params + at, s.channels,
+                           first + c);
         }
     }
 }

@@ -36,7 +36,8 @@ struct PartsPlan {
     int64_t chunks;         // of each part
     int64_t block, blocks;  // columns: of one item, and how many a row has; runs: the same of a run's segments
 
-    PartsPlan(int64_t seeds, int64_t rows, int64_t channels, int64_t inner, int64_t parts, const int64_t* part_rows)
+    PartsPlan(int64_t seeds, int64_t rows, int64_t channels, int64_t inner, int64_t parts, const int64_t* part_rows,
+              int64_t max_block = kMaxBlock)
         : seeds(seeds), channels(channels), inner(inner), parts(parts) {
         natural = width = channels * inner;
         per_seed = rows * natural;
@@ -54,7 +55,7 @@ struct PartsPlan {
             if (width > 0 && ceil_div(part_size[p], width) > most) most = ceil_div(part_size[p], width);
         }
         chunks = most > kMaxRows ? ceil_div(most, kMaxRows) : 2;
-        const int64_t extent = columns ? width : inner, limit = columns ? kMaxBlock : kMaxSegment;
+        const int64_t extent = columns ? width : inner, limit = columns ? max_block : kMaxSegment;
         blocks = ceil_div(extent, limit);
         block = blocks > 0 ? (ceil_div(extent, blocks) + 15) / 16 * 16 : 0;
         if (per_seed == 0) blocks = 0;

@@ -30,7 +30,7 @@ if _extension.module is not None:
         )
 
 
-def _packed(z: Tensor, params: Tensor) -> Tensor:
+def packed(z: Tensor, params: Tensor) -> Tensor:
     """z as the kernels take it: contiguous or channels-last; a copy only where it is neither."""
     if z.is_contiguous() or z.movedim(params.dim() - 1, -1).is_contiguous():
         return z
@@ -49,7 +49,7 @@ def _seeds_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tens
 class _Combinator(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, u: Tensor, params: Tensor, squash_v: bool, name: str) -> Tensor:
-        z = _packed(z, params)
+        z = packed(z, params)
         if name == "triton":
             from ladderfast.triton.combinator import combinator_triton
 
@@ -80,7 +80,7 @@ class _CombinatorBackward(torch.autograd.Function):
     def forward(
         grad_z_hat: Tensor, z: Tensor, u: Tensor, params: Tensor, squash_v: bool, name: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = _packed(z, params)
+        z = packed(z, params)
         if name == "triton":
             from ladderfast.triton.combinator import combinator_backward_triton
 

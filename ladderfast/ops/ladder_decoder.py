@@ -3,13 +3,237 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ladderfast import _extension
+from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
+from ladderfast.ops.combinator import packed
+from ladderfast.ops.function import batch_first, known_signature
 from ladderfast.reference import ladder_decoder as reference
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and of the cost."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+if _extension.module is not None:
+
+    @torch.library.register_fake("ladderfast::ladder_decoder")
+    def _ladder_decoder_fake(
+        u: Tensor,
+        z: Tensor,
+        params: Tensor,
+        clean_z: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        squash_v: bool,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        seeds = params.shape[:-2]
+        wide = {"dtype": _wide(u.dtype), "device": u.device}
+        return (
+            torch.empty_like(u),
+            torch.empty((0,) if clean_z is None else seeds, **wide),
+            torch.empty((*seeds, params.shape[-1]), **wide),
+            torch.empty((*seeds, params.shape[-1]), **wide),
+        )
+
+    @torch.library.register_fake("ladderfast::ladder_decoder_backward")
+    def _ladder_decoder_backward_fake(
+        grad_z_hat: Tensor | None,
+        grad_cost: Tensor | None,
+        u: Tensor,
+        z: Tensor,
+        params: Tensor,
+        clean_z: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        u_mean: Tensor,
+        u_var: Tensor,
+        squash_v: bool,
+        eps: float,
+        want_z: bool,
+        want_clean_z: bool,
+        want_statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        cost = grad_cost is not None and clean_z is not None
+        statistics = (0,) if mean is None or not (cost and want_statistics) else u_mean.shape
+        return (
+            torch.empty_like(u),
+            torch.empty_like(u) if want_z else u.new_empty(0),
+            torch.empty(params.shape, dtype=params.dtype, device=u.device),
+            torch.empty_like(u) if cost and want_clean_z else u.new_empty(0),
+            torch.empty(statistics, dtype=u_mean.dtype, device=u.device),
+            torch.empty(statistics, dtype=u_mean.dtype, device=u.device),
+        )
+
+
+def _seeds_first(
+    size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...], params: int
+) -> tuple[bool, list[Tensor | None]]:
+    """The batch axis of vmap in front, and merged with an axis of seeds if params (at that index) has one.
+
+    Says whether it has.
+    """
+    present = [i for i, t in enumerate(tensors) if t is not None]
+    moved: list[Tensor | None] = [None] * len(tensors)
+    given: Any = (
+        tuple(in_dims[i] for i in present),
+        tuple(tensors[i] for i in present),
+    )
+    for i, t in zip(present, batch_first(size, *given), strict=True):
+        moved[i] = t
+    nested = moved[params].dim() == 4  # type: ignore[union-attr]
+    if nested:
+        moved = [None if t is None else t.flatten(0, 1) for t in moved]
+    return nested, moved
+
+
+def _unflatten(size: int, nested: bool, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The batch axis apart from the seeds again; an output that nobody wants gets one."""
+    return tuple(
+        t.expand(size, *t.shape) if t.shape == (0,) else t.unflatten(0, (size, -1)) if nested else t
+        for t in tensors
+    )
+
+
+@known_signature
+class _LadderDecoder(torch.autograd.Function):
+    """z_hat, cost, and u's mean and variance for backward, which is why those have no gradients."""
+
+    @staticmethod
+    def forward(
+        u: Tensor,
+        z: Tensor,
+        params: Tensor,
+        clean_z: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        squash_v: bool,
+        eps: float,
+        name: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        u = packed(u, params)
+        if name == "triton":
+            from ladderfast.triton.ladder_decoder import ladder_decoder_triton
+
+            return ladder_decoder_triton(u, z, params, clean_z, mean, var, squash_v, eps)
+        return torch.ops.ladderfast.ladder_decoder(u, z, params, clean_z, mean, var, squash_v, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:6], *output[2:])
+        ctx.options = inputs[6:]
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z_hat: Tensor | None, grad_cost: Tensor | None, *_: Any) -> Any:
+        if grad_z_hat is None and grad_cost is None:
+            return (None,) * 9
+        needed = ctx.needs_input_grad
+        wanted = (needed[1], needed[3], needed[4] or needed[5])
+        grads = _LadderDecoderBackward.apply(
+            grad_z_hat, grad_cost, *ctx.saved_tensors, *ctx.options, *wanted
+        )
+        costly = grad_cost is not None
+        given = (True, needed[1], True, needed[3] and costly, needed[4] and costly, needed[5] and costly)
+        return *(g if keep else None for g, keep in zip(grads, given, strict=True)), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        size = info.batch_size
+        nested, tensors = _seeds_first(size, in_dims[:6], args[:6], 2)
+        out = _LadderDecoder.apply(*tensors, *args[6:])
+        return _unflatten(size, nested, out), (0,) * 4
+
+
+@known_signature
+class _LadderDecoderBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad_z_hat: Tensor | None,
+        grad_cost: Tensor | None,
+        u: Tensor,
+        z: Tensor,
+        params: Tensor,
+        clean_z: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        u_mean: Tensor,
+        u_var: Tensor,
+        squash_v: bool,
+        eps: float,
+        name: str,
+        want_z: bool,
+        want_clean_z: bool,
+        want_statistics: bool,
+    ) -> tuple[Tensor, ...]:
+        u = packed(u, params)
+        tensors = (grad_z_hat, grad_cost, u, z, params, clean_z, mean, var, u_mean, u_var)
+        options = (squash_v, eps, want_z, want_clean_z, want_statistics)
+        if name == "triton":
+            from ladderfast.triton.ladder_decoder import ladder_decoder_backward_triton
+
+            return ladder_decoder_backward_triton(*tensors, *options)
+        return torch.ops.ladderfast.ladder_decoder_backward(*tensors, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:8])
+        ctx.options = inputs[10:12]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Gradients of gradients: those of the reference's, which is differentiable any number of times.
+        given = [i for i, t in enumerate(ctx.saved_tensors) if t is not None]
+        squash_v, eps = ctx.options
+        wanted = [i for i, g in enumerate(grads) if g is not None]
+
+        def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
+            every: list[Tensor | None] = [None] * 8
+            for i, t in zip(given, tensors, strict=True):
+                every[i] = t
+            inputs = [t for t in every[2:] if t is not None]
+
+            def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+                rest = iter(inputs)
+                u, z, params, clean_z, mean, var = (None if t is None else next(rest) for t in every[2:])
+                out = reference.ladder_decoder(
+                    u,  # type: ignore[arg-type]
+                    z,  # type: ignore[arg-type]
+                    params,  # type: ignore[arg-type]
+                    clean_z,
+                    mean,
+                    var,
+                    squash_v=squash_v,
+                    eps=eps,
+                )
+                return tuple(t for t, grad in zip(out, every[:2], strict=True) if grad is not None)
+
+            pullback = torch.func.vjp(forward, *inputs)[1]
+            found = iter(pullback(tuple(grad for grad in every[:2] if grad is not None)))
+            result = [None if t is None else next(found) for t in every[2:]]
+            return tuple(result[i] for i in wanted)  # type: ignore[misc]
+
+        if ctx.saved_tensors[4].dim() == 3:
+            formula = torch.func.vmap(formula)
+        pullback = torch.func.vjp(formula, *(ctx.saved_tensors[i] for i in given))[1]
+        second = iter(pullback(tuple(grads[i] for i in wanted)))  # type: ignore[arg-type]
+        return *(next(second) if i in given else None for i in range(8)), *(None,) * 8
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        size = info.batch_size
+        nested, tensors = _seeds_first(size, in_dims[:10], args[:10], 4)
+        out = _LadderDecoderBackward.apply(*tensors, *args[10:])
+        return _unflatten(size, nested, out), (0,) * 6
 
 
 class LadderDecoderOutput(NamedTuple):
@@ -71,9 +295,15 @@ def ladder_decoder(
         check_dtype("ladder_decoder", "clean_z", clean_z)
         u, z, clean_z = autocast_promote(u, z, clean_z)
     _check(u, z, params, clean_z, mean, var, eps)
-    return LadderDecoderOutput(
-        *reference.ladder_decoder(u, z, params, clean_z, mean, var, squash_v=squash_v, eps=eps)
+    name = backend.choose("ladder_decoder", u.device.type, u.dtype)
+    if name == "reference":
+        return LadderDecoderOutput(
+            *reference.ladder_decoder(u, z, params, clean_z, mean, var, squash_v=squash_v, eps=eps)
+        )
+    z_hat, cost, _, _ = _LadderDecoder.apply(
+        u, z, params, clean_z, mean, var, bool(squash_v), float(eps), name
     )
+    return LadderDecoderOutput(z_hat, None if clean_z is None else cost)
 
 
 def _check(
