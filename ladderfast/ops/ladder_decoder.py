@@ -138,9 +138,7 @@ class _LadderDecoder(torch.autograd.Function):
             return (None,) * 9
         needed = ctx.needs_input_grad
         wanted = (needed[1], needed[3], needed[4] or needed[5])
-        grads = _LadderDecoderBackward.apply(
-            grad_z_hat, grad_cost, *ctx.saved_tensors, *ctx.options, *wanted
-        )
+        grads = _LadderDecoderBackward.apply(grad_z_hat, grad_cost, *ctx.saved_tensors, *ctx.options, *wanted)
         costly = grad_cost is not None
         given = (True, needed[1], True, needed[3] and costly, needed[4] and costly, needed[5] and costly)
         return *(g if keep else None for g, keep in zip(grads, given, strict=True)), None, None, None
@@ -195,6 +193,8 @@ class _LadderDecoderBackward(torch.autograd.Function):
         given = [i for i, t in enumerate(ctx.saved_tensors) if t is not None]
         squash_v, eps = ctx.options
         wanted = [i for i, g in enumerate(grads) if g is not None]
+        if not wanted:
+            return (None,) * 16
 
         def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
             every: list[Tensor | None] = [None] * 8
