@@ -46,6 +46,19 @@ def copy_seconds(moved: int, device: str) -> float:
     return _copies[key]
 
 
+def bytes_kept(function, inputs) -> int:
+    """Bytes that autograd keeps between forward and backward."""
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*inputs)
+    return sum(kept.values())
+
+
 def record(
     benchmark, *, op: str, shape: str, phase: str, variant: str, device: str, moved: int, kept: int
 ) -> None:
