@@ -64,6 +64,19 @@ def peak_memory(function: Callable[[], object]) -> int:
     return peak
 
 
+def bytes_kept(function, inputs) -> int:
+    """Bytes that autograd keeps between forward and backward."""
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*inputs)
+    return sum(kept.values())
+
+
 def record(
     benchmark, *, op: str, shape: str, phase: str, variant: str, device: str, moved: int, kept: int
 ) -> None:

@@ -22,7 +22,7 @@ static const int64_t kTile = 16;       // rows, or vectors of a run, that are su
 static const int64_t kTiles = 32;      // tiles of runs that are summed in vectors before their sum is taken in double
 static const int64_t kCostRows = 4;    // rows whose squared errors are summed in a vector
 static const int64_t kCostRun = 1024;  // elements of runs likewise
-static const int64_t kAhead = 512;     // bytes to prefetch ahead in the rows of a tile
+static const int64_t kAhead = 128;     // bytes to prefetch ahead in the rows of a tile
 static const int64_t kForwardAhead = 2048, kBackwardAhead = 1024;  // in runs
 
 static inline PartsPlan plan_of(const LadderDecoderShape& s) {
@@ -243,6 +243,9 @@ static LF_HD void prefetch_backward(const DecoderBackward<T>& d, int64_t at, boo
     __builtin_prefetch(d.z + at);
     if (d.grad_z_hat != nullptr) __builtin_prefetch(d.grad_z_hat + at);
     if (cost) __builtin_prefetch(d.clean_z + at);
+    __builtin_prefetch(d.grad_u + at, 1);
+    if (d.grad_z != nullptr) __builtin_prefetch(d.grad_z + at, 1);
+    if (d.grad_clean_z != nullptr) __builtin_prefetch(d.grad_clean_z + at, 1);
 }
 
 // 2 grad_cost / elements.
@@ -317,8 +320,6 @@ static inline void backward_runs(const DecoderBackward<T>& args, const PartsPlan
                 for (; c + V::width <= stop; c += V::width) {
                     const int64_t ahead = at + c + kBackwardAhead / (int64_t)sizeof(T);
                     prefetch_backward(d, ahead, cost > 0);
-                    __builtin_prefetch(d.grad_u + ahead, 1);
-                    if (d.grad_z != nullptr) __builtin_prefetch(d.grad_z + ahead, 1);
                     backward_vector<squash, cost, true>(d, at + c, 0, scale, p, q, sums, cost_sums);
                 }
                 if (c < stop) backward_vector<squash, cost, false>(d, at + c, stop - c, scale, p, q, sums, cost_sums);

@@ -35,12 +35,12 @@ if _extension.module is not None:
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seeds = params.shape[:-2]
-        wide = {"dtype": _wide(u.dtype), "device": u.device}
+        wide = _wide(u.dtype)
         return (
             torch.empty_like(u),
-            torch.empty((0,) if clean_z is None else seeds, **wide),
-            torch.empty((*seeds, params.shape[-1]), **wide),
-            torch.empty((*seeds, params.shape[-1]), **wide),
+            u.new_empty((0,) if clean_z is None else seeds, dtype=wide),
+            u.new_empty((*seeds, params.shape[-1]), dtype=wide),
+            u.new_empty((*seeds, params.shape[-1]), dtype=wide),
         )
 
     @torch.library.register_fake("ladderfast::ladder_decoder_backward")
@@ -186,47 +186,30 @@ class _LadderDecoderBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])
-        ctx.options = inputs[10:12]
+        ctx.options = {"squash_v": inputs[10], "eps": inputs[11]}
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Gradients of gradients: those of the reference's, which is differentiable any number of times.
-        given = [i for i, t in enumerate(ctx.saved_tensors) if t is not None]
-        squash_v, eps = ctx.options
+        # Gradients of gradients come from the reference's backward pass, which is differentiable any number of times.
+        inputs = ctx.saved_tensors
+        given = [i for i, t in enumerate(inputs) if t is not None]
         wanted = [i for i, g in enumerate(grads) if g is not None]
+        if not wanted:
+            return (None,) * 16
 
-        def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
-            every: list[Tensor | None] = [None] * 8
+        def formula(*tensors: Tensor) -> tuple[Any, ...]:
+            every: list[Any] = [None] * 8
             for i, t in zip(given, tensors, strict=True):
                 every[i] = t
-            inputs = [t for t in every[2:] if t is not None]
+            found = reference.ladder_decoder_backward(*every, **ctx.options)
+            return tuple(found[i] for i in wanted)
 
-            def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-                rest = iter(inputs)
-                u, z, params, clean_z, mean, var = (None if t is None else next(rest) for t in every[2:])
-                out = reference.ladder_decoder(
-                    u,  # type: ignore[arg-type]
-                    z,  # type: ignore[arg-type]
-                    params,  # type: ignore[arg-type]
-                    clean_z,
-                    mean,
-                    var,
-                    squash_v=squash_v,
-                    eps=eps,
-                )
-                return tuple(t for t, grad in zip(out, every[:2], strict=True) if grad is not None)
-
-            pullback = torch.func.vjp(forward, *inputs)[1]
-            found = iter(pullback(tuple(grad for grad in every[:2] if grad is not None)))
-            result = [None if t is None else next(found) for t in every[2:]]
-            return tuple(result[i] for i in wanted)  # type: ignore[misc]
-
-        if ctx.saved_tensors[4].dim() == 3:
+        if inputs[4].dim() == 3:  # params has an axis of seeds
             formula = torch.func.vmap(formula)
-        pullback = torch.func.vjp(formula, *(ctx.saved_tensors[i] for i in given))[1]
-        second = iter(pullback(tuple(grads[i] for i in wanted)))  # type: ignore[arg-type]
-        return *(next(second) if i in given else None for i in range(8)), *(None,) * 8
+        pullback = torch.func.vjp(formula, *(inputs[i] for i in given))[1]
+        second = iter(pullback(tuple(grads[i] for i in wanted)))
+        return *(None if t is None else next(second) for t in inputs), *(None,) * 8
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -287,14 +270,15 @@ def ladder_decoder(
 
     Source: Rasmus et al., "Semi-Supervised Learning with Ladder Networks", 2015, Algorithm 1.
     """
-    for name, t in (("u", u), ("z", z), ("params", params)):
-        check_dtype("ladder_decoder", name, t)
-    if clean_z is None:
-        u, z = autocast_promote(u, z)
-    else:
-        check_dtype("ladder_decoder", "clean_z", clean_z)
-        u, z, clean_z = autocast_promote(u, z, clean_z)
-    _check(u, z, params, clean_z, mean, var, eps)
+    if not _fit(u, z, params, clean_z, mean, var, eps):
+        for name, t in (("u", u), ("z", z), ("params", params), ("clean_z", clean_z)):
+            if t is not None:
+                check_dtype("ladder_decoder", name, t)
+        if clean_z is None:
+            u, z = autocast_promote(u, z)
+        else:
+            u, z, clean_z = autocast_promote(u, z, clean_z)
+        _check(u, z, params, clean_z, mean, var, eps)
     name = backend.choose("ladder_decoder", u.device.type, u.dtype)
     if name == "reference":
         return LadderDecoderOutput(
@@ -304,6 +288,29 @@ def ladder_decoder(
         _LadderDecoder, u, z, params, clean_z, mean, var, bool(squash_v), float(eps), name
     )
     return LadderDecoderOutput(z_hat, None if clean_z is None else cost)
+
+
+def _fit(u: Any, z: Any, params: Any, clean_z: Any, mean: Any, var: Any, eps: Any) -> bool:
+    """Whether nothing is to be checked or promoted: everything in one wide dtype, on one device and of fitting shapes.
+    What does not fit here `_check` may still accept."""
+    try:
+        shape, dtype, device = u.shape, u.dtype, u.device
+        alike = (z,) if clean_z is None else (z, clean_z)
+        statistics = () if (mean is None and var is None) or clean_z is None else (mean, var)
+        channels = shape[1:2]
+        return (
+            dtype in (torch.float32, torch.float64)
+            and len(shape) >= 2
+            and params.shape == (10, *channels)
+            and all(t.shape == shape for t in alike)
+            and all(t.shape == channels for t in statistics)
+            and all(t.dtype == dtype and t.device == device for t in (params, *alike, *statistics))
+            and (clean_z is not None or (mean is None and var is None))
+            and type(eps) is float
+            and 0 <= eps < math.inf
+        )
+    except (AttributeError, TypeError):
+        return False
 
 
 def _check(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,37 @@ def ladder_decoder(
     z_hat = gaussian_combinator(z, normalise(u, *moments(u), eps), params, squash_v=squash_v)
     cost = None if clean_z is None else denoising_cost(z_hat, clean_z, mean, var, eps)
     return z_hat.to(dtype), cost
+
+
+def ladder_decoder_backward(
+    grad_z_hat: Tensor | None,
+    grad_cost: Tensor | None,
+    u: Tensor,
+    z: Tensor,
+    params: Tensor,
+    clean_z: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    *,
+    squash_v: bool = False,
+    eps: float = 1e-10,
+) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to u, z, params, clean_z, mean and var (None where that is None), differentiable in their
+    turn. A gradient that is None is zero; one of the two is given."""
+    inputs = (u, z, params, clean_z, mean, var)
+    given = [i for i, t in enumerate(inputs) if t is not None]
+
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        every: list[Any] = [None] * 6
+        for i, t in zip(given, tensors, strict=True):
+            every[i] = t
+        out = ladder_decoder(*every, squash_v=squash_v, eps=eps)
+        return tuple(
+            t
+            for t, grad in zip(out, (grad_z_hat, grad_cost), strict=True)
+            if t is not None and grad is not None
+        )
+
+    pullback = torch.func.vjp(forward, *(t for t in inputs if t is not None))[1]
+    grads = iter(pullback(tuple(grad for grad in (grad_z_hat, grad_cost) if grad is not None)))
+    return tuple(None if t is None else next(grads) for t in inputs)
