@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from ladderfast.models.layers import Convolution, Dense, downward, parse_layers, upward
 from ladderfast.nn.combinator import make_combinator
 from ladderfast.nn.ladder_decoder import decode
-from ladderfast.nn.ladder_encoder import LadderEncoderLayer
+from ladderfast.nn.ladder_encoder import LadderEncoderLayer, follow, running_statistics, unbiased
 from ladderfast.nn.maps import op_dtype
+from ladderfast.nn.noise import draw_seed, take_noise
 from ladderfast.ops import ladder_encoder
-from ladderfast.ops.function import plain
-
-MAX_COUNT = 10  # the running weight of a batch's statistics is 1 / min(batches seen, MAX_COUNT)
 
 # Layer l's noise has the stream l in training and this much more in pictures, which then leave training as it is.
 PICTURES = 1 << 62
@@ -153,7 +151,7 @@ class LadderNetwork(nn.Module):
             if combinator is not None:
                 combinator.reset_parameters()
         self.num_batches_tracked.zero_()
-        self.noise_state.copy_(torch.stack([torch.randint(2**63 - 1, ()), torch.zeros((), dtype=torch.long)]))
+        draw_seed(self.noise_state)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of the clean pass over x (N, *), flattened or not.
@@ -167,7 +165,7 @@ class LadderNetwork(nn.Module):
         x = _check_input("x", x, self.shapes[0], at_least=int(self.training))
         if self.training:
             logits, statistics = self._clean_pass(x)
-            self._update_statistics(statistics, len(x))
+            self._follow(statistics, len(x))
             return logits
         h = x
         for layer in self.encoder:
@@ -208,9 +206,9 @@ class LadderNetwork(nn.Module):
         with torch.set_grad_enabled(clean_gradients and torch.is_grad_enabled()):
             clean_logits, statistics = self._clean_pass(x_labelled)
         if self.training:
-            self._update_statistics(statistics, len(x_labelled))
+            self._follow(statistics, len(x_labelled))
 
-        state = self._take_noise()
+        state = take_noise(self.noise_state, len(self.layers))
         denoising: list[Tensor | None] = [None] * len(self.layers)
         if not wanted:
             (logits,), _, _ = self._encode([x_labelled], len(self.layers), state)
@@ -268,7 +266,7 @@ class LadderNetwork(nn.Module):
         if not collected:
             raise ValueError("batches must hold a batch of at least two samples, got none")
         means = [torch.stack(values).mean(0) for values in zip(*collected, strict=True)]
-        torch._foreach_copy_(self._statistics(), means)
+        torch._foreach_copy_(running_statistics(self.encoder), means)
 
     def extra_repr(self) -> str:
         return f"layers={self.layers}, noise_std={self.noise_std}"
@@ -277,15 +275,11 @@ class LadderNetwork(nn.Module):
         """Logits, and the layers' means and then their unbiased variances, detached."""
         h, means, variances, counts = x, [], [], []
         for layer in self.encoder:
-            out = layer(h, want_z=False)
-            h = out.h
-            means.append(out.mean[0].detach())
-            variances.append(out.var[0].detach())
-            values = h.numel() // h.shape[1]  # that each mean is over
-            counts.append(values / max(values - 1, 1))
-        if not plain():  # torch.func has no rule for operations on lists
-            return h, [*means, *(var * count for var, count in zip(variances, counts, strict=True))]
-        return h, [*means, *torch._foreach_mul(variances, counts)]
+            _, h, mean, var = layer(h, want_z=False)
+            means.append(mean[0].detach())
+            variances.append(var[0].detach())
+            counts.append(h.numel() // h.shape[1])
+        return h, [*means, *unbiased(variances, counts)]
 
     def _encode(
         self, halves: list[Tensor], lowest: int, state: Tensor, stream: int = 0, *, clean_layers: int = -1
@@ -334,38 +328,9 @@ class LadderNetwork(nn.Module):
             x, cost = decode(self.combinators[index], linear, x, laterals[index], *targets[index])
             yield index, x, cost
 
-    def _take_noise(self) -> Tensor:
-        """This pass's seed and offset, to which each layer adds its index; the buffer moves on to the next pass's.
-
-        A copy: backward draws the noise again, after the buffer has moved.
-        """
-        state = self.noise_state.clone()
-        self.noise_state[1].add_(len(self.layers))
-        return state
-
-    @torch.no_grad()
-    def _update_statistics(self, statistics: list[Tensor], samples: int) -> None:
-        if samples < 2:
-            return
-        self.num_batches_tracked += 1
-        # A tensor, so that neither a GPU is waited for nor a captured graph keeps one step's value.
-        count = self.num_batches_tracked.clamp(max=MAX_COUNT)
-        weight = count.to(statistics[0].dtype).reciprocal()
-        running = self._statistics()
-        wide = running
-        if running[0].dtype != weight.dtype:
-            wide = [old.to(weight.dtype) for old in running]
-        if plain():
-            torch._foreach_lerp_(wide, statistics, [weight] * len(statistics))
-        else:
-            for old, new in zip(wide, statistics, strict=True):
-                old.add_((new - old) * weight)
-        if wide is not running:
-            torch._foreach_copy_(running, wide)
-
-    def _statistics(self) -> list[Tensor]:
-        """The buffers of the statistics for evaluation, in the order of `_clean_pass`."""
-        return [layer.running_mean for layer in self.encoder] + [layer.running_var for layer in self.encoder]
+    def _follow(self, statistics: list[Tensor], samples: int) -> None:
+        if samples > 1:  # a single one has no variance
+            follow(self.encoder, statistics, self.num_batches_tracked)
 
     def _check_costs(self, costs: Sequence[bool] | None) -> list[int]:
         """The layers whose cost is wanted, the lowest first."""

@@ -9,6 +9,7 @@ from ladderfast.nn.combinator import (
     SigmoidNoProductCombinator,
     make_combinator,
 )
+from ladderfast.nn.gamma_head import GammaHead, GammaOutput
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
 
@@ -16,6 +17,8 @@ __all__ = [
     "COMBINATORS",
     "AdditiveCombinator",
     "BilinearCombinator",
+    "GammaHead",
+    "GammaOutput",
     "GaussianCombinator",
     "LadderDecoderLayer",
     "LadderEncoderLayer",

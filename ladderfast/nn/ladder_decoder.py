@@ -41,7 +41,11 @@ class LadderDecoderLayer(nn.Module):
         if made is None:
             raise ValueError(f"combinator must be the name of a function g; got {combinator!r}")
         self.linear = linear
-        self.combinator = made
+        self.combinator: Any = made
+
+    def reset_parameters(self) -> None:
+        """Set the combinator's start values; the map's are its own."""
+        self.combinator.reset_parameters()
 
     def forward(
         self,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.nn.maps import HALF, apply_map, for_op, op_dtype
+from ladderfast.ops.function import plain
 from ladderfast.ops.ladder_encoder import LadderEncoderOutput, ladder_encoder
 from ladderfast.reference.ladder_encoder import ACTIVATIONS, activate
+
+MAX_COUNT = 10  # the running weight of a batch's statistics is 1 / min(batches seen, MAX_COUNT)
 
 
 class LadderEncoderLayer(nn.Module):
@@ -140,3 +145,41 @@ class LadderEncoderLayer(nn.Module):
         if self.wide and z_pre.dtype in HALF:
             return z_pre.float()
         return z_pre.to(op_dtype(z_pre.dtype, z_pre.device))
+
+
+def unbiased(variances: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """n / (n - 1) times each biased variance of n values; a single value keeps its 0."""
+    factors = [n / max(n - 1, 1) for n in counts]
+    if not plain():  # torch.func has no rules for operations on lists
+        return [var * factor for var, factor in zip(variances, factors, strict=True)]
+    return list(torch._foreach_mul(list(variances), factors))
+
+
+def running_statistics(layers: Sequence[LadderEncoderLayer]) -> list[Tensor]:
+    """The buffers of the statistics for evaluation: the means of all layers, then their variances."""
+    return [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
+
+
+@torch.no_grad()
+def follow(
+    layers: Sequence[LadderEncoderLayer], statistics: Sequence[Tensor], num_batches_tracked: Tensor
+) -> None:
+    """Have the statistics for evaluation follow a batch's, which come in the order of `running_statistics`.
+
+    The k-th batch has the weight 1/k, never below 1 / MAX_COUNT; num_batches_tracked is k - 1 before and k after.
+    """
+    num_batches_tracked += 1
+    # A tensor, so that neither a GPU is waited for nor a captured graph keeps one step's value.
+    weight = num_batches_tracked.clamp(max=MAX_COUNT).to(statistics[0].dtype).reciprocal()
+    running = running_statistics(layers)
+    wide = running
+    if running[0].dtype != weight.dtype:
+        wide = [old.to(weight.dtype) for old in running]
+    if plain():
+        torch._foreach_lerp_(wide, list(statistics), [weight] * len(statistics))
+    else:
+        for old, new in zip(wide, statistics, strict=True):
+            old.add_((new - old) * weight)
+    if wide is not running:
+        for to, old in zip(running, wide, strict=True):
+            to.copy_(old)
