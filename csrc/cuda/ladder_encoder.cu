@@ -56,13 +56,19 @@ constexpr int kMaxParts = 3;
 constexpr int kChunkThreads = 256;
 constexpr int64_t kLongestColumnRun = 16;
 constexpr int64_t kReach = int64_t{1} << 31;  // a thread's offsets in columns are 32 bits wide
-// Threads of a block that holds parts; float64 takes twice the registers.
+// Threads of a block that holds parts. Backward holds twice as many values, and float64 takes twice the registers.
+template <class T, bool backward>
+constexpr int kHoldThreads = (backward ? 384 : 512) / (sizeof(T) == 8 ? 2 : 1);
+// Blocks of chunks that a multiprocessor must have room for: without a number the compiler goes for more, and spills.
 template <class T>
-constexpr int kHoldThreads = sizeof(T) == 8 ? 256 : 512;
+constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
 // Its threads side by side are at most eight, so that four sums of four columns each fit in little shared memory.
 constexpr int kHoldAcross = 8;
 // Channels of a block that adds up chunks, and threads that share one.
 constexpr int kMergeAcross = 8, kMergeDown = 32;
+
+// How a thread walks. kDense is kColumns for inner = 1, one step shorter on the way to a block that does little.
+enum Kind { kRuns, kColumns, kDense };
 
 // How a pass is cut into blocks. Blocks are counted tile first, then chunk, then seed, so that neighbours in time are
 // neighbours in memory.
@@ -74,7 +80,8 @@ struct Plan {
     int64_t first_row[kMaxParts + 1], first_chunk[kMaxParts + 1];  // of each part; then the end
     int parts, noisy;                                              // the first `noisy` parts have noise
     int groups, lanes;  // a block has `groups` times `lanes` threads: parts, or 1, times those that share a chunk
-    int across, down;   // the lanes form `down` rows of `across` slices, `across` a power of two; runs: 1 across
+    int across, down;   // the lanes form `down` rows of `across` slices; runs: 1 across
+    int across_bits;    // across = 2^across_bits
     int steps;          // slices of a lane in a chunk, at most
     int slices, jump_rows, jump_slices;  // runs: slices of a run; the way to a lane's next slice
     bool columns, held;
@@ -87,16 +94,22 @@ __device__ __forceinline__ int64_t pick(const int64_t (&values)[kMaxParts + 1], 
 
 struct Where {
     int64_t seed;
-    int part, chunk, tile, lane;  // chunk: of those of the part
+    int part, chunk, tile, group, lane;  // chunk: of those of the part
 
     __device__ explicit Where(const Plan& plan) {
         const unsigned tiles = static_cast<unsigned>(plan.tiles), above = blockIdx.x / tiles;
         tile = static_cast<int>(blockIdx.x % tiles);
-        lane = static_cast<int>(threadIdx.x) % plan.lanes;
-        part = static_cast<int>(threadIdx.x) / plan.lanes;
-        chunk = 0;
+        part = group = chunk = 0;
+        lane = static_cast<int>(threadIdx.x);
         seed = above;
-        if (plan.groups > 1) return;
+        if (plan.groups > 1) {
+            while (lane >= plan.lanes) {
+                lane -= plan.lanes;
+                ++group;
+            }
+            part = group;
+            return;
+        }
         const unsigned chunks = static_cast<unsigned>(plan.first_chunk[kMaxParts]);
         chunk = static_cast<int>(above % chunks);
         seed = above / chunks;
@@ -121,35 +134,43 @@ struct Where {
 
 // A walk says where a thread's slices are: `number` counts an element from the beginning of the seed, `offset` is added
 // to it; `left` slices remain, and `count` elements of the present one exist.
-template <bool columns>
-struct Walk;
-
-template <>
-struct Walk<true> {
+template <Kind kind, bool whole>
+struct Walk {
     static constexpr int kOwn = kSlice;  // columns or channels that a thread has sums of
     int64_t number;
     uint32_t offset, stride;
     int left, count, column;
 
     __device__ Walk(const Plan& plan, const Where& at) {
-        const int x = at.lane % plan.across, y = at.lane / plan.across;
+        const int x = at.lane & (plan.across - 1), y = at.lane >> plan.across_bits;
         const int64_t begin = static_cast<int64_t>(at.chunk) * (plan.down * plan.steps), rest = at.rows(plan) - begin;
         const int rows = rest < plan.down * plan.steps ? static_cast<int>(rest) : plan.down * plan.steps;
-        const int width = static_cast<int>(plan.width), tile = at.tile * (plan.across * kSlice);
-        column = tile + x * kSlice;
-        count = width - column < kSlice ? width - column : kSlice;
+        const int width = static_cast<int>(plan.width), slice = (at.tile << plan.across_bits) + x;
+        const int tile = (at.tile << plan.across_bits) * kSlice;
+        const bool exists = slice < plan.slices;
+        // A slice beyond the last one looks at the last one's channels.
+        column = (exists ? slice : plan.slices - 1) * kSlice;
+        count = !exists ? 0 : whole || width - column > kSlice ? kSlice : width - column;
         number = (pick(plan.first_row, at.part) + begin) * width + tile;
         offset = static_cast<uint32_t>(y) * width + x * kSlice;
         stride = static_cast<uint32_t>(plan.down) * width;
-        left = y < rows && count > 0 ? (rows - y + plan.down - 1) / plan.down : 0;
+        left = 0;
+        if (!exists) return;
+        if constexpr (kind == kDense) {
+#pragma unroll
+            for (int k = 0; k < kHeld; ++k) left += y + k * plan.down < rows;
+        } else if (y < rows) {
+            left = (rows - y + plan.down - 1) / plan.down;
+        }
     }
 
     __device__ void next() { offset += stride; }
 
-    // Channel of the thread's column i, any channel where that does not exist.
+    // Channel of the thread's column i, another one where that does not exist.
     __device__ int channel(const Plan& plan, int i) const {
-        if (i >= count) return 0;
-        return plan.inner == 1 ? column + i : (column + i) / static_cast<int>(plan.inner);
+        const int its = column + (whole || i < count ? i : 0);
+        if constexpr (kind == kDense) return its;
+        return plan.inner == 1 ? its : its / static_cast<int>(plan.inner);
     }
     // Whether it is this thread that writes its columns' totals.
     __device__ bool writes(const Plan& plan, const Where& at, int i) const {
@@ -158,8 +179,8 @@ struct Walk<true> {
     __device__ int64_t sum_index(const Plan&, int i) const { return column + i; }
 };
 
-template <>
-struct Walk<false> {
+template <bool whole>
+struct Walk<kRuns, whole> {
     static constexpr int kOwn = 1;
     int64_t number, offset, stride, wrap;
     int left, count, slice, slices, jump, inner, tile;
@@ -180,7 +201,7 @@ struct Walk<false> {
         stride = plan.jump_rows * row + static_cast<int64_t>(jump) * kSlice;
         wrap = row - static_cast<int64_t>(slices) * kSlice;
         left = more < static_cast<uint32_t>(plan.steps) ? static_cast<int>(more) : plan.steps;
-        count = inner - slice * kSlice < kSlice ? inner - slice * kSlice : kSlice;
+        count = whole || inner - slice * kSlice > kSlice ? kSlice : inner - slice * kSlice;
     }
 
     __device__ void next() {
@@ -190,7 +211,7 @@ struct Walk<false> {
             slice -= slices;
             offset += wrap;
         }
-        count = inner - slice * kSlice < kSlice ? inner - slice * kSlice : kSlice;
+        count = whole || inner - slice * kSlice > kSlice ? kSlice : inner - slice * kSlice;
     }
 
     __device__ int channel(const Plan&, int) const { return tile; }
@@ -204,8 +225,9 @@ __device__ int64_t chunk_elements(const Plan& plan, int64_t rows, int64_t chunk)
     if (plan.columns) return rows - begin < size ? rows - begin : size;
     const int64_t all = rows * plan.slices, end = all - begin < size ? all : begin + size;
     const auto before = [&](int64_t slice) {
-        const int64_t in_run = slice % plan.slices * kSlice;
-        return slice / plan.slices * plan.inner + (in_run < plan.inner ? in_run : plan.inner);
+        const uint32_t run = static_cast<uint32_t>(slice) / plan.slices;
+        const int64_t in_run = (slice - static_cast<int64_t>(run) * plan.slices) * kSlice;
+        return run * plan.inner + (in_run < plan.inner ? in_run : plan.inner);
     };
     return before(end) - before(begin);
 }
@@ -229,10 +251,8 @@ __device__ __forceinline__ EncoderColumn<Compute<T>> load_column(const Layer<Com
             layer.gamma ? load_either<T>(layer.gamma, layer.float_params, channel) : V(1)};
 }
 
-template <class V>
-__device__ __forceinline__ V reciprocal_deviation(V var, V eps) {
-    return V(1) / sqrt(var + eps);
-}
+__device__ __forceinline__ float reciprocal_deviation(float var, float eps) { return rsqrtf(var + eps); }
+__device__ __forceinline__ double reciprocal_deviation(double var, double eps) { return 1.0 / sqrt(var + eps); }
 
 template <class V>
 struct Noise {
@@ -257,8 +277,10 @@ struct Noise {
 // Sums over the lanes of a group that share columns, in an order of their own; all of them receive the totals.
 // partial: S kOwn across values for each warp; totals: as many for each group, sum by sum.
 template <int S, int kOwn, class V>
-__device__ __forceinline__ void share_sums(V (&values)[S][kOwn], V* partial, V* totals, const Plan& plan) {
-    const int across = plan.across, size = S * kOwn * across;
+__device__ __forceinline__ void share_sums(V (&values)[S][kOwn], V* partial, V* totals, const Plan& plan,
+                                           const Where& at) {
+    static_assert((S == 1 || S == 4) && (kOwn == 1 || kOwn == 4), "sizes are powers of two");
+    const int across = plan.across, bits = plan.across_bits + S / 2 + kOwn / 2, size = 1 << bits;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int apart = 16; apart >= across; apart /= 2) {
@@ -272,26 +294,26 @@ __device__ __forceinline__ void share_sums(V (&values)[S][kOwn], V* partial, V* 
 #pragma unroll
         for (int s = 0; s < S; ++s) {
 #pragma unroll
-            for (int i = 0; i < kOwn; ++i) partial[warp * size + (s * kOwn + i) * across + lane] = values[s][i];
+            for (int i = 0; i < kOwn; ++i) partial[(warp << bits) + (s * kOwn + i) * across + lane] = values[s][i];
         }
     }
     __syncthreads();
     const int warps = plan.lanes / 32;
 #pragma unroll 1
-    for (int n = threadIdx.x; n < plan.groups * size; n += blockDim.x) {
-        const V* from = partial + n / size * warps * size + n % size;
+    for (int n = threadIdx.x; n < plan.groups << bits; n += blockDim.x) {
+        const V* from = partial + ((n >> bits) * warps << bits) + (n & (size - 1));
         V strand[2] = {};
         int w = 0;
 #pragma unroll 1
         for (; w + 2 <= warps; w += 2) {
-            strand[0] += from[w * size];
-            strand[1] += from[(w + 1) * size];
+            strand[0] += from[w << bits];
+            strand[1] += from[(w + 1) << bits];
         }
-        if (w < warps) strand[0] += from[w * size];
+        if (w < warps) strand[0] += from[w << bits];
         totals[n] = strand[0] + strand[1];
     }
     __syncthreads();
-    const V* mine = totals + threadIdx.x / plan.lanes * size + threadIdx.x % across;
+    const V* mine = totals + (at.group << bits) + (at.lane & (across - 1));
 #pragma unroll
     for (int s = 0; s < S; ++s) {
 #pragma unroll
@@ -343,17 +365,17 @@ __device__ __forceinline__ void forward_slice(const Pack<T, kSlice>& pack, int c
 }
 
 // All of forward for a part and a tile of columns or a channel, whose elements the block holds.
-template <class T, bool columns, bool whole>
-__global__ void __launch_bounds__(kHoldThreads<T>)
+template <class T, Kind kind, bool whole>
+__global__ void __launch_bounds__(kHoldThreads<T, false>)
     forward_held(const T* __restrict__ x, T* __restrict__ z, T* __restrict__ h, Compute<T>* __restrict__ mean,
                  Compute<T>* __restrict__ var, const Layer<Compute<T>> layer, const Plan plan) {
     using V = Compute<T>;
-    constexpr int kOwn = Walk<columns>::kOwn;
-    __shared__ V partial[kHoldThreads<T> / 32 * kOwn * kHoldAcross], totals[kOwn * kHoldAcross];
+    constexpr int kOwn = Walk<kind, whole>::kOwn;
+    __shared__ V partial[kHoldThreads<T, false> / 32 * kOwn * kHoldAcross], totals[kOwn * kHoldAcross];
     const Where at(plan);
-    const Walk<columns> walk(plan, at);
+    const Walk<kind, whole> walk(plan, at);
     const int64_t base = at.seed * plan.rows * plan.width + walk.number, elements = at.rows(plan) * plan.inner;
-    const V n = static_cast<V>(elements > 0 ? elements : 1);
+    const V inverse = V(1) / static_cast<V>(elements > 0 ? elements : 1);
 
     Pack<T, kSlice> xs[kHeld];
     auto step = walk;
@@ -379,14 +401,14 @@ __global__ void __launch_bounds__(kHoldThreads<T>)
         widen(xs[k], v);
 #pragma unroll
         for (int i = 0; i < kSlice; ++i)
-            if (whole || i < step.count) sums[0][columns ? i : 0] += v[i] - shift[columns ? i : 0];
+            if (whole || i < step.count) sums[0][kOwn == 1 ? 0 : i] += v[i] - shift[kOwn == 1 ? 0 : i];
         step.next();
     }
-    share_sums(sums, partial, totals, plan);
+    share_sums(sums, partial, totals, plan, at);
     V middle[kOwn];  // the mean, relative to the first element
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-        middle[i] = sums[0][i] / n;
+        middle[i] = sums[0][i] * inverse;
         sums[0][i] = 0;
     }
     step = walk;
@@ -397,15 +419,15 @@ __global__ void __launch_bounds__(kHoldThreads<T>)
         widen(xs[k], v);
 #pragma unroll
         for (int i = 0; i < kSlice; ++i) {
-            const V d = (v[i] - shift[columns ? i : 0]) - middle[columns ? i : 0];
-            if (whole || i < step.count) sums[0][columns ? i : 0] += d * d;
+            const V d = (v[i] - shift[kOwn == 1 ? 0 : i]) - middle[kOwn == 1 ? 0 : i];
+            if (whole || i < step.count) sums[0][kOwn == 1 ? 0 : i] += d * d;
         }
         step.next();
     }
-    share_sums(sums, partial, totals, plan);
+    share_sums(sums, partial, totals, plan, at);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-        const V variance = sums[0][i] / n;
+        const V variance = sums[0][i] * inverse;
         p[i].mean = shift[i] + middle[i];
         p[i].rstd = reciprocal_deviation(variance, layer.eps);
         if (!walk.writes(plan, at, i)) continue;
@@ -426,17 +448,17 @@ __global__ void __launch_bounds__(kHoldThreads<T>)
 
 // U slices into a thread's running mean (relative to the shift) and sum of squares about it, by Chan's formula; n
 // elements are in it before.
-template <int U, bool columns, bool whole, class T, int kOwn>
-__device__ __forceinline__ void statistics_step(const T* __restrict__ x, Walk<columns>& walk,
+template <int U, Kind kind, bool whole, class T, int kOwn>
+__device__ __forceinline__ void statistics_step(const T* __restrict__ x, Walk<kind, whole>& walk,
                                                 const Compute<T> (&shift)[kOwn], int& n, Compute<T> (&mean)[kOwn],
                                                 Compute<T> (&squares)[kOwn]) {
     using V = Compute<T>;
     Pack<T, kSlice> xs[U];
-    int count[U], added = columns ? U : 0;
+    int count[U], added = kOwn == 1 ? 0 : U;
 #pragma unroll
     for (int j = 0; j < U; ++j) {
         count[j] = walk.count;
-        if (!columns) added += walk.count;
+        if (kOwn == 1) added += walk.count;
         xs[j] = load<whole, kSlice>(advance(x, walk.offset), walk.count);
         walk.next();
     }
@@ -446,8 +468,8 @@ __device__ __forceinline__ void statistics_step(const T* __restrict__ x, Walk<co
         widen(xs[j], d[j]);
 #pragma unroll
         for (int i = 0; i < kSlice; ++i) {
-            d[j][i] -= shift[columns ? i : 0];
-            if (columns || whole || i < count[j]) its_mean[columns ? i : 0] += d[j][i];
+            d[j][i] -= shift[kOwn == 1 ? 0 : i];
+            if (kOwn > 1 || whole || i < count[j]) its_mean[kOwn == 1 ? 0 : i] += d[j][i];
         }
     }
     const V inverse = V(1) / static_cast<V>(added), weight = static_cast<V>(added) / static_cast<V>(n + added);
@@ -457,8 +479,8 @@ __device__ __forceinline__ void statistics_step(const T* __restrict__ x, Walk<co
     for (int j = 0; j < U; ++j) {
 #pragma unroll
         for (int i = 0; i < kSlice; ++i) {
-            const V e = d[j][i] - its_mean[columns ? i : 0];
-            if (columns || whole || i < count[j]) its_squares[columns ? i : 0] += e * e;
+            const V e = d[j][i] - its_mean[kOwn == 1 ? 0 : i];
+            if (kOwn > 1 || whole || i < count[j]) its_squares[kOwn == 1 ? 0 : i] += e * e;
         }
     }
 #pragma unroll
@@ -473,37 +495,37 @@ __device__ __forceinline__ void statistics_step(const T* __restrict__ x, Walk<co
 
 // Mean (relative to the part's first element) and sum of squares about it for each chunk: partials (seeds, chunks, 2,
 // sums).
-template <class T, bool columns, bool whole>
-__global__ void __launch_bounds__(kChunkThreads)
+template <class T, Kind kind, bool whole>
+__global__ void __launch_bounds__(kChunkThreads, kResident<T>)
     statistics(const T* __restrict__ x, Compute<T>* __restrict__ partials, const Plan plan) {
     using V = Compute<T>;
-    constexpr int kOwn = Walk<columns>::kOwn;
-    constexpr int kSize = kChunkThreads * kOwn / (columns ? 1 : 32);
-    __shared__ V partial[kSize], totals[columns ? 32 * kOwn : 1];
+    constexpr int kOwn = Walk<kind, whole>::kOwn;
+    constexpr int kSize = kChunkThreads * kOwn / (kOwn > 1 ? 1 : 32);
+    __shared__ V partial[kSize], totals[kOwn > 1 ? 32 * kOwn : 1];
     const Where at(plan);
-    Walk<columns> walk(plan, at);
+    Walk<kind, whole> walk(plan, at);
     V shift[kOwn], mean[kOwn] = {}, squares[kOwn] = {}, sums[1][kOwn];
     load_shift(x, plan, at, walk, shift);
     x += at.seed * plan.rows * plan.width + walk.number;
     int n = 0;
-    if (whole)
-        while (walk.left >= 4) statistics_step<4, columns, whole>(x, walk, shift, n, mean, squares);
+    // The same tiles for either access, since they are part of the bits.
+    while (walk.left >= 4) statistics_step<4, kind, whole>(x, walk, shift, n, mean, squares);
 #pragma unroll 1
-    while (walk.left > 0) statistics_step<1, columns, whole>(x, walk, shift, n, mean, squares);
+    while (walk.left > 0) statistics_step<1, kind, whole>(x, walk, shift, n, mean, squares);
 
     // The threads' means weighted by their numbers of elements, then the squares about that mean.
-    const V all = static_cast<V>(chunk_elements(plan, at.rows(plan), at.chunk)), its = static_cast<V>(n);
+    const V inverse = V(1) / static_cast<V>(chunk_elements(plan, at.rows(plan), at.chunk)), its = static_cast<V>(n);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) sums[0][i] = its * mean[i];
-    share_sums(sums, partial, totals, plan);
+    share_sums(sums, partial, totals, plan, at);
     V middle[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-        middle[i] = sums[0][i] / all;
+        middle[i] = sums[0][i] * inverse;
         const V delta = mean[i] - middle[i];
         sums[0][i] = squares[i] + its * delta * delta;
     }
-    share_sums(sums, partial, totals, plan);
+    share_sums(sums, partial, totals, plan, at);
     partials += at.slot(plan) * 2 * plan.sums;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -513,29 +535,34 @@ __global__ void __launch_bounds__(kChunkThreads)
     }
 }
 
-// A block that adds up chunks: kMergeAcross channels, whose terms kMergeDown threads each share. The terms of a channel
-// are those of its chunks and, in each, of its columns.
+// A block that adds up chunks: kMergeAcross channels, whose chunks kMergeDown threads share.
 struct Merge {
-    int64_t above, channel, terms;
-    int y, per_chunk;
+    int64_t above, channel;
+    int y, columns;  // columns: of a channel, in each chunk
 
     __device__ explicit Merge(const Plan& plan) {
         const unsigned groups = static_cast<unsigned>((plan.channels + kMergeAcross - 1) / kMergeAcross);
         above = blockIdx.x / groups;
         channel = static_cast<int64_t>(blockIdx.x % groups) * kMergeAcross + threadIdx.x % kMergeAcross;
         y = static_cast<int>(threadIdx.x) / kMergeAcross;
-        per_chunk = plan.columns ? static_cast<int>(plan.inner) : 1;
-        terms = 0;
+        columns = plan.columns ? static_cast<int>(plan.inner) : 1;
     }
 
-    __device__ void part(const Plan& plan, int p) {
-        const int64_t chunks = pick(plan.first_chunk, p + 1) - pick(plan.first_chunk, p);
-        terms = channel < plan.channels ? chunks * per_chunk : 0;
-    }
-    // Index of row s of a term's chunk, which has `rows` rows of partial sums.
-    __device__ int64_t index(const Plan& plan, int64_t seed, int p, int64_t term, int rows, int s) const {
-        const int64_t slot = seed * plan.first_chunk[kMaxParts] + pick(plan.first_chunk, p) + term / per_chunk;
-        return (slot * rows + s) * plan.sums + channel * per_chunk + term % per_chunk;
+    // Runs f(chunk, first value) over the thread's chunks of a part, each with `rows` rows of partial sums, and over
+    // the channel's columns in them.
+    template <class V, class F>
+    __device__ __forceinline__ void each(const Plan& plan, int64_t seed, int part, const V* partials, int rows,
+                                         const F& f) const {
+        if (channel >= plan.channels) return;
+        const int64_t begin = pick(plan.first_chunk, part), chunks = pick(plan.first_chunk, part + 1) - begin;
+        const V* from = partials + ((seed * plan.first_chunk[kMaxParts] + begin + y) * rows) * plan.sums;
+        from += channel * columns;
+#pragma unroll 1
+        for (int64_t chunk = y; chunk < chunks; chunk += kMergeDown) {
+#pragma unroll 1
+            for (int column = 0; column < columns; ++column) f(chunk, from + column);
+            from += kMergeDown * rows * plan.sums;
+        }
     }
 
     // The sum over the threads of a channel; all of them receive it.
@@ -559,42 +586,38 @@ __global__ void __launch_bounds__(kMergeAcross* kMergeDown)
     merge_statistics(const T* __restrict__ x, const Compute<T>* __restrict__ partials, Compute<T>* __restrict__ mean,
                      Compute<T>* __restrict__ var, const Plan plan) {
     __shared__ double shared[kMergeAcross * kMergeDown];
-    Merge merge(plan);
+    const Merge merge(plan);
     const int64_t seed = merge.above / plan.parts;
     const int part = static_cast<int>(merge.above % plan.parts);
-    merge.part(plan, part);
-    const int64_t rows = pick(plan.first_row, part + 1) - pick(plan.first_row, part);
-    const double elements = static_cast<double>(merge.terms > 0 ? rows * plan.inner : 1);
+    const int64_t rows = pick(plan.first_row, part + 1) - pick(plan.first_row, part), elements = rows * plan.inner;
+    const double inverse = 1.0 / static_cast<double>(elements > 0 ? elements : 1);
     double sum = 0.0;
-#pragma unroll 4
-    for (int64_t n = merge.y; n < merge.terms; n += kMergeDown)
-        sum += static_cast<double>(chunk_elements(plan, rows, n / merge.per_chunk)) *
-               partials[merge.index(plan, seed, part, n, 2, 0)];
-    const double middle = merge.sum(sum, shared) / elements;
+    merge.each(plan, seed, part, partials, 2, [&](int64_t chunk, const Compute<T>* from) {
+        sum += static_cast<double>(chunk_elements(plan, rows, chunk)) * *from;
+    });
+    const double middle = merge.sum(sum, shared) * inverse;
     sum = 0.0;
-#pragma unroll 4
-    for (int64_t n = merge.y; n < merge.terms; n += kMergeDown) {
-        const double delta = partials[merge.index(plan, seed, part, n, 2, 0)] - middle;
-        sum += partials[merge.index(plan, seed, part, n, 2, 1)] +
-               static_cast<double>(chunk_elements(plan, rows, n / merge.per_chunk)) * delta * delta;
-    }
+    merge.each(plan, seed, part, partials, 2, [&](int64_t chunk, const Compute<T>* from) {
+        const double delta = *from - middle;
+        sum += from[plan.sums] + static_cast<double>(chunk_elements(plan, rows, chunk)) * delta * delta;
+    });
     sum = merge.sum(sum, shared);
     if (merge.y != 0 || merge.channel >= plan.channels) return;
     double first = 0.0;
-    if (merge.terms > 0) first = load_either<T>(x, false, first_element(plan, seed, part, merge.channel));
+    if (elements > 0) first = load_either<T>(x, false, first_element(plan, seed, part, merge.channel));
     const int64_t index = merge.above * plan.channels + merge.channel;
     mean[index] = static_cast<Compute<T>>(first + middle);
-    var[index] = static_cast<Compute<T>>(sum / elements);
+    var[index] = static_cast<Compute<T>>(sum * inverse);
 }
 
-template <class T, bool columns, bool whole>
-__global__ void __launch_bounds__(kChunkThreads)
+template <class T, Kind kind, bool whole>
+__global__ void __launch_bounds__(kChunkThreads, kResident<T>)
     forward_apply(const T* __restrict__ x, const Compute<T>* __restrict__ mean, const Compute<T>* __restrict__ var,
                   T* __restrict__ z, T* __restrict__ h, const Layer<Compute<T>> layer, const Plan plan) {
     using V = Compute<T>;
-    constexpr int kOwn = Walk<columns>::kOwn;
+    constexpr int kOwn = Walk<kind, whole>::kOwn;
     const Where at(plan);
-    Walk<columns> walk(plan, at);
+    Walk<kind, whole> walk(plan, at);
     if (walk.left == 0) return;
     const int64_t base = at.seed * plan.rows * plan.width + walk.number;
     Pack<T, kSlice> next = load<whole, kSlice>(advance(x + base, walk.offset), walk.count);
@@ -716,15 +739,16 @@ struct BackwardTensors {
 };
 
 // All of backward for a tile of columns or a channel: the block holds what belongs to them in every part.
-template <class T, bool columns, bool whole>
-__global__ void __launch_bounds__(kHoldThreads<T>)
+template <class T, Kind kind, bool whole>
+__global__ void __launch_bounds__(kHoldThreads<T, true>)
     backward_held(const BackwardTensors<T> t, const Layer<Compute<T>> layer, const Plan plan) {
     using V = Compute<T>;
-    constexpr int kOwn = Walk<columns>::kOwn, kSize = 4 * kOwn * (columns ? kHoldAcross : 1);
-    __shared__ V partial[kHoldThreads<T> / 32 * kSize], totals[kMaxParts * kSize];
+    constexpr int kOwn = Walk<kind, whole>::kOwn, kSize = 4 * kOwn * (kOwn > 1 ? kHoldAcross : 1);
+    __shared__ V partial[kHoldThreads<T, true> / 32 * kSize], totals[kMaxParts * kSize];
     const Where at(plan);
-    const Walk<columns> walk(plan, at);
+    const Walk<kind, whole> walk(plan, at);
     const int64_t base = at.seed * plan.rows * plan.width + walk.number, elements = at.rows(plan) * plan.inner;
+    const V inverse = V(1) / static_cast<V>(elements > 0 ? elements : 1);
     EncoderColumn<V> p[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -745,14 +769,13 @@ __global__ void __launch_bounds__(kHoldThreads<T>)
                                     g[k], sums);
         step.next();
     }
-    share_sums(sums, partial, totals, plan);
+    share_sums(sums, partial, totals, plan, at);
     Finish<V> finish[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
         const int64_t index = at.statistic(plan, walk.channel(plan, i));
         encoder_finish(sums[0][i], sums[1][i], t.grad_mean ? t.grad_mean[index] : V(0),
-                       t.grad_var ? t.grad_var[index] : V(0), p[i].rstd, V(1) / static_cast<V>(elements),
-                       finish[i].at_mean, finish[i].slope);
+                       t.grad_var ? t.grad_var[index] : V(0), p[i].rstd, inverse, finish[i].at_mean, finish[i].slope);
     }
     step = walk;
 #pragma unroll
@@ -765,11 +788,12 @@ __global__ void __launch_bounds__(kHoldThreads<T>)
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
         if (!walk.writes(plan, at, i)) continue;
-        const int size = 4 * kOwn * plan.across;
         V beta = sums[2][i], gamma = sums[3][i];
-        for (int part = 1; part < plan.parts; ++part) {
-            beta += totals[part * size + (2 * kOwn + i) * plan.across + at.lane];
-            gamma += totals[part * size + (3 * kOwn + i) * plan.across + at.lane];
+#pragma unroll
+        for (int part = 1; part < kMaxParts; ++part) {
+            if (part >= plan.groups) break;
+            beta += totals[(part * 4 * kOwn + 2 * kOwn + i) * plan.across + at.lane];
+            gamma += totals[(part * 4 * kOwn + 3 * kOwn + i) * plan.across + at.lane];
         }
         const int64_t index = at.seed * plan.channels + walk.channel(plan, i);
         if (t.grad_beta) store_either<T>(t.grad_beta, layer.float_params, index, beta);
@@ -778,8 +802,9 @@ __global__ void __launch_bounds__(kHoldThreads<T>)
 }
 
 // Runs f(pack, gradients, offset, count) over a thread's slices; each is loaded while the one before it is computed.
-template <bool whole, bool columns, class T, class F>
-__device__ __forceinline__ void each_slice(const BackwardTensors<T>& t, int64_t base, Walk<columns>& walk, const F& f) {
+template <Kind kind, bool whole, class T, class F>
+__device__ __forceinline__ void each_slice(const BackwardTensors<T>& t, int64_t base, Walk<kind, whole>& walk,
+                                           const F& f) {
     Pack<T, kSlice> next = load<whole, kSlice>(advance(t.x + base, walk.offset), walk.count);
     Gradients<T> next_grads = load_gradients<whole>(t.grad_z, t.grad_h, base, walk.offset, walk.count);
 #pragma unroll 1
@@ -799,15 +824,15 @@ __device__ __forceinline__ void each_slice(const BackwardTensors<T>& t, int64_t 
 }
 
 // A chunk's sums of g, of g (x - mean) rstd, and for beta and gamma: partials (seeds, chunks, 4, sums).
-template <class T, bool columns, bool whole>
-__global__ void __launch_bounds__(kChunkThreads)
+template <class T, Kind kind, bool whole>
+__global__ void __launch_bounds__(kChunkThreads, kResident<T>)
     backward_sums(const BackwardTensors<T> t, Compute<T>* __restrict__ partials, const Layer<Compute<T>> layer,
                   const Plan plan) {
     using V = Compute<T>;
-    constexpr int kOwn = Walk<columns>::kOwn;
-    __shared__ V partial[4 * kOwn * kChunkThreads / (columns ? 1 : 32)], totals[4 * kOwn * (columns ? 32 : 1)];
+    constexpr int kOwn = Walk<kind, whole>::kOwn;
+    __shared__ V partial[4 * kOwn * kChunkThreads / (kOwn > 1 ? 1 : 32)], totals[4 * kOwn * (kOwn > 1 ? 32 : 1)];
     const Where at(plan);
-    Walk<columns> walk(plan, at);
+    Walk<kind, whole> walk(plan, at);
     V sums[4][kOwn] = {};
     if (walk.left > 0) {
         EncoderColumn<V> p[kOwn];
@@ -819,14 +844,14 @@ __global__ void __launch_bounds__(kChunkThreads)
                                   reciprocal_deviation(t.var[index], layer.eps));
         }
         const Noise<V> noise(plan, at, layer);
-        each_slice<whole>(t, at.seed * plan.rows * plan.width + walk.number, walk,
-                          [&](const Pack<T, kSlice>& pack, const Gradients<T>& grads, auto offset, int count) {
-                              V centred[kSlice], g[kSlice];
-                              backward_slice<whole, true>(pack, grads, count, walk.number + offset, p, layer, noise,
-                                                          centred, g, sums);
-                          });
+        each_slice<kind, whole>(t, at.seed * plan.rows * plan.width + walk.number, walk,
+                                [&](const Pack<T, kSlice>& pack, const Gradients<T>& grads, auto offset, int count) {
+                                    V centred[kSlice], g[kSlice];
+                                    backward_slice<whole, true>(pack, grads, count, walk.number + offset, p, layer,
+                                                                noise, centred, g, sums);
+                                });
     }
-    share_sums(sums, partial, totals, plan);
+    share_sums(sums, partial, totals, plan, at);
     partials += at.slot(plan) * 4 * plan.sums;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -843,29 +868,27 @@ __global__ void __launch_bounds__(kMergeAcross* kMergeDown)
                    Finish<Compute<T>>* __restrict__ finish, const Layer<Compute<T>> layer, const Plan plan) {
     using V = Compute<T>;
     __shared__ double shared[kMergeAcross * kMergeDown];
-    Merge merge(plan);
+    const Merge merge(plan);
     const int64_t seed = merge.above;
     const bool writes = merge.y == 0 && merge.channel < plan.channels;
     double beta = 0.0, gamma = 0.0;
 #pragma unroll 1
     for (int part = 0; part < plan.parts; ++part) {
-        merge.part(plan, part);
         double sums[4] = {};
-#pragma unroll 1
-        for (int64_t n = merge.y; n < merge.terms; n += kMergeDown) {
+        merge.each(plan, seed, part, partials, 4, [&](int64_t, const V* from) {
 #pragma unroll
-            for (int s = 0; s < 4; ++s) sums[s] += partials[merge.index(plan, seed, part, n, 4, s)];
-        }
+            for (int s = 0; s < 4; ++s) sums[s] += from[s * plan.sums];
+        });
 #pragma unroll
         for (int s = 0; s < 4; ++s) sums[s] = merge.sum(sums[s], shared);
         beta += sums[2];
         gamma += sums[3];
-        if (!writes || merge.terms == 0) continue;
-        const int64_t rows = pick(plan.first_row, part + 1) - pick(plan.first_row, part);
+        const int64_t elements = (pick(plan.first_row, part + 1) - pick(plan.first_row, part)) * plan.inner;
+        if (!writes || elements == 0) continue;
         const int64_t index = (seed * plan.parts + part) * plan.channels + merge.channel;
         encoder_finish(static_cast<V>(sums[0]), static_cast<V>(sums[1]), t.grad_mean ? t.grad_mean[index] : V(0),
                        t.grad_var ? t.grad_var[index] : V(0), reciprocal_deviation(t.var[index], layer.eps),
-                       V(1) / static_cast<V>(rows * plan.inner), finish[index].at_mean, finish[index].slope);
+                       V(1) / static_cast<V>(elements), finish[index].at_mean, finish[index].slope);
     }
     if (!writes) return;
     const int64_t index = seed * plan.channels + merge.channel;
@@ -873,14 +896,14 @@ __global__ void __launch_bounds__(kMergeAcross* kMergeDown)
     if (t.grad_gamma) store_either<T>(t.grad_gamma, layer.float_params, index, static_cast<V>(gamma));
 }
 
-template <class T, bool columns, bool whole>
-__global__ void __launch_bounds__(kChunkThreads)
+template <class T, Kind kind, bool whole>
+__global__ void __launch_bounds__(kChunkThreads, kResident<T>)
     backward_apply(const BackwardTensors<T> t, const Finish<Compute<T>>* __restrict__ finish,
                    const Layer<Compute<T>> layer, const Plan plan) {
     using V = Compute<T>;
-    constexpr int kOwn = Walk<columns>::kOwn;
+    constexpr int kOwn = Walk<kind, whole>::kOwn;
     const Where at(plan);
-    Walk<columns> walk(plan, at);
+    Walk<kind, whole> walk(plan, at);
     if (walk.left == 0) return;
     const int64_t base = at.seed * plan.rows * plan.width + walk.number;
     EncoderColumn<V> p[kOwn];
@@ -894,7 +917,7 @@ __global__ void __launch_bounds__(kChunkThreads)
         ends[i] = finish[index];
     }
     const Noise<V> noise(plan, at, layer);
-    each_slice<whole>(
+    each_slice<kind, whole>(
         t, base, walk, [&](const Pack<T, kSlice>& pack, const Gradients<T>& grads, auto offset, int count) {
             V centred[kSlice], g[kSlice], unused[4][kOwn];
             backward_slice<whole, false>(pack, grads, count, walk.number + offset, p, layer, noise, centred, g, unused);
@@ -952,6 +975,7 @@ Plan plan_shape(const LadderEncoderShape& shape) {
 
 void set_lanes(Plan& plan, int lanes) {
     plan.lanes = lanes;
+    while ((1 << plan.across_bits) < plan.across) ++plan.across_bits;
     plan.down = lanes / plan.across;
     plan.jump_rows = lanes / plan.slices;
     plan.jump_slices = lanes % plan.slices;
@@ -995,12 +1019,15 @@ Plan plan_chunks(const LadderEncoderShape& shape) {
     return plan;
 }
 
-// A plan of blocks that hold whole parts, `groups` of them, in registers; `held` says whether there is one.
+// A plan of blocks that hold whole parts in registers, one in forward and all in backward; `held` says whether there
+// is one.
 template <class T>
-Plan plan_held(const LadderEncoderShape& shape, int groups) {
+Plan plan_held(const LadderEncoderShape& shape, bool backward) {
     Plan plan = plan_shape(shape);
     if (plan.columns && shape.inner > 1) return plan;
-    const int64_t rows = longest_part(shape), most = kHoldThreads<T> / groups / 32 * 32;
+    const int groups = backward ? static_cast<int>(shape.parts) : 1;
+    const int64_t rows = longest_part(shape),
+                  most = (backward ? kHoldThreads<T, true> : kHoldThreads<T, false>) / groups / 32 * 32;
     const int64_t all = shape.seeds * shape.rows * plan.slices * (plan.columns ? 1 : shape.channels);
     // Few slices to a thread while there are few of them at all.
     int held = 1;
@@ -1012,7 +1039,7 @@ Plan plan_held(const LadderEncoderShape& shape, int groups) {
         // Eight slices side by side; fewer, down to a sector of 32 bytes, where that makes too few blocks or is too
         // much for one.
         const int least = sizeof(T) == 2 ? 4 : sizeof(T) == 4 ? 2 : 1;
-        const int64_t others = shape.seeds * (groups > 1 ? 1 : shape.parts);
+        const int64_t others = shape.seeds * (backward ? 1 : shape.parts);
         plan.across = kHoldAcross;
         while (plan.across > 1 && plan.across / 2 >= plan.slices) plan.across /= 2;
         while (plan.across > least &&
@@ -1070,12 +1097,18 @@ bool whole_slices(const Plan& plan, Pointers... pointers) {
            aligned_to(kSlice * sizeof(T), pointers...);
 }
 
-// Calls f with the walk and the access of a plan as types.
-template <class T, class F>
-cudaError_t with_walk(const Plan& plan, bool whole, const F& f) {
+template <Kind kind, bool whole_>
+struct Variant {
+    static constexpr Kind walk = kind;
+    static constexpr bool whole = whole_;
+};
+
+// Calls f with the kernels' variant; `kind` where the walk is not over runs.
+template <class T, Kind kind, class F>
+cudaError_t with_variant(const Plan& plan, bool whole, const F& f) {
     if constexpr (sizeof(T) < 8)
-        if (whole) return plan.columns ? f(std::true_type{}, std::true_type{}) : f(std::false_type{}, std::true_type{});
-    return plan.columns ? f(std::true_type{}, std::false_type{}) : f(std::false_type{}, std::false_type{});
+        if (whole) return plan.columns ? f(Variant<kind, true>{}) : f(Variant<kRuns, true>{});
+    return plan.columns ? f(Variant<kind, false>{}) : f(Variant<kRuns, false>{});
 }
 
 template <class T>
@@ -1086,17 +1119,20 @@ cudaError_t run_forward(const T* x, T* z, T* h, Compute<T>* mean, Compute<T>* va
     if (empty(shape))
         return launch(merge_statistics<T>, merge_blocks, kMergeThreads, stream, x, partials, mean, var,
                       plan_nothing(shape));
-    const Plan held = plan_held<T>(shape, 1), plan = held.held ? held : plan_chunks(shape);
+    const Plan held = plan_held<T>(shape, false), plan = held.held ? held : plan_chunks(shape);
     const int64_t blocks = plan.tiles * plan.first_chunk[kMaxParts] * shape.seeds;
-    return with_walk<T>(plan, whole_slices<T>(plan, x, z, h), [&](auto columns, auto whole) {
-        constexpr bool c = decltype(columns)::value, w = decltype(whole)::value;
-        if (plan.held)
-            return launch(forward_held<T, c, w>, blocks, plan.lanes, stream, x, z, h, mean, var, layer, plan);
-        cudaError_t error = launch(statistics<T, c, w>, blocks, plan.lanes, stream, x, partials, plan);
+    const bool whole = whole_slices<T>(plan, x, z, h);
+    if (plan.held)
+        return with_variant<T, kDense>(plan, whole, [&](auto v) {
+            return launch(forward_held<T, v.walk, v.whole>, blocks, plan.lanes, stream, x, z, h, mean, var, layer,
+                          plan);
+        });
+    return with_variant<T, kColumns>(plan, whole, [&](auto v) {
+        cudaError_t error = launch(statistics<T, v.walk, v.whole>, blocks, plan.lanes, stream, x, partials, plan);
         if (error != cudaSuccess) return error;
         error = launch(merge_statistics<T>, merge_blocks, kMergeThreads, stream, x, partials, mean, var, plan);
         if (error != cudaSuccess || (z == nullptr && h == nullptr)) return error;
-        return launch(forward_apply<T, c, w>, blocks, plan.lanes, stream, x, mean, var, z, h, layer, plan);
+        return launch(forward_apply<T, v.walk, v.whole>, blocks, plan.lanes, stream, x, mean, var, z, h, layer, plan);
     });
 }
 
@@ -1111,29 +1147,30 @@ cudaError_t run_backward(const BackwardTensors<T>& t, Compute<T>* partials, cons
         return launch(merge_backward<T>, merge_blocks, kMergeThreads, stream, partials, t,
                       static_cast<Finish<V>*>(nullptr), layer, plan_nothing(shape));
     }
-    const Plan held = plan_held<T>(shape, static_cast<int>(shape.parts)), plan = held.held ? held : plan_chunks(shape);
+    const Plan held = plan_held<T>(shape, true), plan = held.held ? held : plan_chunks(shape);
     const bool whole = whole_slices<T>(plan, t.grad_z, t.grad_h, t.x, t.grad_x);
-    return with_walk<T>(plan, whole, [&](auto columns, auto whole_) {
-        constexpr bool c = decltype(columns)::value, w = decltype(whole_)::value;
-        if (plan.held)
-            return launch(backward_held<T, c, w>, plan.tiles * shape.seeds, plan.lanes * plan.groups, stream, t, layer,
-                          plan);
-        const int64_t blocks = plan.tiles * plan.first_chunk[kMaxParts] * shape.seeds;
-        auto* const finish = reinterpret_cast<Finish<V>*>(partials + partial_values(shape, plan, 4));
-        cudaError_t error = launch(backward_sums<T, c, w>, blocks, plan.lanes, stream, t, partials, layer, plan);
+    if (plan.held)
+        return with_variant<T, kDense>(plan, whole, [&](auto v) {
+            return launch(backward_held<T, v.walk, v.whole>, plan.tiles * shape.seeds, plan.lanes * plan.groups, stream,
+                          t, layer, plan);
+        });
+    const int64_t blocks = plan.tiles * plan.first_chunk[kMaxParts] * shape.seeds;
+    auto* const finish = reinterpret_cast<Finish<V>*>(partials + partial_values(shape, plan, 4));
+    return with_variant<T, kColumns>(plan, whole, [&](auto v) {
+        cudaError_t error =
+            launch(backward_sums<T, v.walk, v.whole>, blocks, plan.lanes, stream, t, partials, layer, plan);
         if (error != cudaSuccess) return error;
         error = launch(merge_backward<T>, merge_blocks, kMergeThreads, stream, partials, t, finish, layer, plan);
         if (error != cudaSuccess) return error;
-        return launch(backward_apply<T, c, w>, blocks, plan.lanes, stream, t, finish, layer, plan);
+        return launch(backward_apply<T, v.walk, v.whole>, blocks, plan.lanes, stream, t, finish, layer, plan);
     });
 }
 
 // Bytes of `rows` partial sums for each, and of `more` values for each statistic, in the type that needs most.
 int64_t workspace(const LadderEncoderShape& shape, bool backward) {
     if (empty(shape) || !fits(shape, false)) return 0;
-    const int groups = backward ? static_cast<int>(shape.parts) : 1;
-    const bool wide = !plan_held<double>(shape, groups).held,
-               narrow = !plan_held<float>(shape, groups).held || !plan_held<bfloat16>(shape, groups).held;
+    const bool wide = !plan_held<double>(shape, backward).held;
+    const bool narrow = !plan_held<float>(shape, backward).held || !plan_held<bfloat16>(shape, backward).held;
     if (!wide && !narrow) return 0;
     const int64_t partials = partial_values(shape, plan_chunks(shape), backward ? 4 : 2);
     const int64_t finish = backward ? 2 * shape.seeds * shape.parts * shape.channels : 0;

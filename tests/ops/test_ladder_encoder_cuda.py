@@ -53,10 +53,10 @@ SIZES = [
     Sizes(2, (10, 12, 7), 10, 1),  # the network's top layer: rows begin within a counter
     Sizes(1, (30, 31), 64, 1),  # whole slices
     Sizes(1, (20, 0, 25), 131, 1),  # odd: every phase of the counter; a part of no rows in between
-    Sizes(1, (3, 2, 4), 1100, 1),  # many tiles
+    Sizes(1, (7, 5, 6), 1100, 1),  # many tiles
     Sizes(2, (40, 330, 37), 12, 1),  # forward holds its parts, backward does not
     Sizes(1, (5, 1300, 1030), 10, 1),  # neither does
-    Sizes(1, (1200, 9), 96, 1),  # several chunks and tiles of whole slices
+    Sizes(1, (1100, 9), 36, 1),  # several chunks and tiles of whole slices
     Sizes(1, (6, 5, 5), 7, 3),  # runs that are taken as columns
     Sizes(2, (40, 33), 6, 16),  # the longest of them
     Sizes(2, (4, 3, 5), 3, 17),  # the shortest that is not
@@ -340,8 +340,12 @@ def assert_same_bits(a: Results, b: Results) -> None:
 def test_against_the_reference(
     lib: cuda_shim.Library, sizes: Sizes, dtype: torch.dtype, params_dtype: torch.dtype
 ) -> None:
-    for activation in ACTIVATIONS:
-        check(lib, Case.draw(sizes, dtype, params_dtype, activation))
+    # One activation for each case, and in float32 all.
+    index = SIZES.index(sizes) + CODES[dtype]
+    for activation in ACTIVATIONS if dtype == torch.float32 else (ACTIVATIONS[index % 3],):
+        # The noise is float32 on every backend, so that float64 is exact only without.
+        std = 0.0 if dtype == torch.float64 else 0.3
+        check(lib, replace(Case.draw(sizes, dtype, params_dtype, activation), noise_std=std))
 
 
 SOME = [Sizes(2, (10, 12, 7), 10, 1), Sizes(1, (40, 330, 37), 12, 1), Sizes(1, (4, 3, 5), 3, 20)]
