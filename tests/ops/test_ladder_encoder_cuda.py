@@ -252,7 +252,9 @@ def expected(case: Case, dtype: torch.dtype) -> Results:
         total = sum((t * g).sum() for t, name in given if (g := take(getattr(case, name))) is not None)
         out = {"z": z, "h": h, "mean": mean, "var": var}
         if isinstance(total, Tensor):
-            grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                total, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
             out |= {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
         seeds.append({k: t.detach() for k, t in out.items()})
     out = {k: torch.stack([s[k] for s in seeds]) for k in seeds[0]}
@@ -280,7 +282,11 @@ def magnitudes(case: Case, exact: Results) -> Results:
         count = max(rows * case.sizes.inner, 1)
         through = (its.sum((1, 3), True) + normal * (its * normal).sum((1, 3), True)) / count
         direct = sum(
-            (t[:, p].double().abs().reshape(per_seed) for t in (case.grad_mean, case.grad_var) if t is not None),
+            (
+                t[:, p].double().abs().reshape(per_seed)
+                for t in (case.grad_mean, case.grad_var)
+                if t is not None
+            ),
             torch.zeros(per_seed, dtype=torch.float64),
         )
         terms["normal"].append(normal + (x[:, part].abs() + mean.abs()) * rstd)
@@ -300,8 +306,8 @@ def magnitudes(case: Case, exact: Results) -> Results:
 def assert_accurate(name: str, actual: Tensor, plain: Tensor, exact: Tensor, terms: Tensor) -> None:
     """Error at most twice that of plain PyTorch in the type of computation, and one rounding to the type of storage.
 
-    As plain arithmetic may be right by luck, one rounding of the largest term is allowed as well (four in float64, whose
-    yardstick is rounded itself).
+    As plain arithmetic may be right by luck, one rounding of the largest term is allowed as well (four in float64,
+    whose yardstick is rounded itself).
     """
     assert actual.shape == exact.shape, name
     if exact.numel() == 0:
