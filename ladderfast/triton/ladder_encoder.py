@@ -25,6 +25,7 @@ from ladderfast.triton.noise import normal_tile
 
 HELD = 2048  # elements of a tile that holds a part
 TILE = 512  # elements of a tile that passes over a chunk
+LEAST_ROWS, LEAST_RUN = 32, 8192  # rows of a chunk of columns, elements of one of runs, at the least
 MERGE = 64  # channels of a program that adds up chunks
 SLOTS = 16  # chunks that it adds up at once
 
@@ -847,8 +848,8 @@ class Plan:
         self.rows_per_chunk, self.chunk_ends = 0, [0, 0, 0]
         if not self.held:
             self.columns = min(128, max(16, triton.next_power_of_2(width)))
-            self.tile_rows = min(16, TILE // self.columns)
-            least = 32 if self.per_column else max(1, 8192 // max(inner, 1))
+            self.tile_rows = min(16, max(1, TILE // self.columns))
+            least = LEAST_ROWS if self.per_column else max(1, LEAST_RUN // max(inner, 1))
             self.rows_per_chunk = max(least, _ceil(max(sizes), 256))
             ends, end = [], 0
             for n in [*sizes, 0][:3]:
