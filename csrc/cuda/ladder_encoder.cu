@@ -15,15 +15,21 @@
 // How the work is cut depends on the shape and the element type alone, never on the device or on an address: the sums
 // have the same bits everywhere. Slices that are unaligned or incomplete are accessed by element.
 //
-// What bounds it: the bytes below, counting what a launch finds in the L2 cache as moved, and the instructions for an
-// element of an aligned slice, which an H100 takes 137 of in the time of 16 bytes. Noise is 35 of them, and 70 where
-// rows are no multiple of four. Nothing of this has been measured on a GPU yet.
+// What bounds it, per element (float32 / 16 bits): bytes, counting what the L2 cache may hold as moved, and
+// instructions of the loop over aligned slices on sm_90, those for noise and all activations counted. Nothing of this
+// has been measured on a GPU yet.
 //
-//                          float32              16 bits
-//   forward, one launch    12 (x; z, h)           6
-//   forward, three         16 (x twice; z, h)     8
-//   backward, one launch   16 (3 read, 1 written) 8
-//   backward, three        28 (6 read, 1 written) 14
+//                     bytes                             instructions
+//   forward_held      12 / 6    x; z, h                 as forward_apply, and 500 for each thread
+//   statistics         4 / 2    x                        8 / 9
+//   forward_apply     12 / 6    x; z, h                 62 / 63
+//   backward_held     16 / 8    x, 2 gradients; 1       as backward_sums, and 600 for each thread
+//   backward_sums     12 / 6    x, 2 gradients          72 / 81
+//   backward_apply    16 / 8    x, 2 gradients; 1       66 / 73
+//
+// Noise is 36 of them, and about 90 where rows are no multiple of four. An H100 executes about nine instructions in the
+// time of a byte: float32 should be bound by memory, except for noise in odd rows, and 16-bit layers with noise by
+// arithmetic.
 //
 // Both passes of backward over a large tensor draw the noise again, where a ReLU or the gradient of gamma asks for it:
 // what reaches the normalised x would have to be rounded to be kept, and keeping it moves as many bytes.
@@ -93,40 +99,36 @@ __device__ __forceinline__ int64_t pick(const int64_t (&values)[kMaxParts + 1], 
 }
 
 struct Where {
-    int64_t seed;
+    int64_t seed, slot;                  // slot: of this chunk in (seeds, chunks)
+    int64_t first_row, rows;             // of the part
     int part, chunk, tile, group, lane;  // chunk: of those of the part
 
     __device__ explicit Where(const Plan& plan) {
         const unsigned tiles = static_cast<unsigned>(plan.tiles), above = blockIdx.x / tiles;
         tile = static_cast<int>(blockIdx.x % tiles);
-        part = group = chunk = 0;
         lane = static_cast<int>(threadIdx.x);
-        seed = above;
+        seed = slot = above;
+        part = group = chunk = 0;
         if (plan.groups > 1) {
             while (lane >= plan.lanes) {
                 lane -= plan.lanes;
                 ++group;
             }
             part = group;
-            return;
-        }
-        const unsigned chunks = static_cast<unsigned>(plan.first_chunk[kMaxParts]);
-        chunk = static_cast<int>(above % chunks);
-        seed = above / chunks;
+        } else {
+            const unsigned chunks = static_cast<unsigned>(plan.first_chunk[kMaxParts]);
+            seed = above / chunks;
+            chunk = static_cast<int>(above % chunks);
 #pragma unroll
-        for (int p = 1; p < kMaxParts; ++p)
-            if (chunk >= plan.first_chunk[p]) part = p;
-        chunk -= static_cast<int>(pick(plan.first_chunk, part));
+            for (int p = 1; p < kMaxParts; ++p)
+                if (chunk >= plan.first_chunk[p]) part = p;
+            chunk -= static_cast<int>(pick(plan.first_chunk, part));
+        }
+        first_row = pick(plan.first_row, part);
+        rows = pick(plan.first_row, part + 1) - first_row;
     }
 
-    __device__ int64_t rows(const Plan& plan) const {
-        return pick(plan.first_row, part + 1) - pick(plan.first_row, part);
-    }
-    // Of this part and its chunk in (seeds, chunks).
-    __device__ int64_t slot(const Plan& plan) const {
-        return seed * plan.first_chunk[kMaxParts] + pick(plan.first_chunk, part) + chunk;
-    }
-    // Of a channel's statistics.
+    // Index of a channel's statistics.
     __device__ int64_t statistic(const Plan& plan, int64_t channel) const {
         return (seed * plan.parts + part) * plan.channels + channel;
     }
@@ -143,7 +145,7 @@ struct Walk {
 
     __device__ Walk(const Plan& plan, const Where& at) {
         const int x = at.lane & (plan.across - 1), y = at.lane >> plan.across_bits;
-        const int64_t begin = static_cast<int64_t>(at.chunk) * (plan.down * plan.steps), rest = at.rows(plan) - begin;
+        const int64_t begin = static_cast<int64_t>(at.chunk) * (plan.down * plan.steps), rest = at.rows - begin;
         const int rows = rest < plan.down * plan.steps ? static_cast<int>(rest) : plan.down * plan.steps;
         const int width = static_cast<int>(plan.width), slice = (at.tile << plan.across_bits) + x;
         const int tile = (at.tile << plan.across_bits) * kSlice;
@@ -151,7 +153,7 @@ struct Walk {
         // A slice beyond the last one looks at the last one's channels.
         column = (exists ? slice : plan.slices - 1) * kSlice;
         count = !exists ? 0 : whole || width - column > kSlice ? kSlice : width - column;
-        number = (pick(plan.first_row, at.part) + begin) * width + tile;
+        number = (at.first_row + begin) * width + tile;
         offset = static_cast<uint32_t>(y) * width + x * kSlice;
         stride = static_cast<uint32_t>(plan.down) * width;
         left = 0;
@@ -188,7 +190,7 @@ struct Walk<kRuns, whole> {
     __device__ Walk(const Plan& plan, const Where& at) {
         const int64_t row = plan.width;
         const uint32_t first = static_cast<uint32_t>(at.chunk) * (plan.lanes * plan.steps) + at.lane;
-        const uint32_t all = static_cast<uint32_t>(at.rows(plan)) * plan.slices;
+        const uint32_t all = static_cast<uint32_t>(at.rows) * plan.slices;
         const uint32_t more = first < all ? (all - first + plan.lanes - 1) / plan.lanes : 0;
         const uint32_t r = first / plan.slices;
         tile = at.tile;
@@ -196,7 +198,7 @@ struct Walk<kRuns, whole> {
         inner = static_cast<int>(plan.inner);
         slice = static_cast<int>(first - r * slices);
         jump = plan.jump_slices;
-        number = pick(plan.first_row, at.part) * row + tile * plan.inner;
+        number = at.first_row * row + tile * plan.inner;
         offset = r * row + static_cast<int64_t>(slice) * kSlice;
         stride = plan.jump_rows * row + static_cast<int64_t>(jump) * kSlice;
         wrap = row - static_cast<int64_t>(slices) * kSlice;
@@ -321,19 +323,23 @@ __device__ __forceinline__ void share_sums(V (&values)[S][kOwn], V* partial, V* 
     }
 }
 
-// Place of a part's and channel's first element, to which sums for a mean are relative.
-__device__ __forceinline__ int64_t first_element(const Plan& plan, int64_t seed, int part, int64_t channel) {
-    return (seed * plan.rows + pick(plan.first_row, part)) * plan.width + channel * plan.inner;
+// Place of a part's first element. Sums for a mean are relative to their channel's, channel * inner further.
+__device__ __forceinline__ int64_t first_element(const Plan& plan, int64_t seed, int64_t first_row) {
+    return (seed * plan.rows + first_row) * plan.width;
 }
 
 template <class T, class V, int kOwn, class Walk>
 __device__ __forceinline__ void load_shift(const T* x, const Plan& plan, const Where& at, const Walk& walk,
                                            V (&shift)[kOwn]) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-        shift[i] = walk.left > 0
-                       ? load_either<T>(x, false, first_element(plan, at.seed, at.part, walk.channel(plan, i)))
-                       : V(0);
+    for (int i = 0; i < kOwn; ++i) shift[i] = 0;
+    if (walk.left == 0) return;
+    x += first_element(plan, at.seed, at.first_row);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        const int channel = walk.channel(plan, i);
+        shift[i] = load_either<T>(x, false, plan.inner == 1 ? channel : channel * plan.inner);
+    }
 }
 
 // z and h of a slice; either may be null. `number` is that of the slice's first element in its seed.
@@ -374,7 +380,7 @@ __global__ void __launch_bounds__(kHoldThreads<T, false>)
     __shared__ V partial[kHoldThreads<T, false> / 32 * kOwn * kHoldAcross], totals[kOwn * kHoldAcross];
     const Where at(plan);
     const Walk<kind, whole> walk(plan, at);
-    const int64_t base = at.seed * plan.rows * plan.width + walk.number, elements = at.rows(plan) * plan.inner;
+    const int64_t base = at.seed * plan.rows * plan.width + walk.number, elements = at.rows * plan.inner;
     const V inverse = V(1) / static_cast<V>(elements > 0 ? elements : 1);
 
     Pack<T, kSlice> xs[kHeld];
@@ -514,7 +520,7 @@ __global__ void __launch_bounds__(kChunkThreads, kResident<T>)
     while (walk.left > 0) statistics_step<1, kind, whole>(x, walk, shift, n, mean, squares);
 
     // The threads' means weighted by their numbers of elements, then the squares about that mean.
-    const V inverse = V(1) / static_cast<V>(chunk_elements(plan, at.rows(plan), at.chunk)), its = static_cast<V>(n);
+    const V inverse = V(1) / static_cast<V>(chunk_elements(plan, at.rows, at.chunk)), its = static_cast<V>(n);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) sums[0][i] = its * mean[i];
     share_sums(sums, partial, totals, plan, at);
@@ -526,7 +532,7 @@ __global__ void __launch_bounds__(kChunkThreads, kResident<T>)
         sums[0][i] = squares[i] + its * delta * delta;
     }
     share_sums(sums, partial, totals, plan, at);
-    partials += at.slot(plan) * 2 * plan.sums;
+    partials += at.slot * 2 * plan.sums;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
         if (!walk.writes(plan, at, i)) continue;
@@ -604,7 +610,9 @@ __global__ void __launch_bounds__(kMergeAcross* kMergeDown)
     sum = merge.sum(sum, shared);
     if (merge.y != 0 || merge.channel >= plan.channels) return;
     double first = 0.0;
-    if (elements > 0) first = load_either<T>(x, false, first_element(plan, seed, part, merge.channel));
+    if (elements > 0)
+        first = load_either<T>(x, false,
+                               first_element(plan, seed, pick(plan.first_row, part)) + merge.channel * plan.inner);
     const int64_t index = merge.above * plan.channels + merge.channel;
     mean[index] = static_cast<Compute<T>>(first + middle);
     var[index] = static_cast<Compute<T>>(sum * inverse);
@@ -747,7 +755,7 @@ __global__ void __launch_bounds__(kHoldThreads<T, true>)
     __shared__ V partial[kHoldThreads<T, true> / 32 * kSize], totals[kMaxParts * kSize];
     const Where at(plan);
     const Walk<kind, whole> walk(plan, at);
-    const int64_t base = at.seed * plan.rows * plan.width + walk.number, elements = at.rows(plan) * plan.inner;
+    const int64_t base = at.seed * plan.rows * plan.width + walk.number, elements = at.rows * plan.inner;
     const V inverse = V(1) / static_cast<V>(elements > 0 ? elements : 1);
     EncoderColumn<V> p[kOwn];
 #pragma unroll
@@ -852,7 +860,7 @@ __global__ void __launch_bounds__(kChunkThreads, kResident<T>)
                                 });
     }
     share_sums(sums, partial, totals, plan, at);
-    partials += at.slot(plan) * 4 * plan.sums;
+    partials += at.slot * 4 * plan.sums;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
         if (!walk.writes(plan, at, i)) continue;

@@ -1,5 +1,5 @@
-// Noise by itself, for tests/ops/test_ladder_encoder_cuda.py: words and normal values of `count` quads, or normal values
-// of slices of four that begin `phase` elements into them.
+// Noise by itself, for tests/ops/test_ladder_encoder_cuda.py: words and normal values of `count` quads, or normal
+// values of slices of four that begin `phase` elements into them.
 #include <stdint.h>
 
 #include "launch.cuh"
