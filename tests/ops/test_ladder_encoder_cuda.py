@@ -458,7 +458,7 @@ def test_large_mean(lib: cuda_shim.Library, sizes: Sizes) -> None:
     assert ((out["var"][0].double() - exact).abs() <= 1e-4 * exact).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("sizes", SOME, ids=str)
 def test_constant_channels(lib: cuda_shim.Library, sizes: Sizes, dtype: torch.dtype) -> None:
     """A constant channel has variance 0 exactly, z is the noise alone, and gradients are finite."""
