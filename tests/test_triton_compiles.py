@@ -20,14 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ladderfast.triton import combinator as c
+from ladderfast.triton import ladder_encoder as e
 
 arch = int(sys.argv[1])
 
-def compile(kernel, pointers, constants):
+def compile(kernel, types, constants, warps=4):
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     folder = tempfile.mkdtemp()
     ptx, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
     open(ptx, "w").write(compiled.asm["ptx"])
@@ -51,6 +52,30 @@ for element in ("*fp32", "*bf16"):
             compile(c._forward_kernel, tensors, constants)
             compile(c._backward_kernel, tensors, constants)
 compile(c._sum_kernel, tensors, {"SLOTS": c.SUM_TILE, "COLUMNS": 128})
+
+def compile_encoder(element, variants):
+    like_x = ("x", "z", "h", "grad_x", "grad_z", "grad_h")
+    others = ("mean", "var", "grad_mean", "grad_var", "partial", "finish", "beta", "gamma", "grad_beta", "grad_gamma")
+    types = {f"{n}_ptr": element for n in like_x} | {f"{n}_ptr": "*fp32" for n in others}
+    types |= {"state_ptr": "*i64", "std": "fp32", "slope": "fp32", "eps": "fp32"}
+    given = {f"HAS_{n}": 1 for n in ("Z", "H", "MEAN", "VAR", "BETA", "GAMMA")} | {"WANT_Z": 1, "WANT_H": 1, "NOISE": 1}
+
+    def variant(kernels, warps, **constants):
+        for kernel in kernels:
+            its = {n: v for n, v in (given | constants).items() if n in kernel.arg_names}
+            compile(kernel, types, its, warps)
+
+    # The largest tiles that are launched: of columns and of a run, aligned to the noise's fours and not.
+    chunk = (e._statistics_kernel, e._forward_apply_kernel, e._backward_sums_kernel, e._backward_apply_kernel)
+    held = (e._forward_held_kernel, e._backward_held_kernel)
+    for per_column, aligned in variants:
+        both = {"ACTIVATION": 2, "ALIGNED": aligned, "PER_COLUMN": per_column} | ({"inner": 1} if per_column else {})
+        variant(chunk, 4, ROWS=4, COLUMNS=128, **both)
+        variant(held, 8, ROWS=128, COLUMNS=16, **both)
+    variant((e._merge_statistics_kernel, e._merge_backward_kernel), 4, SLOTS=e.SLOTS, COLUMNS=e.MERGE)
+
+compile_encoder("*fp32", ((0, 0), (0, 1), (1, 0), (1, 1)))
+compile_encoder("*bf16", ((1, 1),))
 """
 
 
@@ -66,7 +91,7 @@ def test_triton_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = done.stdout.strip().splitlines()
-    assert len(reports) == 41
+    assert len(reports) == 41 + 5 * 6 + 2 * 2
     for report in reports:
         # ptxas counts spills; cuobjdump only the stack frame, which holds them.
         spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)

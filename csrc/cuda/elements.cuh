@@ -156,7 +156,7 @@ __device__ __forceinline__ void store(T* __restrict__ to, const Compute<T> (&val
 // Element `index` of an array that holds T, or float where `is_float`.
 template <class T>
 __device__ __forceinline__ Compute<T> load_either(const void* from, bool is_float, int64_t index) {
-    if (is_float) return static_cast<const float*>(from)[index];
+    if (sizeof(T) == sizeof(float) || is_float) return static_cast<const float*>(from)[index];
     if constexpr (sizeof(T) == 2)
         return widen(static_cast<const T*>(from)[index]);
     else

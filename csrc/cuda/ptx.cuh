@@ -29,6 +29,13 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     return y;
 }
 
+// Square root of x >= 0: relative error at most 2^-23, subnormal inputs are zero.
+__device__ __forceinline__ float sqrt_approx(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two floats rounded to nearest even, `low` in the lower half of the word.
 __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
     uint32_t word;

@@ -16,6 +16,8 @@ inline float reciprocal_approx(float x) {
     return cuda_shim::flush(cuda_shim::approximate(1.0 / double{cuda_shim::flush(x)}, 1.0, x));
 }
 
+inline float sqrt_approx(float x) { return cuda_shim::approximate(sqrt(double{cuda_shim::flush(x)}), 2.0, x); }
+
 inline float min_or_nan(float a, float b) { return a != a || b != b ? NAN : fminf(a, b); }
 
 inline uint32_t round_to_bfloat16(float value) {
