@@ -156,6 +156,7 @@ struct Moments {
     }
 };
 
+// U slices; more than one of a run walk only where all are complete.
 template <int U, bool whole, class T, int N, template <int> class Walk>
 __device__ __forceinline__ void moments_step(const T* __restrict__ x, const Compute<T> (&first)[Walk<N>::kOwn],
                                              Moments<Compute<T>> (&found)[Walk<N>::kOwn], Walk<N>& walk) {
@@ -176,7 +177,7 @@ __device__ __forceinline__ void moments_step(const T* __restrict__ x, const Comp
         V all[U * N];
 #pragma unroll
         for (int n = 0; n < U * N; ++n) all[n] = values[n / N][n % N] - first[0];
-        found[0].add(all, whole ? U * N : count[0]);
+        found[0].add(all, U > 1 ? U * N : count[0]);
     } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -211,9 +212,10 @@ __device__ __forceinline__ void chunk_moments(const T* __restrict__ x, Compute<T
         V first[kOwn];
         first_values(x + block.seed * plan.rows * plan.channels * plan.inner, plan, walk, first);
         x += walk.base;
-        if constexpr (whole) {
+        // How values are grouped, like everything about sums, depends on the shape and not on `whole`.
+        if (kOwn > 1 || plan.inner % N == 0) {
 #pragma unroll 1
-            while (walk.left >= U) moments_step<U, true>(x, first, found, walk);
+            while (walk.left >= U) moments_step<U, whole>(x, first, found, walk);
         }
 #pragma unroll 1
         while (walk.left > 0) moments_step<1, whole>(x, first, found, walk);

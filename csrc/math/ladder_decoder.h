@@ -41,3 +41,16 @@ LF_HD void decoder_finish_cost(V sum, V sum_z, V rstd, V& grad_mean, V& grad_var
     grad_mean = zero_like(sum) - sum * rstd;
     grad_var = sum_z * rstd * rstd * -0.5f;
 }
+
+template <class V>
+LF_HD V decoder_grad_u(V grad_v, V u, V at_mean, V slope, const DecoderColumn<V>& p) {
+    return p.rstd_u * (grad_v - at_mean - slope * decoder_normal(u, p));
+}
+
+// at_mean is the mean of grad_v over the column and slope that of grad_v v. As grad_v is a sum of terms that
+// combinator_backward has summed as well, both come from its sums, before combinator_finish.
+template <class V>
+LF_HD void decoder_finish_normal(const V (&sums)[10], const V (&a)[10], V inverse_n, V& at_mean, V& slope) {
+    at_mean = (a[0] * a[1] * sums[2] + a[3] * sums[4] + (a[5] * a[6] * sums[7] + a[8] * sums[9])) * inverse_n;
+    slope = (a[0] * a[1] * sums[1] + a[3] * sums[3] + (a[5] * a[6] * sums[6] + a[8] * sums[8])) * inverse_n;
+}
