@@ -831,7 +831,7 @@ int ladderfast_ladder_decoder_forward_cuda(const void* u, const void* z, const v
         using V = Compute<T>;
         if (!fits(*shape)) return cudaErrorInvalidValue;
         auto *const means = static_cast<V*>(u_mean), *const vars = static_cast<V*>(u_var);
-        const bool wanted = clean_z != nullptr && cost != nullptr;
+        const bool wanted = cost != nullptr;
         if (empty(*shape)) {
             const int64_t n = shape->seeds * shape->channels;
             const cudaError_t error = launch(no_statistics<V>, ceil_div(n, kThreads), kThreads, stream, means, vars, n);
