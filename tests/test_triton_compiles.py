@@ -20,14 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ladderfast.triton import combinator as c
+from ladderfast.triton import ladder_decoder as d
 
 arch = int(sys.argv[1])
 
-def compile(kernel, pointers, constants):
+def compile(kernel, types, constants, **options):
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     folder = tempfile.mkdtemp()
     ptx, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
     open(ptx, "w").write(compiled.asm["ptx"])
@@ -40,17 +41,50 @@ def compile(kernel, pointers, constants):
         report = subprocess.run(command, capture_output=True, text=True).stdout
     print(kernel.fn.__name__, constants, report.replace("\n", " "))
 
+TILES = ((1, 4, 128), (1, 8, 64), (1, 16, 32), (1, 16, 16), (0, 4, 128))
+
+def tile_constants(per_column, rows, columns):
+    constants = {"PER_COLUMN": per_column, "ROWS": rows, "COLUMNS": columns}
+    # Arguments equal to 1 become constants.
+    return constants | ({"inner": 1, "segment": 1, "segments": 1} if per_column else {})
+
 for element in ("*fp32", "*bf16"):
     tensors = {n: element for n in ("z_ptr", "u_ptr", "z_hat_ptr", "grad_ptr", "grad_z_ptr", "grad_u_ptr")}
     tensors |= {"params_ptr": "*fp32", "partial_ptr": "*fp32", "grad_params_ptr": "*fp32"}
-    for per_column, rows, columns in ((1, 4, 128), (1, 8, 64), (1, 16, 32), (1, 16, 16), (0, 4, 128)):
+    for tile in TILES:
         for squash in (0, 1):
-            constants = {"SQUASH": squash, "PER_COLUMN": per_column, "ROWS": rows, "COLUMNS": columns}
-            if per_column:  # arguments equal to 1 become constants
-                constants |= {"inner": 1, "segment": 1, "segments": 1}
+            constants = {"SQUASH": squash} | tile_constants(*tile)
             compile(c._forward_kernel, tensors, constants)
             compile(c._backward_kernel, tensors, constants)
 compile(c._sum_kernel, tensors, {"SLOTS": c.SUM_TILE, "COLUMNS": 128})
+
+EVERYTHING = {"SQUASH": 1, "COST": 1, "NORMAL": 1}, {"GRAD": 1, "WANT_Z": 1, "WANT_CLEAN": 1}
+LITTLE = {"SQUASH": 0, "COST": 0, "NORMAL": 0}, {"GRAD": 1, "WANT_Z": 0, "WANT_CLEAN": 0}
+for element, (flags, wanted), tiles, held_rows in (
+    ("*fp32", EVERYTHING, TILES, (16, 128, 256)),
+    ("*bf16", EVERYTHING, TILES, (16, 128, 256)),
+    ("*fp32", LITTLE, TILES[:1], (128,)),
+):
+    arguments = {n: "*fp32" for k in vars(d).values() if hasattr(k, "arg_names") for n in k.arg_names if "_ptr" in n}
+    arguments |= {n: element for n in ("u_ptr", "z_ptr", "clean_ptr", "z_hat_ptr", "grad_ptr")}
+    arguments |= {n: element for n in ("grad_u_ptr", "grad_z_ptr", "grad_clean_ptr")}
+    arguments |= {n: "fp32" for n in ("eps", "count", "per_element")}
+    for rows in held_rows:
+        columns = 16 if element == "*bf16" else 8
+        held, warps = {"ROWS": rows, "COLUMNS": columns}, max(1, rows * columns // 256)
+        compile(d._held_forward_kernel, arguments, flags | held, num_warps=warps)
+        compile(d._held_backward_kernel, arguments, flags | wanted | held, num_warps=warps)
+    for tile in tiles:
+        constants = tile_constants(*tile)
+        compile(d._forward_kernel, arguments, flags | constants)
+        compile(d._backward_kernel, arguments, flags | wanted | constants | {"SUMS": 0})
+        if not tile[0]:
+            constants["ROWS"] = d.SUMMED_RUN_ROWS
+        compile(d._backward_kernel, arguments, flags | wanted | constants | {"SUMS": 1})
+for tile in TILES:
+    compile(d._moments_kernel, arguments, tile_constants(*tile))
+compile(d._merge_kernel, arguments, d.FINISH_TILE)
+compile(d._finish_kernel, arguments, d.FINISH_TILE | {"NORMAL": 1})
 """
 
 
@@ -66,7 +100,7 @@ def test_triton_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = done.stdout.strip().splitlines()
-    assert len(reports) == 41
+    assert len(reports) == 41 + 2 * 21 + 5 + 7
     for report in reports:
         # ptxas counts spills; cuobjdump only the stack frame, which holds them.
         spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)
