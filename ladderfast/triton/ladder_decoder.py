@@ -285,7 +285,7 @@ def _moments_kernel(
             count += mask.to(tl.float32)
             apart = tl.where(mask, x - mean, 0.0)
             mean += apart / tl.maximum(count, 1.0)
-            squares += tl.where(mask, apart * (x - mean), 0.0)
+            squares += apart * (x - mean)
     n, middle, total = _join(count, mean, squares, 0)
     if not PER_COLUMN:
         n, middle, total = _join(n, middle, total, 0)
