@@ -90,8 +90,8 @@ void ladder_decoder_backward_apply(const T* u, const T* u_mean, const T* u_var, 
 }  // namespace ladderfast::cpu
 
 // CUDA. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16. mean, var, u_mean, u_var, cost and their gradients
-// are float32, float64 where dtype is; params and grad_params have a code of their own (that of u, or float32). Each
-// returns a cudaError_t.
+// are float32, float64 where dtype is; params and grad_params have a code of their own (that of u, or float32). Null
+// as above; grad_u, too, may be null where it is not wanted. Each returns a cudaError_t.
 extern "C" {
 // Bytes of scratch; depend on the shape only.
 int64_t ladderfast_ladder_decoder_workspace_cuda(const LadderDecoderShape* shape);

@@ -12,23 +12,20 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Kernel -> its argument types and, for each variant that is launched, the constants. In a process of its own, since the
-# interpreter that the other tests use replaces the compiler.
-CODE = r"""
+# In a process of its own, since the interpreter that the other tests use replaces the compiler.
+PRELUDE = r"""
 import os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ladderfast.triton import combinator as c
-from ladderfast.triton import ladder_encoder as e
 
 arch = int(sys.argv[1])
 
-def compile(kernel, types, constants, warps=4):
+def compile(kernel, types, constants, **options):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     folder = tempfile.mkdtemp()
     ptx, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
     open(ptx, "w").write(compiled.asm["ptx"])
@@ -41,17 +38,61 @@ def compile(kernel, types, constants, warps=4):
         report = subprocess.run(command, capture_output=True, text=True).stdout
     print(kernel.fn.__name__, constants, report.replace("\n", " "))
 
+TILES = ((1, 4, 128), (1, 8, 64), (1, 16, 32), (1, 16, 16), (0, 4, 128))
+
+def tile_constants(per_column, rows, columns):
+    constants = {"PER_COLUMN": per_column, "ROWS": rows, "COLUMNS": columns}
+    # Arguments equal to 1 become constants.
+    return constants | ({"inner": 1, "segment": 1, "segments": 1} if per_column else {})
+"""
+
+# Kernel -> its argument types and, for each variant that is launched, the constants.
+COMBINATOR = r"""
+from ladderfast.triton import combinator as c
+
 for element in ("*fp32", "*bf16"):
     tensors = {n: element for n in ("z_ptr", "u_ptr", "z_hat_ptr", "grad_ptr", "grad_z_ptr", "grad_u_ptr")}
     tensors |= {"params_ptr": "*fp32", "partial_ptr": "*fp32", "grad_params_ptr": "*fp32"}
-    for per_column, rows, columns in ((1, 4, 128), (1, 8, 64), (1, 16, 32), (1, 16, 16), (0, 4, 128)):
+    for tile in TILES:
         for squash in (0, 1):
-            constants = {"SQUASH": squash, "PER_COLUMN": per_column, "ROWS": rows, "COLUMNS": columns}
-            if per_column:  # arguments equal to 1 become constants
-                constants |= {"inner": 1, "segment": 1, "segments": 1}
+            constants = {"SQUASH": squash} | tile_constants(*tile)
             compile(c._forward_kernel, tensors, constants)
             compile(c._backward_kernel, tensors, constants)
 compile(c._sum_kernel, tensors, {"SLOTS": c.SUM_TILE, "COLUMNS": 128})
+"""
+LADDER_DECODER = r"""
+from ladderfast.triton import ladder_decoder as d
+
+EVERYTHING = {"SQUASH": 1, "COST": 1, "NORMAL": 1}, {"GRAD": 1, "WANT_Z": 1, "WANT_CLEAN": 1}
+LITTLE = {"SQUASH": 0, "COST": 0, "NORMAL": 0}, {"GRAD": 1, "WANT_Z": 0, "WANT_CLEAN": 0}
+for element, (flags, wanted), tiles, held_rows in (
+    ("*fp32", EVERYTHING, TILES, (16, 256)),
+    ("*bf16", EVERYTHING, TILES, (16, 256)),
+    ("*fp32", LITTLE, TILES[:1], (128,)),
+):
+    arguments = {n: "*fp32" for k in vars(d).values() if hasattr(k, "arg_names") for n in k.arg_names if "_ptr" in n}
+    arguments |= {n: element for n in ("u_ptr", "z_ptr", "clean_ptr", "z_hat_ptr", "grad_ptr")}
+    arguments |= {n: element for n in ("grad_u_ptr", "grad_z_ptr", "grad_clean_ptr")}
+    arguments |= {n: "fp32" for n in ("eps", "count", "per_element")}
+    for rows in held_rows:
+        columns = 16 if element == "*bf16" else 8
+        held, warps = {"ROWS": rows, "COLUMNS": columns}, max(1, rows * columns // 256)
+        compile(d._held_forward_kernel, arguments, flags | held, num_warps=warps)
+        compile(d._held_backward_kernel, arguments, flags | wanted | held, num_warps=warps)
+    for tile in tiles:
+        constants = tile_constants(*tile)
+        compile(d._forward_kernel, arguments, flags | constants)
+        compile(d._backward_kernel, arguments, flags | wanted | constants | {"SUMS": 0})
+        if not tile[0]:
+            constants["ROWS"] = d.SUMMED_RUN_ROWS
+        compile(d._backward_kernel, arguments, flags | wanted | constants | {"SUMS": 1})
+for tile in TILES:
+    compile(d._moments_kernel, arguments, tile_constants(*tile))
+compile(d._merge_kernel, arguments, d.FINISH_TILE)
+compile(d._finish_kernel, arguments, d.FINISH_TILE | {"NORMAL": 1})
+"""
+LADDER_ENCODER = r"""
+from ladderfast.triton import ladder_encoder as e
 
 def compile_encoder(element, variants):
     like_x = ("x", "z", "h", "grad_x", "grad_z", "grad_h")
@@ -63,7 +104,7 @@ def compile_encoder(element, variants):
     def variant(kernels, warps, **constants):
         for kernel in kernels:
             its = {n: v for n, v in (given | constants).items() if n in kernel.arg_names}
-            compile(kernel, types, its, warps)
+            compile(kernel, types, its, num_warps=warps)
 
     # The largest tiles that are launched: of columns and of a run, aligned to the noise's fours and not.
     chunk = (e._statistics_kernel, e._forward_apply_kernel, e._backward_sums_kernel, e._backward_apply_kernel)
@@ -77,21 +118,65 @@ def compile_encoder(element, variants):
 compile_encoder("*fp32", ((0, 0), (0, 1), (1, 0), (1, 1)))
 compile_encoder("*bf16", ((1, 1),))
 """
+WHAT_WHERE = r"""
+from ladderfast.triton import what_where as ww
+
+for element in ("*fp32", "*bf16"):
+    names = ("z_ptr", "what_ptr", "where_ptr", "grad_z_ptr", "grad_what_ptr", "grad_where_ptr")
+    types = {n: element for n in names} | {"scale": "fp32", "beta": "fp32"}
+    for size in ((2, 2), (16, 16)):
+        constants = ww.constants(*size) | {"inner": 1}  # arguments equal to 1 become constants
+        for kernel in (ww._pool_kernel, ww._pool_backward_kernel, ww._unpool_kernel):
+            compile(kernel, types, constants)
+    del constants["TAPS"]
+    compile(ww._unpool_backward_kernel, types, constants | {"BLOCK": ww.BACKWARD_BLOCK})
+    compile(ww._pool_backward_kernel, types, ww.constants(2, 2))
+"""
+LN_CONVLSTM = r"""
+from ladderfast.triton import ln_convlstm as c
+
+for element in ("*fp32", "*bf16"):
+    names = ("x", "y", "rec", "c", "h", "c_new", "grad_h", "grad_c_new", "grad_c", "grad_rec", "grad_x", "grad_y")
+    tensors = {f"{n}_ptr": element for n in names}
+    tensors |= {f"{n}_ptr": "*fp32" for n in ("weight", "weight_y", "bias", "stats", "partial", "means", "sums", "out")}
+    tensors["eps"] = "fp32"
+    for inputs in (0, 1, 2) if element == "*fp32" else (2,):
+        for last in (0, 1):
+            constants = {"INPUTS": inputs, "LAST": last, "BLOCK": c.CELLS}
+            compile(c._forward_kernel, tensors, constants)
+            compile(c._backward_kernel, tensors, constants)
+            for rows, columns in ((4, 128), (16, 16)):
+                constants = {"INPUTS": inputs, "LAST": last, "ROWS": rows, "COLUMNS": columns}
+                compile(c._finish_kernel, tensors, constants)
+    compile(c._moments_kernel, tensors, {"BLOCK": c.MOMENTS})
+compile(c._merge_moments_kernel, tensors, {"BLOCK": c.MOMENTS, "CHUNKS": c.CHUNKS})
+compile(c._merge_projections_kernel, tensors, {"WIDTH": 4, "CHUNKS": c.CHUNKS})
+compile(c._sum_kernel, tensors, {"SLOTS": c.SLOTS, "COLUMNS": 128})
+"""
+CODE = {
+    "combinator": (COMBINATOR, 41),
+    "ladder_decoder": (LADDER_DECODER, 2 * 19 + 5 + 7),
+    "ladder_encoder": (LADDER_ENCODER, 5 * 6 + 2 * 2),
+    "what_where": (WHAT_WHERE, 16),
+    "ln_convlstm": (LN_CONVLSTM, 37),
+}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_triton_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stem", CODE)
+def test_triton_compiles_ahead_of_time(stem: str, arch: int, tmp_path: Path) -> None:
+    code, kernels = CODE[stem]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)
     }
     script = tmp_path / "compile.py"  # Triton reads a kernel's source from its file
-    script.write_text(CODE)
+    script.write_text(PRELUDE + code)
     done = subprocess.run(
         [sys.executable, str(script), str(arch)], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = done.stdout.strip().splitlines()
-    assert len(reports) == 41 + 5 * 6 + 2 * 2
+    assert len(reports) == kernels
     for report in reports:
         # ptxas counts spills; cuobjdump only the stack frame, which holds them.
         spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)

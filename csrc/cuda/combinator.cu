@@ -1,14 +1,8 @@
 // The Gaussian combinator on NVIDIA GPUs. Contract in ../combinator.h, formulas in ../math/combinator.h.
 //
 // A thread stays with its channels: it keeps their parameters, and in the backward pass their ten sums, in registers
-// and walks over slices of N neighbouring elements, U of them in flight. There are two walks:
-//
-//   columns  inner <= 16, dense and channels-last tensors among them. A row is channels * inner columns; a thread owns
-//            two of them and goes down the rows. Two, not more, because each column takes 22 registers in backward.
-//   runs     inner > 16. A block takes one channel and a stretch of its slices of 16 bytes, which its threads share.
-//
-// How the work is cut depends on the shape and the element type alone, never on the device or on an address: the sums
-// have the same bits everywhere. Slices that are unaligned or incomplete are accessed by element.
+// and walks over slices of N neighbouring elements (walks.cuh), U of them in flight. Slices that are unaligned or
+// incomplete are accessed by element.
 //
 // What bounds it, per element (float32 / 16 bits; instructions are those of the loop over whole slices on sm_90,
 // without squash_v). Nothing of this has been measured on a GPU yet.
@@ -22,143 +16,18 @@
 // an H200 should be bound by memory everywhere but in 16-bit forward with squash_v, which its special functions bound.
 #include "../combinator.h"
 
-#include "../math/host_device.h"
+#include "combinator.cuh"
 #include "elements.cuh"
 #include "launch.cuh"
-#include "math.cuh"
+#include "sums.cuh"
+#include "walks.cuh"
 
 #include <type_traits>
-
-namespace ladderfast::cuda::coarse {
-#include "../math/combinator.h"
-}
-namespace ladderfast::cuda::precise {
-#include "../math/combinator.h"
-}
 
 namespace ladderfast::cuda {
 namespace {
 
-using coarse::combinator_backward;
-using coarse::combinator_finish;
-using coarse::combinator_forward;
-using precise::combinator_backward;
-using precise::combinator_finish;
-using precise::combinator_forward;
-// A channel's parameters; their type decides which of the two grades computes.
-template <class T>
-using Params = std::conditional_t<sizeof(T) == 2, coarse::Combinator<float>, precise::Combinator<Compute<T>>>;
-
-constexpr int kThreads = 256;
-constexpr int kSums = 10;
-constexpr int64_t kLongestColumnRun = 16;
-
-// How a pass is cut into blocks. Blocks are counted tile first, then chunk, then seed, so that neighbours in time are
-// neighbours in memory.
-struct Plan {
-    int64_t rows, channels, inner;
-    int64_t width;   // partial sums in a row: columns, or channels where the walk is over runs
-    int64_t tiles;   // columns: tiles of a row; runs: channels
-    int64_t chunks;  // stretches of rows, or of a channel's slices
-    int threads, steps;
-    int across, down;            // columns: the threads of a block form `down` rows of `across` slices
-    int slices;                  // runs: slices in a run
-    int jump_rows, jump_slices;  // runs: the way to a thread's next slice
-    bool columns;
-};
-
-struct Block {
-    int64_t seed;
-    int chunk, tile;
-
-    __device__ explicit Block(const Plan& plan) {
-        const unsigned tiles = static_cast<unsigned>(plan.tiles), chunks = static_cast<unsigned>(plan.chunks);
-        const unsigned above = blockIdx.x / tiles;
-        tile = blockIdx.x % tiles;
-        chunk = above % chunks;
-        seed = above / chunks;
-    }
-};
-
-// A walk says where a thread's slices are: `base` is the same for the block, `offset` is added to it; `left` slices
-// remain, and `count` elements of the present one exist.
-template <int N>
-struct ColumnWalk {
-    static constexpr int kOwn = N;  // sets of parameters that a thread keeps
-    int64_t base;
-    uint32_t offset, stride;
-    int left, count, column;
-
-    __device__ ColumnWalk(const Plan& plan, const Block& block) {
-        const int x = threadIdx.x % plan.across, y = threadIdx.x / plan.across;
-        const int64_t first = static_cast<int64_t>(block.chunk) * (plan.down * plan.steps);
-        const int64_t rest = plan.rows - first;
-        const int rows = rest < plan.down * plan.steps ? static_cast<int>(rest) : plan.down * plan.steps;
-        const int width = static_cast<int>(plan.width), tile = block.tile * (plan.across * N);
-        column = tile + x * N;
-        count = width - column < N ? width - column : N;
-        base = (block.seed * plan.rows + first) * width + tile;
-        offset = static_cast<uint32_t>(y) * width + x * N;
-        stride = static_cast<uint32_t>(plan.down) * width;
-        left = y < plan.down && y < rows && count > 0 ? (rows - y + plan.down - 1) / plan.down : 0;
-    }
-
-    __device__ void next() { offset += stride; }
-
-    // Channel of the thread's element i, any channel where that does not exist.
-    __device__ int channel(const Plan& plan, int i) const {
-        if (i >= count) return 0;
-        return plan.inner == 1 ? column + i : (column + i) / static_cast<int>(plan.inner);
-    }
-};
-
-template <int N>
-struct RunWalk {
-    static constexpr int kOwn = 1;
-    int64_t base, offset, stride, wrap;
-    int left, count, slice, slices, jump, inner, tile;
-
-    __device__ RunWalk(const Plan& plan, const Block& block) {
-        const int64_t row = plan.channels * plan.inner;
-        const uint32_t first = static_cast<uint32_t>(block.chunk) * (plan.threads * plan.steps) + threadIdx.x;
-        const uint32_t all = static_cast<uint32_t>(plan.rows) * plan.slices;
-        const uint32_t more = first < all ? (all - first + plan.threads - 1) / plan.threads : 0;
-        const uint32_t r = first / plan.slices;
-        tile = block.tile;
-        slices = plan.slices;
-        inner = static_cast<int>(plan.inner);
-        slice = static_cast<int>(first - r * slices);
-        jump = plan.jump_slices;
-        base = (block.seed * plan.rows * plan.channels + block.tile) * plan.inner;
-        offset = r * row + static_cast<int64_t>(slice) * N;
-        stride = plan.jump_rows * row + static_cast<int64_t>(plan.jump_slices) * N;
-        wrap = row - static_cast<int64_t>(slices) * N;
-        left = more < static_cast<uint32_t>(plan.steps) ? static_cast<int>(more) : plan.steps;
-        count = inner - slice * N < N ? inner - slice * N : N;
-    }
-
-    __device__ void next() {
-        offset += stride;
-        slice += jump;
-        if (slice >= slices) {
-            slice -= slices;
-            offset += wrap;
-        }
-        count = inner - slice * N < N ? inner - slice * N : N;
-    }
-
-    __device__ int channel(const Plan&, int) const { return tile; }
-};
-
-template <class T>
-__device__ __forceinline__ Params<T> load_combinator(const void* params, bool float_params, int64_t seed,
-                                                     int64_t channels, int64_t channel) {
-    Params<T> p;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k)
-        p.a[k] = load_either<T>(params, float_params, (seed * kSums + k) * channels + channel);
-    return p;
-}
+constexpr int kSums = kCombinatorParams;
 
 template <int U, bool whole, bool squash, class T, int N, template <int> class Walk>
 __device__ __forceinline__ void forward_step(const T* __restrict__ z, const T* __restrict__ u, T* __restrict__ z_hat,
@@ -204,21 +73,6 @@ __global__ void __launch_bounds__(kThreads)
         while (walk.left >= U) forward_step<U, whole, squash>(z, u, z_hat, p, walk);
 #pragma unroll 1
     while (walk.left > 0) forward_step<1, whole, squash>(z, u, z_hat, p, walk);
-}
-
-// Sum of `down` values that lie `across` apart, in four strands.
-template <class V>
-__device__ __forceinline__ V strided_sum(const V* values, int across, int down) {
-    V strand[4] = {};
-    int y = 0;
-#pragma unroll 1
-    for (; y + 4 <= down; y += 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) strand[i] += values[(y + i) * across];
-    }
-#pragma unroll 1
-    for (; y < down; ++y) strand[0] += values[y * across];
-    return (strand[0] + strand[1]) + (strand[2] + strand[3]);
 }
 
 template <int U, bool whole, bool squash, class T, int N, template <int> class Walk>
@@ -377,8 +231,6 @@ __global__ void __launch_bounds__(kThreads)
     store_either<T>(grad_params, float_params, (seed * kSums + row) * channels + channel, value);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Slices for a thread, 4 to 64: at first few, for enough blocks to fill the chip, then more, because what a block does
 // once (parameters, partial sums) is spread over them.
 int steps_for(int64_t slices) {
@@ -432,24 +284,9 @@ Plan plan_runs(const CombinatorShape& shape) {
     return plan;
 }
 
-constexpr int kColumns = 2;  // elements of a slice, columns
-template <class T>
-constexpr int kRun = 16 / sizeof(T);  // and runs
-
 template <class T>
 Plan plan_for(const CombinatorShape& shape) {
     return shape.inner <= kLongestColumnRun ? plan_columns<kColumns>(shape) : plan_runs<kRun<T>>(shape);
-}
-
-// Walks count in 32 bits: a row of 2^31 columns and a channel of 2^33 elements are too much for them.
-bool fits(const CombinatorShape& shape) {
-    constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);
-    if (shape.inner <= kLongestColumnRun) return shape.channels <= kMost / (shape.inner > 0 ? shape.inner : 1);
-    return shape.inner <= kMost && shape.rows <= 2 * kMost / ceil_div(shape.inner, 2);
-}
-
-bool empty(const CombinatorShape& shape) {
-    return shape.seeds == 0 || shape.rows == 0 || shape.channels == 0 || shape.inner == 0;
 }
 
 template <class T, bool squash>
@@ -496,24 +333,6 @@ cudaError_t run_sums(const Compute<T>* partials, const void* params, void* grad_
     return launch(sum_partials<T>, groups * kSums * shape.seeds, kThreads, stream, partials, params, grad_params,
                   float_params, plan.chunks, shape.channels, inner, static_cast<int>(groups), across,
                   kThreads / across);
-}
-
-// Calls f with a null pointer to the element type of `dtype`.
-template <class F>
-cudaError_t dispatch(int dtype, int params_dtype, const F& f) {
-    if (params_dtype != dtype && params_dtype != kFloat32) return cudaErrorInvalidValue;
-    switch (dtype) {
-        case kFloat32:
-            return f(static_cast<float*>(nullptr));
-        case kFloat64:
-            return f(static_cast<double*>(nullptr));
-        case kBFloat16:
-            return f(static_cast<bfloat16*>(nullptr));
-        case kFloat16:
-            return f(static_cast<float16*>(nullptr));
-        default:
-            return cudaErrorInvalidValue;
-    }
 }
 
 }  // namespace

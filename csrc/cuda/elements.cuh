@@ -103,12 +103,13 @@ __device__ __forceinline__ uint32_t narrow(float low, float high, bfloat16) { re
 __device__ __forceinline__ uint32_t narrow(float low, float high, float16) { return pack_float16(low, high); }
 
 // The first `count` of N elements; the others are zero. `whole` promises count == N and alignment to the pack, and
-// makes it one access.
-template <bool whole, int N, class T>
+// makes it one access; what the kernel also writes must be loaded as `written`.
+template <bool whole, int N, bool written = false, class T>
 __device__ __forceinline__ Pack<T, N> load(const T* __restrict__ from, int count) {
     Pack<T, N> pack = {};
     if constexpr (whole) {
-        const Access<T, N> all = __ldg(reinterpret_cast<const Access<T, N>*>(from));
+        const auto* const at = reinterpret_cast<const Access<T, N>*>(from);
+        const Access<T, N> all = written ? *at : __ldg(at);
         memcpy(&pack, &all, sizeof(pack));
     } else {
 #pragma unroll

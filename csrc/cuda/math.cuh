@@ -8,6 +8,11 @@
 namespace ladderfast::cuda {
 
 template <class V>
+__device__ __forceinline__ V zero_like(V) {
+    return 0;
+}
+
+template <class V>
 struct Sigmoid {
     V value, slope;
 };

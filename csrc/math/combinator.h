@@ -13,18 +13,24 @@ struct Combinator {
     V a[10];  // a1 .. a10 of one channel
 };
 
-template <bool squash, class V>
-LF_HD V combinator_forward(V z, V u, const Combinator<V>& p) {
+template <class V>
+LF_HD V combinator_forward(V z, V u, const Combinator<V>& p, bool squash) {
     const V mu = p.a[0] * sigmoid(p.a[1] * u + p.a[2]).value + (p.a[3] * u + p.a[4]);
     V v = p.a[5] * sigmoid(p.a[6] * u + p.a[7]).value + (p.a[8] * u + p.a[9]);
     if (squash) v = sigmoid(v).value;
     return (z - mu) * v + mu;
 }
 
+template <bool squash, class V>
+LF_HD V combinator_forward(V z, V u, const Combinator<V>& p) {
+    return combinator_forward(z, u, p, squash);
+}
+
 // Sets grad_z and grad_u; adds to `sums` what the element contributes to the gradients of a1 .. a10, less the factors
 // a1 and a6 that are the same for the whole channel: combinator_finish applies those to the finished sums.
-template <bool squash, class V>
-LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, V& grad_z, V& grad_u, V (&sums)[10]) {
+template <class V>
+LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, bool squash, V& grad_z, V& grad_u,
+                               V (&sums)[10]) {
     const auto s_mu = sigmoid(p.a[1] * u + p.a[2]);
     const auto s_v = sigmoid(p.a[6] * u + p.a[7]);
     const V mu = p.a[0] * s_mu.value + (p.a[3] * u + p.a[4]);
@@ -50,6 +56,11 @@ LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, V& grad
     sums[7] = sums[7] + slope_v;
     sums[8] = sums[8] + grad_v * u;
     sums[9] = sums[9] + grad_v;
+}
+
+template <bool squash, class V>
+LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, V& grad_z, V& grad_u, V (&sums)[10]) {
+    combinator_backward(grad, z, u, p, squash, grad_z, grad_u, sums);
 }
 
 // Sums over a channel's elements -> gradients of a1 .. a10.

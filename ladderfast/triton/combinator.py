@@ -22,12 +22,58 @@ SEGMENT = 32768  # elements of a run that a program takes, at the least
 
 
 @triton.jit
-def _load_param(params, index: tl.constexpr, channels, c, mask):
+def load_param(params, index: tl.constexpr, channels, c, mask):
     return tl.load(params + index * channels + c, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tile(
+def load_params(params_ptr, seed, channels, c):
+    """a1 .. a10 of the channels c of a seed."""
+    params = params_ptr + seed.to(tl.int64) * 10 * channels
+    seen = c < channels
+    a1 = load_param(params, 0, channels, c, seen)
+    a2 = load_param(params, 1, channels, c, seen)
+    a3 = load_param(params, 2, channels, c, seen)
+    a4 = load_param(params, 3, channels, c, seen)
+    a5 = load_param(params, 4, channels, c, seen)
+    a6 = load_param(params, 5, channels, c, seen)
+    a7 = load_param(params, 6, channels, c, seen)
+    a8 = load_param(params, 7, channels, c, seen)
+    a9 = load_param(params, 8, channels, c, seen)
+    a10 = load_param(params, 9, channels, c, seen)
+    return a1, a2, a3, a4, a5, a6, a7, a8, a9, a10
+
+
+@triton.jit
+def combine(z, u, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, SQUASH: tl.constexpr):
+    mu = a1 * tl.sigmoid(a2 * u + a3) + a4 * u + a5
+    v = a6 * tl.sigmoid(a7 * u + a8) + a9 * u + a10
+    if SQUASH:
+        v = tl.sigmoid(v)
+    return (z - mu) * v + mu
+
+
+@triton.jit
+def combine_backward(grad, z, u, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, SQUASH: tl.constexpr):
+    """Gradients of z and u, and what the parameters' gradients are sums of."""
+    s_mu = tl.sigmoid(a2 * u + a3)
+    s_v = tl.sigmoid(a7 * u + a8)
+    mu = a1 * s_mu + a4 * u + a5
+    v = a6 * s_v + a9 * u + a10
+    grad_v = grad * (z - mu)
+    if SQUASH:
+        v = tl.sigmoid(v)
+        grad_v = grad_v * v * (1.0 - v)
+    grad_z = grad * v
+    grad_mu = grad * (1.0 - v)
+    slope_mu = grad_mu * s_mu * (1.0 - s_mu)
+    slope_v = grad_v * s_v * (1.0 - s_v)
+    grad_u = a1 * a2 * slope_mu + a4 * grad_mu + a6 * a7 * slope_v + a9 * grad_v
+    return grad_z, grad_u, s_mu, grad_mu, slope_mu, s_v, grad_v, slope_v
+
+
+@triton.jit
+def tile(
     program,
     chunk,
     blocks,
@@ -80,7 +126,7 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
 ):
     chunk = tl.program_id(1)
-    seed, row, row_end, c, first, limit, column_begin, column_end = _tile(
+    seed, row, row_end, c, first, limit, column_begin, column_end = tile(
         tl.program_id(0),
         chunk,
         blocks,
@@ -93,18 +139,7 @@ def _forward_kernel(
         PER_COLUMN,
         COLUMNS,
     )
-    params = params_ptr + seed.to(tl.int64) * 10 * channels
-    seen = c < channels
-    a1 = _load_param(params, 0, channels, c, seen)
-    a2 = _load_param(params, 1, channels, c, seen)
-    a3 = _load_param(params, 2, channels, c, seen)
-    a4 = _load_param(params, 3, channels, c, seen)
-    a5 = _load_param(params, 4, channels, c, seen)
-    a6 = _load_param(params, 5, channels, c, seen)
-    a7 = _load_param(params, 6, channels, c, seen)
-    a8 = _load_param(params, 7, channels, c, seen)
-    a9 = _load_param(params, 8, channels, c, seen)
-    a10 = _load_param(params, 9, channels, c, seen)
+    a1, a2, a3, a4, a5, a6, a7, a8, a9, a10 = load_params(params_ptr, seed, channels, c)
 
     for column in range(column_begin, column_end, COLUMNS):
         k = column + tl.arange(0, COLUMNS)
@@ -114,25 +149,23 @@ def _forward_kernel(
             at = first + i.to(tl.int64)[:, None] * channels * inner + k[None, :]
             z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
             u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            mu = a1 * tl.sigmoid(a2 * u + a3) + a4 * u + a5
-            v = a6 * tl.sigmoid(a7 * u + a8) + a9 * u + a10
-            if SQUASH:
-                v = tl.sigmoid(v)
-            out = (z - mu) * v + mu
+            out = combine(z, u, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, SQUASH)
             tl.store(z_hat_ptr + at, out.to(z_hat_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _store_sum(
+def store_sum(
     partial_ptr,
     index: tl.constexpr,
     total,
     slot_row,
+    sums: tl.constexpr,
     channels,
     c,
     PER_COLUMN: tl.constexpr,
 ):
-    at = partial_ptr + (slot_row * 10 + index) * channels + c
+    """Sum number `index` of `sums` of a program, into its slot."""
+    at = partial_ptr + (slot_row * sums + index) * channels + c
     if PER_COLUMN:
         tl.store(at, tl.sum(total, axis=0), mask=c < channels)
     else:
@@ -162,7 +195,7 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     chunk = tl.program_id(1)
-    seed, row, row_end, c, first, limit, column_begin, column_end = _tile(
+    seed, row, row_end, c, first, limit, column_begin, column_end = tile(
         tl.program_id(0),
         chunk,
         blocks,
@@ -175,18 +208,7 @@ def _backward_kernel(
         PER_COLUMN,
         COLUMNS,
     )
-    params = params_ptr + seed.to(tl.int64) * 10 * channels
-    seen = c < channels
-    a1 = _load_param(params, 0, channels, c, seen)
-    a2 = _load_param(params, 1, channels, c, seen)
-    a3 = _load_param(params, 2, channels, c, seen)
-    a4 = _load_param(params, 3, channels, c, seen)
-    a5 = _load_param(params, 4, channels, c, seen)
-    a6 = _load_param(params, 5, channels, c, seen)
-    a7 = _load_param(params, 6, channels, c, seen)
-    a8 = _load_param(params, 7, channels, c, seen)
-    a9 = _load_param(params, 8, channels, c, seen)
-    a10 = _load_param(params, 9, channels, c, seen)
+    a1, a2, a3, a4, a5, a6, a7, a8, a9, a10 = load_params(params_ptr, seed, channels, c)
 
     # Sums towards the gradients of a1 .. a10, less the factors a1 and a6, which the final sums apply.
     s1 = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
@@ -201,19 +223,9 @@ def _backward_kernel(
             grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
             z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
             u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            s_mu = tl.sigmoid(a2 * u + a3)
-            s_v = tl.sigmoid(a7 * u + a8)
-            mu = a1 * s_mu + a4 * u + a5
-            v = a6 * s_v + a9 * u + a10
-            grad_v = grad * (z - mu)
-            if SQUASH:
-                v = tl.sigmoid(v)
-                grad_v = grad_v * v * (1.0 - v)
-            grad_z = grad * v
-            grad_mu = grad * (1.0 - v)
-            slope_mu = grad_mu * s_mu * (1.0 - s_mu)
-            slope_v = grad_v * s_v * (1.0 - s_v)
-            grad_u = a1 * a2 * slope_mu + a4 * grad_mu + a6 * a7 * slope_v + a9 * grad_v
+            grad_z, grad_u, s_mu, grad_mu, slope_mu, s_v, grad_v, slope_v = combine_backward(
+                grad, z, u, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, SQUASH
+            )
             tl.store(grad_z_ptr + at, grad_z.to(grad_z_ptr.dtype.element_ty), mask=mask)
             tl.store(grad_u_ptr + at, grad_u.to(grad_u_ptr.dtype.element_ty), mask=mask)
             s1 += grad_mu * s_mu
@@ -228,16 +240,16 @@ def _backward_kernel(
             s10 += grad_v
 
     slot_row = seed.to(tl.int64) * slots + chunk
-    _store_sum(partial_ptr, 0, s1, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 1, s2, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 2, s3, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 3, s4, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 4, s5, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 5, s6, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 6, s7, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 7, s8, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 8, s9, slot_row, channels, c, PER_COLUMN)
-    _store_sum(partial_ptr, 9, s10, slot_row, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 0, s1, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 1, s2, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 2, s3, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 3, s4, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 4, s5, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 5, s6, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 6, s7, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 7, s8, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 8, s9, slot_row, 10, channels, c, PER_COLUMN)
+    store_sum(partial_ptr, 9, s10, slot_row, 10, channels, c, PER_COLUMN)
 
 
 @triton.jit
@@ -262,14 +274,14 @@ def _sum_kernel(
     out = tl.sum(total, axis=0)
     params = params_ptr + seed.to(tl.int64) * 10 * channels
     if (j == 1) | (j == 2):
-        out *= _load_param(params, 0, channels, c, c < channels)
+        out *= load_param(params, 0, channels, c, c < channels)
     if (j == 6) | (j == 7):
-        out *= _load_param(params, 5, channels, c, c < channels)
+        out *= load_param(params, 5, channels, c, c < channels)
     at = (seed.to(tl.int64) * 10 + j) * channels + c
     tl.store(grad_params_ptr + at, out.to(grad_params_ptr.dtype.element_ty), mask=c < channels)
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
@@ -291,14 +303,14 @@ class Plan:
         self.tile_rows = min(16, 512 // self.columns) if self.per_column else ROWS_PER_TILE
         if self.per_column:
             self.segment = self.segments = 1
-            self.rows_per_chunk = max(32, _ceil(self.rows, 256))
+            self.rows_per_chunk = max(32, ceil(self.rows, 256))
         else:
             # At most 256 segments, of whole tiles: a tile that ran into the next segment would count twice.
-            self.segment = _ceil(max(SEGMENT, _ceil(self.inner, 256)), self.columns) * self.columns
-            self.segments = _ceil(self.inner, self.segment)
-            self.rows_per_chunk = max(1, 8192 // self.inner, _ceil(self.rows, 256))
-        self.slots = _ceil(self.rows, self.rows_per_chunk) * self.segments
-        self.blocks = _ceil(self.channels, self.columns) if self.per_column else self.channels
+            self.segment = ceil(max(SEGMENT, ceil(self.inner, 256)), self.columns) * self.columns
+            self.segments = ceil(self.inner, self.segment)
+            self.rows_per_chunk = max(1, 8192 // self.inner, ceil(self.rows, 256))
+        self.slots = ceil(self.rows, self.rows_per_chunk) * self.segments
+        self.blocks = ceil(self.channels, self.columns) if self.per_column else self.channels
         self.grid = (self.blocks * self.seeds, self.slots)  # the second axis is limited to 65535
 
     @property
@@ -322,7 +334,7 @@ class Plan:
         }
 
 
-def _like(t: Tensor, z: Tensor) -> Tensor:
+def like(t: Tensor, z: Tensor) -> Tensor:
     return t if t.stride() == z.stride() else torch.empty_like(z).copy_(t)
 
 
@@ -334,7 +346,7 @@ def combinator_triton(z: Tensor, u: Tensor, params: Tensor, squash_v: int) -> Te
         plan = Plan(z, params)
         with torch.cuda.device_of(z):
             wrap_triton(_forward_kernel)[plan.grid](
-                z, _like(u, z), params.contiguous(), z_hat, *plan.sizes, **plan.constants(squash_v)
+                z, like(u, z), params.contiguous(), z_hat, *plan.sizes, **plan.constants(squash_v)
             )
     return z_hat
 
@@ -353,9 +365,9 @@ def combinator_backward_triton(
     partial = torch.empty((plan.seeds, plan.slots, 10, plan.channels), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         wrap_triton(_backward_kernel)[plan.grid](
-            _like(grad_z_hat, z),
+            like(grad_z_hat, z),
             z,
-            _like(u, z),
+            like(u, z),
             params,
             grad_z,
             grad_u,
@@ -364,7 +376,7 @@ def combinator_backward_triton(
             plan.slots,
             **plan.constants(squash_v),
         )
-        wrap_triton(_sum_kernel)[(plan.seeds * 10, _ceil(plan.channels, 128))](
+        wrap_triton(_sum_kernel)[(plan.seeds * 10, ceil(plan.channels, 128))](
             partial, params, grad_params, plan.channels, plan.slots, SLOTS=SUM_TILE, COLUMNS=128
         )
     return grad_z, grad_u, grad_params
