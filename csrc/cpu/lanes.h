@@ -17,6 +17,12 @@ LF_HD Vec<T> max_of(Vec<T> a, Vec<T> b) {
 template <class T>
 LF_HD Vec<T> clamp_unit(Vec<T> x) {
     const auto one = Vec<T>::broadcast(1).raw, minus_one = Vec<T>::broadcast(-1).raw;
+#if LF_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+        const __m512 below = _mm512_maskz_min_ps((__mmask16)-1, (__m512)one, (__m512)x.raw);
+        return {(typename Vec<T>::Raw)_mm512_maskz_max_ps((__mmask16)-1, (__m512)minus_one, below)};
+    }
+#endif
     const auto below = x.raw > one ? one : x.raw;
     return {below < minus_one ? minus_one : below};
 }
@@ -160,4 +166,39 @@ LF_HD void merge(Vec<T>* v) {
 #pragma GCC unroll 8
         for (int i = 0; i < K / 2; ++i) zip(even[i], odd[i], v[2 * i], v[2 * i + 1]);
     }
+}
+
+// Over all lanes, in all lanes: the largest.
+template <class T>
+LF_HD Vec<T> max_over_lanes(Vec<T> v) {
+    for (int lanes = Vec<T>::width; lanes > 1; lanes /= 2) {
+        Vec<T> even, odd;
+        unzip(v, v, even, odd);
+        v = max_of(even, odd);
+    }
+    return v;
+}
+
+template <class T>
+LF_HD Vec<T> add_pairs(Vec<T> a, Vec<T> b) {
+    Vec<T> even, odd;
+    unzip(a, b, even, odd);
+    return even + odd;
+}
+
+// And the sums of four vectors.
+template <class T>
+LF_HD void sum_over_lanes(Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
+    Vec<T> ab = add_pairs(a, b), cd = add_pairs(c, d);
+    int first_of_c = 0;
+    if constexpr (Vec<T>::width > 2) {
+        ab = add_pairs(ab, cd);
+        for (int lanes = Vec<T>::width; lanes > 4; lanes /= 2) ab = add_pairs(ab, ab);
+        cd = ab;
+        first_of_c = 2;
+    }
+    a = Vec<T>::broadcast(ab.raw[0]);
+    b = Vec<T>::broadcast(ab.raw[1]);
+    c = Vec<T>::broadcast(cd.raw[first_of_c]);
+    d = Vec<T>::broadcast(cd.raw[first_of_c + 1]);
 }

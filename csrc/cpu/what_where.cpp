@@ -1,11 +1,14 @@
 // CPU kernels of the op `what_where`; contract in ../what_where.h.
 //
-// A lane is a window (and a channel, where channels are innermost): a block is one vector of neighbouring outputs. The
-// elements of its windows, `taps`, come from memory in one of three ways:
+// A block is one vector of neighbouring outputs. In most ways a lane is a window (and a channel, where channels are
+// innermost), whose elements, `taps`, come from memory in one of three ways:
 //
 //   K > 1   inner = 1 and kernel_w = K = 2, 4, 8 or 16: rows are loaded as whole vectors and split among the lanes
 //   K = 1   the lanes' elements are neighbours in memory, as in channels-last tensors
 //   K = 0   each lane by itself: other kernels, and blocks that end within a channel's or a tensor's last vector
+//
+// Where a row of a window is a whole vector or several, pooling takes one window after the other instead, and a lane is
+// a column.
 //
 // Floor in float32, per element of z: pooling k x k moves 4 + 12 / k^2 bytes forward and 8 + 12 / k^2 backward, and
 // takes an exponential each way. Unpooling writes what it moves forward; backward it reads four elements of a window.
@@ -70,7 +73,6 @@ struct Cursor {
         return ((outer * s.height + down * s.kernel_h) * s.width + across * s.kernel_w) * s.inner + channel;
     }
 
-    // To the output that comes `count` later, at most one channel's worth of outputs if there are several channels.
     void advance(const WindowPlan& plan, const WindowShape& s, int64_t count) {
         if (s.inner == 1) {
             across += count;
@@ -91,19 +93,57 @@ struct Cursor {
     }
 };
 
+// Walks over the vectors that make the first rows of windows, where bands are whole vectors (inner = 1).
+template <class T>
+struct VectorWalk {
+    int64_t in_band, band_end, band, down, next_band, next_plane, last;
+
+    VectorWalk(const WindowPlan& plan, const WindowShape& s, int64_t output) {
+        const Cursor cursor(plan, s, output);
+        in_band = cursor.across * s.kernel_w;
+        band_end = plan.across * s.kernel_w;
+        band = cursor.origin(s) - in_band;
+        down = cursor.down;
+        last = plan.down - 1;
+        next_band = s.kernel_h * s.width;
+        next_plane = (s.height - last * s.kernel_h) * s.width;
+    }
+
+    LF_HD int64_t next() {
+        const int64_t origin = band + in_band;
+        in_band += Vec<T>::width;
+        if (in_band == band_end) {
+            in_band = 0;
+            band += down == last ? next_plane : next_band;
+            down = down == last ? 0 : down + 1;
+        }
+        return origin;
+    }
+};
+
 // One vector of outputs, of which the first `count` exist.
 template <class T>
 struct Block {
     static constexpr int width = Vec<T>::width;
-    const WindowShape& s;
+    WindowShape s;
     int64_t output, count;
     int64_t plane, outer, in_plane;
     // K = 0: of each lane's window; K = 1: of the first; K > 1: of each of the K vectors that make a row.
-    int64_t origin[width > 16 ? width : 16];
+    int64_t origin[kMostLanes];
 
-    Block(const WindowShape& shape, const WindowPlan& plan, int64_t first, int64_t lanes, const Cursor& cursor)
-        : s(shape), output(first), count(lanes), plane(plan.plane), outer(cursor.outer) {
+    LF_HD Block(const WindowShape& shape, const WindowPlan& plan, int64_t first, int64_t lanes)
+        : s(shape), output(first), count(lanes), plane(plan.plane) {
+        outer = first / plane;
         in_plane = first - outer * plane;
+    }
+
+    LF_HD void advance(int64_t to) {
+        in_plane += to - output;
+        output = to;
+        while (in_plane >= plane) {
+            in_plane -= plane;
+            ++outer;
+        }
     }
 
     // Element 0 of the lanes' x in `where`; those of y lie a plane behind. Only if one_plane().
@@ -111,7 +151,7 @@ struct Block {
     bool one_plane() const { return in_plane + width <= plane; }
 
     // The index of x in `where`, lane by lane.
-    void where_of_lanes(int64_t* index) const {
+    LF_HD void where_of_lanes(int64_t* index) const {
         int64_t o = outer, k = in_plane;
         for (int64_t lane = 0; lane < count; ++lane) {
             index[lane] = 2 * o * plane + k;
@@ -234,6 +274,46 @@ static LF_HD Vec<T> load_windows(const T* z, const Block<T>& b, Vec<T>* taps) {
     return most;
 }
 
+// A window whose rows are R vectors.
+template <class T, int R>
+struct Columns {
+    using V = Vec<T>;
+    const T* first;
+    const WindowShape& s;
+    const Axis<T>& y;
+    V x[R];
+
+    LF_HD Columns(const T* from, const WindowShape& shape, const Axis<T>& rows) : first(from), s(shape), y(rows) {
+        constexpr int columns = R * V::width;
+        for (int r = 0; r < R; ++r)
+            for (int lane = 0; lane < V::width; ++lane)
+                x[r].raw[lane] = (T)(2 * (r * V::width + lane) - (columns - 1)) / (T)(columns - 1);
+    }
+
+    LF_HD V at(int64_t i, int r) const { return V::load(first + i * s.width + r * V::width); }
+
+    // Every lane has the result. `e` keeps the exponentials, unless it is null.
+    LF_HD SoftPooled<V> pool(V scale, V* e) const {
+        V most = at(0, 0);
+        for (int64_t i = 0; i < s.kernel_h; ++i)
+            for (int r = 0; r < R; ++r) most = max_of(most, at(i, r));
+        most = max_over_lanes(most);
+        // x and y change places: what is added up first are columns.
+        const V zero = V::broadcast(0);
+        SoftSums<V> sums = {zero, zero, zero, zero}, column[R];
+        for (int r = 0; r < R; ++r) column[r] = sums;
+        for (int64_t i = 0; i < s.kernel_h; ++i)
+            for (int r = 0; r < R; ++r) {
+                const V z = at(i, r), power = exp2_below_0((z - most) * scale);
+                if (e != nullptr) e[i * R + r] = power;
+                soft_pool_add(z, power, y.at[i], column[r]);
+            }
+        for (int r = 0; r < R; ++r) soft_pool_add_row(column[r], x[r], sums);
+        sum_over_lanes(sums.total, sums.z, sums.y, sums.x);
+        return soft_pool_finish(SoftSums<V>{sums.total, sums.z, sums.y, sums.x});
+    }
+};
+
 // Each pass is a struct with its pointers and a function for one block. kSize is 2 where the window is 2 x 2, so that
 // it stays in registers, and else 0.
 template <class T>
@@ -244,7 +324,7 @@ struct PoolForward {
     Axis<T> x, y;
 
     template <int K, int kSize>
-    void run(const Block<T>& b) const {
+    LF_HD void run(const Block<T>& b) const {
         using V = Vec<T>;
         const int64_t rows = kSize ? kSize : b.s.kernel_h, columns = kSize ? kSize : K > 1 ? K : b.s.kernel_w;
         V taps[kSize ? kSize * kSize : kMostTaps];
@@ -262,6 +342,21 @@ struct PoolForward {
         store_output(pooled.what, what, b);
         store_where(pooled.x, pooled.y, where, b);
     }
+
+    template <int R>
+    LF_HD void run_columns(const Block<T>& b) const {
+        using V = Vec<T>;
+        alignas(64) T whats[V::width], xs[V::width], ys[V::width];
+        for (int lane = 0; lane < V::width; ++lane) {
+            const Columns<T, R> window(z + b.origin[lane * R], b.s, y);
+            const SoftPooled<V> pooled = window.pool(V::broadcast(sharpness), nullptr);
+            whats[lane] = pooled.what.raw[0];
+            xs[lane] = pooled.x.raw[0];
+            ys[lane] = pooled.y.raw[0];
+        }
+        store_output(V::load(whats), what, b);
+        store_where(V::load(xs), V::load(ys), where, b);
+    }
 };
 
 template <class T>
@@ -272,7 +367,7 @@ struct PoolBackward {
     Axis<T> x, y;
 
     template <int K, int kSize>
-    void run(const Block<T>& b) const {
+    LF_HD void run(const Block<T>& b) const {
         using V = Vec<T>;
         const int64_t rows = kSize ? kSize : b.s.kernel_h, columns = kSize ? kSize : K > 1 ? K : b.s.kernel_w;
         V taps[kSize ? kSize * kSize : kMostTaps], e[kSize ? kSize * kSize : kMostTaps];
@@ -302,6 +397,34 @@ struct PoolBackward {
             for (int64_t j = 0; j < columns; ++j)
                 grad[j] = soft_pool_gradient(g, grad[j], e[i * columns + j], of_column[j], of_row);
             store_row<K>(grad, grad_z, b, i, columns);
+        }
+    }
+
+    template <int R>
+    LF_HD void run_columns(const Block<T>& b) const {
+        using V = Vec<T>;
+        V of_x, of_y;
+        load_where(grad_where, b, of_x, of_y);
+        alignas(64) T xs[V::width], ys[V::width];
+        (of_x * V::broadcast(beta)).store(xs);
+        (of_y * V::broadcast(beta)).store(ys);
+        for (int lane = 0; lane < V::width; ++lane) {
+            V e[16 * R], of_column[R];
+            const Columns<T, R> window(z + b.origin[lane * R], b.s, y);
+            SoftGradient<V> g;
+            g.pooled = window.pool(V::broadcast(sharpness), e);
+            g.what = V::broadcast(grad_what[b.output + lane]);
+            g.sharp_what = g.what * V::broadcast(beta);
+            g.sharp_x = V::broadcast(xs[lane]);
+            g.sharp_y = V::broadcast(ys[lane]);
+            for (int r = 0; r < R; ++r) of_column[r] = soft_pool_column(g, window.x[r]);
+            T* to = grad_z + b.origin[lane * R];
+            for (int64_t i = 0; i < b.s.kernel_h; ++i) {
+                const V of_row = soft_pool_row(g, y.at[i]);
+                for (int r = 0; r < R; ++r)
+                    soft_pool_gradient(g, window.at(i, r), e[i * R + r], of_column[r], of_row)
+                        .store(to + i * b.s.width + r * V::width);
+            }
         }
     }
 };
@@ -340,7 +463,7 @@ struct UnpoolForward {
     T* z;
 
     template <int K, int kSize>
-    void run(const Block<T>& b) const {
+    LF_HD void run(const Block<T>& b) const {
         using V = Vec<T>;
         V x, y;
         const V m = load_output(what, b);
@@ -377,7 +500,7 @@ struct UnpoolBackward {
     T *grad_what, *grad_where;
 
     template <int K, int kSize>
-    void run(const Block<T>& b) const {
+    LF_HD void run(const Block<T>& b) const {
         using V = Vec<T>;
         V x, y;
         const V m = load_output(what, b);
@@ -411,87 +534,107 @@ struct UnpoolBackward {
     }
 };
 
-// Lanes of one of the K vectors that make a row of a block, and vectors of one lane's row.
-template <class T>
-static LF_HD int64_t lanes_of_vector(int64_t k) {
-    return Vec<T>::width / k > 1 ? Vec<T>::width / k : 1;
+// Whether a row of a window is whole vectors, and pooling makes columns lanes.
+template <int K, class T>
+constexpr bool by_columns() {
+    return K >= 8 && K >= Vec<T>::width;
 }
 
+// The outputs [first, end), at least a vector of them, in blocks. The last one overlaps the one before it, whose values
+// it writes again. The pass comes by value, so that stores cannot change it in the compiler's eyes.
 template <int K, int kSize, class T, class Pass>
-static void run_split(const Pass& pass, Block<T>& b, const WindowPlan& plan, Cursor cursor) {
+static __attribute__((noinline)) void run_split(const Pass pass, const WindowShape s, const WindowPlan plan,
+                                                int64_t first, int64_t end) {
     constexpr int width = Vec<T>::width;
-    constexpr int vectors = K > width ? K / width : 1;
-    for (int j = 0; j < K; j += vectors) {
-        const int64_t origin = cursor.origin(b.s);
-        for (int v = 0; v < vectors; ++v) b.origin[j + v] = origin + v * width;
-        cursor.advance(plan, b.s, lanes_of_vector<T>(K));
+    Block<T> b(s, plan, first, width);
+    VectorWalk<T> walk(plan, s, first);
+    for (int64_t at = first;;) {
+        for (int j = 0; j < K; ++j) b.origin[j] = walk.next();
+        if constexpr (by_columns<K, T>())
+            pass.template run_columns<K / width>(b);
+        else
+            pass.template run<K, kSize>(b);
+        at += width;
+        if (at >= end) break;
+        if (at + width > end) {
+            at = end - width;
+            b = Block<T>(s, plan, at, width);
+            walk = VectorWalk<T>(plan, s, at);
+        } else {
+            b.advance(at);
+        }
     }
-    pass.template run<K, kSize>(b);
 }
 
-// The outputs [first, end) in blocks. The last one overlaps the one before it, which writes the same values twice.
-template <int kSize, bool whole_windows, class T, class Pass>
-static void run_outputs(const Pass& pass, const WindowShape& s, const WindowPlan& plan, int64_t first, int64_t end) {
+// The same in the other two ways, K = 1 only if `adjacent`.
+template <bool adjacent, int kSize, class T, class Pass>
+static __attribute__((noinline)) void run_lanes(const Pass pass, const WindowShape s, const WindowPlan plan,
+                                                int64_t first, int64_t end) {
     constexpr int width = Vec<T>::width;
-    const int64_t k = s.kernel_w;
-    const bool split = whole_windows && s.inner == 1 && (k == 2 || k == 4 || k == 8 || k == 16) &&
-                       plan.band % lanes_of_vector<T>(k) == 0;
     Cursor cursor(plan, s, first);
     for (int64_t at = first; at < end;) {
         const int64_t count = end - at < width ? end - at : width;
-        Block<T> b(s, plan, at, count, cursor);
-        bool done = false;
-        if constexpr (whole_windows) {
-            if (split && count == width) {
-                done = true;
-                if (k == 2)
-                    run_split<2, kSize>(pass, b, plan, cursor);
-                else if constexpr (kSize == 0) {
-                    if (k == 4) run_split<4, 0>(pass, b, plan, cursor);
-                    if (k == 8) run_split<8, 0>(pass, b, plan, cursor);
-                    if (k == 16) run_split<16, 0>(pass, b, plan, cursor);
-                }
-            } else if (count == width && cursor.channel + width <= s.inner) {
-                done = true;
-                b.origin[0] = cursor.origin(s);
-                pass.template run<1, kSize>(b);
-            }
-        }
-        if (!done) {
-            Cursor lane = cursor;
-            int64_t origin = 0;
-            for (int64_t i = 0; i < width; ++i) {
-                if (i < count) origin = lane.origin(s);
-                b.origin[i] = origin;
-                lane.advance(plan, s, 1);
+        Block<T> b(s, plan, at, count);
+        if (adjacent && count == width && cursor.channel + width <= s.inner) {
+            b.origin[0] = cursor.origin(s);
+            if constexpr (adjacent) pass.template run<1, kSize>(b);
+            cursor.advance(plan, s, width);
+        } else {
+            for (int64_t lane = 0; lane < width; ++lane) {
+                b.origin[lane] = lane < count ? cursor.origin(s) : b.origin[0];
+                cursor.advance(plan, s, 1);
             }
             pass.template run<0, kSize>(b);
         }
-        int64_t next = at + width;
-        if (next < end && next + width > end && end - first >= width) {
-            next = end - width;
-            cursor = Cursor(plan, s, next);
-        } else {
-            cursor.advance(plan, s, width);
+        at += width;
+        if (at < end && at + width > end && end - first >= width) {
+            at = end - width;
+            cursor = Cursor(plan, s, at);
         }
-        at = next;
     }
 }
 
-template <bool whole_windows, class T, class Pass>
-static void run_item(const Pass& pass, const WindowShape& s, const WindowPlan& plan, int64_t first, int64_t end) {
-    if (s.kernel_h == 2 && s.kernel_w == 2)
-        run_outputs<2, true, T>(pass, s, plan, first * plan.band, end * plan.band);
+// Where bands are whole vectors; those of one window's row may be several.
+template <class T>
+static bool splits(const WindowShape& s, const WindowPlan& plan) {
+    const int64_t k = s.kernel_w;
+    return s.inner == 1 && (k == 2 || k == 4 || k == 8 || k == 16) && plan.band * k % Vec<T>::width == 0;
+}
+
+template <class T, class Pass>
+static void run_pool(const Pass& pass, const WindowShape& s, const WindowPlan& plan, int64_t first, int64_t end) {
+    const bool square = s.kernel_h == 2 && s.kernel_w == 2;
+    if (!splits<T>(s, plan) || end - first < Vec<T>::width)
+        square ? run_lanes<true, 2, T>(pass, s, plan, first, end) : run_lanes<true, 0, T>(pass, s, plan, first, end);
+    else if (s.kernel_w == 2)
+        square ? run_split<2, 2, T>(pass, s, plan, first, end) : run_split<2, 0, T>(pass, s, plan, first, end);
+    else if (s.kernel_w == 4)
+        run_split<4, 0, T>(pass, s, plan, first, end);
+    else if (s.kernel_w == 8)
+        run_split<8, 0, T>(pass, s, plan, first, end);
     else
-        run_outputs<0, whole_windows, T>(pass, s, plan, first * plan.band, end * plan.band);
+        run_split<16, 0, T>(pass, s, plan, first, end);
+}
+
+template <class T, class Pass>
+static void run_unpool(const Pass& pass, const WindowShape& s, const WindowPlan& plan, int64_t first, int64_t end) {
+    if (s.kernel_h != 2 || s.kernel_w != 2)
+        run_lanes<false, 0, T>(pass, s, plan, first, end);
+    else if (splits<T>(s, plan) && end - first >= Vec<T>::width)
+        run_split<2, 2, T>(pass, s, plan, first, end);
+    else
+        run_lanes<true, 2, T>(pass, s, plan, first, end);
 }
 
 struct Bands {
-    int64_t first, end;
+    int64_t first, end;  // and of their outputs
+    int64_t output, output_end;
 
     Bands(const WindowPlan& plan, int64_t item) {
         first = item * plan.bands_per_item;
         end = first + plan.bands_per_item < plan.bands ? first + plan.bands_per_item : plan.bands;
+        output = first * plan.band;
+        output_end = end * plan.band;
     }
 };
 
@@ -516,7 +659,7 @@ static void pool_forward(const T* z, T* what, T* where, double beta, const Windo
     const PoolForward<T> pass = {z, what, where, (T)(beta * kLog2E), Axis<T>(s.kernel_w), Axis<T>(s.kernel_h)};
     for (int64_t item = begin; item < end; ++item) {
         const Bands bands(plan, item);
-        run_item<true, T>(pass, s, plan, bands.first, bands.end);
+        run_pool<T>(pass, s, plan, bands.output, bands.output_end);
     }
 }
 
@@ -528,7 +671,7 @@ static void pool_backward(const T* grad_what, const T* grad_where, const T* z, T
                                   Axis<T>(s.kernel_w), Axis<T>(s.kernel_h)};
     for (int64_t item = begin; item < end; ++item) {
         const Bands bands(plan, item);
-        run_item<true, T>(pass, s, plan, bands.first, bands.end);
+        run_pool<T>(pass, s, plan, bands.output, bands.output_end);
         zero_rest(grad_z, s, plan, bands);
     }
 }
@@ -542,7 +685,7 @@ static void unpool_forward(const T* what, const T* where, T* z, const WindowShap
         const int64_t band = s.kernel_h * s.width * s.inner;
         if (s.kernel_h != 2 || s.kernel_w != 2)
             memset(z + bands.first * band, 0, (bands.end - bands.first) * band * sizeof(T));
-        run_item<false, T>(pass, s, plan, bands.first, bands.end);
+        run_unpool<T>(pass, s, plan, bands.output, bands.output_end);
     }
 }
 
@@ -553,7 +696,7 @@ static void unpool_backward(const T* grad_z, const T* what, const T* where, T* g
     const UnpoolBackward<T> pass = {grad_z, what, where, grad_what, grad_where};
     for (int64_t item = begin; item < end; ++item) {
         const Bands bands(plan, item);
-        run_item<false, T>(pass, s, plan, bands.first, bands.end);
+        run_unpool<T>(pass, s, plan, bands.output, bands.output_end);
     }
 }
 
