@@ -381,6 +381,56 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cuda(Tensor grad, Tensor 
     return {grad_z, grad_u, grad_params};
 }
 
+std::tuple<Tensor, Tensor> soft_pool2d_cuda(Tensor z, int64_t kernel_h, int64_t kernel_w, double beta) {
+    const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+    const Windows windows = Windows::of_z("soft_pool2d", z, kernel_h, kernel_w);
+    Tensor what = windows.empty_what(z), where = windows.empty_where(z);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_pool_forward_cuda(z.data_ptr(), what.data_ptr(), where.data_ptr(), beta,
+                                                                  dtype_code("soft_pool2d", z.scalar_type()),
+                                                                  &windows.shape, current_stream(z)));
+    return {what, where};
+}
+
+Tensor soft_pool2d_backward_cuda(Tensor grad_what, Tensor grad_where, Tensor z, int64_t kernel_h, int64_t kernel_w,
+                                 double beta) {
+    const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+    const char* op = "soft_pool2d_backward";
+    const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
+    grad_what = windows.as_what(op, "grad_what", grad_what, z);
+    grad_where = windows.as_where(op, "grad_where", grad_where, z);
+    Tensor grad_z = torch::stable::empty_like(z);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_pool_backward_cuda(
+        grad_what.data_ptr(), grad_where.data_ptr(), z.data_ptr(), grad_z.data_ptr(), beta,
+        dtype_code(op, z.scalar_type()), &windows.shape, current_stream(z)));
+    return grad_z;
+}
+
+Tensor soft_unpool2d_cuda(Tensor what, Tensor where, int64_t kernel_h, int64_t kernel_w) {
+    const torch::stable::accelerator::DeviceGuard guard(what.get_device_index());
+    const char* op = "soft_unpool2d";
+    const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
+    where = windows.as_where(op, "where", where, what);
+    Tensor z = windows.empty_z(what);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_unpool_forward_cuda(what.data_ptr(), where.data_ptr(), z.data_ptr(),
+                                                                    dtype_code(op, what.scalar_type()), &windows.shape,
+                                                                    current_stream(what)));
+    return z;
+}
+
+std::tuple<Tensor, Tensor> soft_unpool2d_backward_cuda(Tensor grad_z, Tensor what, Tensor where, int64_t kernel_h,
+                                                       int64_t kernel_w) {
+    const torch::stable::accelerator::DeviceGuard guard(what.get_device_index());
+    const char* op = "soft_unpool2d_backward";
+    const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
+    grad_z = windows.as_z(op, "grad_z", grad_z, what);
+    where = windows.as_where(op, "where", where, what);
+    Tensor grad_what = torch::stable::empty_like(what), grad_where = windows.empty_where(what);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_unpool_backward_cuda(
+        grad_z.data_ptr(), what.data_ptr(), where.data_ptr(), grad_what.data_ptr(), grad_where.data_ptr(),
+        dtype_code(op, what.scalar_type()), &windows.shape, current_stream(what)));
+    return {grad_what, grad_where};
+}
+
 #endif
 
 }  // namespace
@@ -413,5 +463,9 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("combinator", TORCH_BOX(&combinator_cuda));
     m.impl("combinator_backward", TORCH_BOX(&combinator_backward_cuda));
+    m.impl("soft_pool2d", TORCH_BOX(&soft_pool2d_cuda));
+    m.impl("soft_pool2d_backward", TORCH_BOX(&soft_pool2d_backward_cuda));
+    m.impl("soft_unpool2d", TORCH_BOX(&soft_unpool2d_cuda));
+    m.impl("soft_unpool2d_backward", TORCH_BOX(&soft_unpool2d_backward_cuda));
 }
 #endif

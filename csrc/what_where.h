@@ -42,3 +42,15 @@ void soft_unpool_backward(const T* grad_z, const T* what, const T* where, T* gra
                           const WindowShape& shape, int64_t begin, int64_t end);
 
 }  // namespace ladderfast::cpu
+
+// CUDA. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16. Each returns a cudaError_t.
+extern "C" {
+int ladderfast_soft_pool_forward_cuda(const void* z, void* what, void* where, double beta, int dtype,
+                                      const WindowShape* shape, void* stream);
+int ladderfast_soft_pool_backward_cuda(const void* grad_what, const void* grad_where, const void* z, void* grad_z,
+                                       double beta, int dtype, const WindowShape* shape, void* stream);
+int ladderfast_soft_unpool_forward_cuda(const void* what, const void* where, void* z, int dtype,
+                                        const WindowShape* shape, void* stream);
+int ladderfast_soft_unpool_backward_cuda(const void* grad_z, const void* what, const void* where, void* grad_what,
+                                         void* grad_where, int dtype, const WindowShape* shape, void* stream);
+}

@@ -32,34 +32,43 @@ LF_HD Vec<T> reciprocal(Vec<T> x) {
     return Vec<T>::broadcast(1) / x;
 }
 
-// 2^x for x <= 0, and 0 where that would not be a normal number; NaN stays NaN. As exp_minus in vec.h.
+// 2^x for x <= 0, and 0 where that would not be a normal number; NaN stays NaN. The rounding of x is the largest error.
+#if LF_VECTOR_BYTES == 64
+// As 2^(k / 16) 2^r with |r| <= 1/32, whose cubic is right to 1e-8. Adding 1.5 * 2^19 leaves k in the low bits: the
+// table has the bits of 2^(i / 16), i the lowest four of them, less what the shift of k adds for i. Multiplications and
+// their kin are what the processor has too few units for: there are half as many as in exp_minus.
 LF_HD Vec<float> exp2_below_0(Vec<float> x) {
     using V = VecTraits<float>::Raw;
-    const V lo = V{} - 126.0f;
-#if LF_VECTOR_BYTES == 64
-    const V y = x.raw;
-    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)y, (__m512)lo, _CMP_NLT_UQ);
-    const V n = (V)_mm512_maskz_roundscale_ps((__mmask16)-1, (__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
     using I = VecTraits<float>::RawInt;
+    const I table = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                     0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+    const V lo = V{} - 126.0f, round = V{} + 786432.0f;
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x.raw, (__m512)lo, _CMP_NLT_UQ);
+    const V shifted = x.raw + round;
+    const V r = x.raw - (shifted - round);
+    const V p = ((r * 0.0555041087f + 0.240226507f) * r + 0.693147181f) * r + 1.0f;
+    const I root = (I)_mm512_maskz_permutexvar_epi32((__mmask16)-1, (__m512i)shifted, (__m512i)table);
+    const V scale = (V)(root + ((I)shifted << 19));
+    return {(V)_mm512_maskz_mul_ps(normal, (__m512)p, (__m512)scale)};
+}
+#else
+// As exp_minus in vec.h.
+LF_HD Vec<float> exp2_below_0(Vec<float> x) {
+    using V = VecTraits<float>::Raw;
+    using I = VecTraits<float>::RawInt;
+    const V lo = V{} - 126.0f, round = V{} + 12582912.0f;
     const V y = x.raw < lo ? lo : x.raw;
-    const V round = V{} + 12582912.0f;
     const V shifted = y + round;
-    const V n = shifted - round;
-#endif
-    const V r = y - n;
+    const V r = y - (shifted - round);
     const V r2 = r * r;
     const V p01 = r * 0.693147182f + 1.0f, p23 = r * 0.0555035695f + 0.240226507f;
     const V p45 = r * 0.00133909786f + 0.00961808208f;
     const V p46 = r2 * 0.000154532623f + p45;
     const V p = (p46 * r2 + p23) * r2 + p01;
-#if LF_VECTOR_BYTES == 64
-    return {(V)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n)};
-#else
     const I scale = ((I)shifted << 23) + 0x3f800000;
     return {(V)((I)(p * (V)scale) & ~(x.raw < lo))};
-#endif
 }
+#endif
 
 LF_HD Vec<double> exp2_below_0(Vec<double> x) {
     using V = VecTraits<double>::Raw;

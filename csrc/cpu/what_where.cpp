@@ -382,13 +382,10 @@ struct PoolBackward {
             }
             soft_pool_add_row(row, y.at[i], sums);
         }
-        SoftGradient<V> g;
-        g.pooled = soft_pool_finish(sums);
-        g.what = load_output(grad_what, b);
-        load_where(grad_where, b, g.sharp_x, g.sharp_y);
-        g.sharp_what = g.what * V::broadcast(beta);
-        g.sharp_x = g.sharp_x * V::broadcast(beta);
-        g.sharp_y = g.sharp_y * V::broadcast(beta);
+        V of_x, of_y;
+        load_where(grad_where, b, of_x, of_y);
+        const SoftGradient<V> g =
+            soft_pool_gradients(soft_pool_finish(sums), load_output(grad_what, b), of_x, of_y, V::broadcast(beta));
         V of_column[kSize ? kSize : 16];
         for (int64_t j = 0; j < columns; ++j) of_column[j] = soft_pool_column(g, x.at[j]);
         for (int64_t i = 0; i < rows; ++i) {
@@ -406,17 +403,14 @@ struct PoolBackward {
         V of_x, of_y;
         load_where(grad_where, b, of_x, of_y);
         alignas(64) T xs[V::width], ys[V::width];
-        (of_x * V::broadcast(beta)).store(xs);
-        (of_y * V::broadcast(beta)).store(ys);
+        of_x.store(xs);
+        of_y.store(ys);
         for (int lane = 0; lane < V::width; ++lane) {
             V e[16 * R], of_column[R];
             const Columns<T, R> window(z + b.origin[lane * R], b.s, y);
-            SoftGradient<V> g;
-            g.pooled = window.pool(V::broadcast(sharpness), e);
-            g.what = V::broadcast(grad_what[b.output + lane]);
-            g.sharp_what = g.what * V::broadcast(beta);
-            g.sharp_x = V::broadcast(xs[lane]);
-            g.sharp_y = V::broadcast(ys[lane]);
+            const SoftGradient<V> g =
+                soft_pool_gradients(window.pool(V::broadcast(sharpness), e), V::broadcast(grad_what[b.output + lane]),
+                                    V::broadcast(xs[lane]), V::broadcast(ys[lane]), V::broadcast(beta));
             for (int r = 0; r < R; ++r) of_column[r] = soft_pool_column(g, window.x[r]);
             T* to = grad_z + b.origin[lane * R];
             for (int64_t i = 0; i < b.s.kernel_h; ++i) {

@@ -41,27 +41,33 @@ LF_HD SoftPooled<V> soft_pool_finish(const SoftSums<V>& sums) {
     return {inverse, sums.z * inverse, clamp_unit(sums.x * inverse), clamp_unit(sums.y * inverse)};
 }
 
-// What the gradient needs of a window: the gradients of m, px and py, and the latter two times beta.
+// What the gradient needs of a window: m and p, and over sum e the gradient of m and those of m, px and py times beta.
 template <class V>
 struct SoftGradient {
-    SoftPooled<V> pooled;
-    V what, sharp_what, sharp_x, sharp_y;
+    V what, x, y;
+    V of_what, sharp_what, sharp_x, sharp_y;
 };
+
+template <class V>
+LF_HD SoftGradient<V> soft_pool_gradients(const SoftPooled<V>& pooled, V of_what, V of_x, V of_y, V beta) {
+    const V what = of_what * pooled.inverse, sharp = beta * pooled.inverse;
+    return {pooled.what, pooled.x, pooled.y, what, what * beta, of_x * sharp, of_y * sharp};
+}
 
 // The terms of dp/dz that belong to a column and to a row.
 template <class V>
 LF_HD V soft_pool_column(const SoftGradient<V>& g, V x) {
-    return g.sharp_x * (x - g.pooled.x);
+    return g.sharp_x * (x - g.x);
 }
 template <class V>
 LF_HD V soft_pool_row(const SoftGradient<V>& g, V y) {
-    return g.sharp_y * (y - g.pooled.y);
+    return g.sharp_y * (y - g.y);
 }
 
 // Gradient with respect to one element. Differences come before products, so that nothing is left where s is 0 or 1.
 template <class V>
 LF_HD V soft_pool_gradient(const SoftGradient<V>& g, V z, V e, V column, V row) {
-    return e * g.pooled.inverse * (g.sharp_what * (z - g.pooled.what) + g.what + (column + row));
+    return e * (g.sharp_what * (z - g.what) + g.of_what + (column + row));
 }
 
 // Unpooling: the place p lies between two neighbouring columns (rows), of which the second one gets `share`. `half` is

@@ -9,6 +9,7 @@ from ladderfast.nn.combinator import (
     SigmoidNoProductCombinator,
     make_combinator,
 )
+from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
 
 __all__ = [
     "COMBINATORS",
@@ -17,5 +18,9 @@ __all__ = [
     "GaussianCombinator",
     "SigmoidCombinator",
     "SigmoidNoProductCombinator",
+    "SoftPool2d",
+    "SoftUnpool2d",
+    "WhereMaxPool2d",
+    "WhereMaxUnpool2d",
     "make_combinator",
 ]
