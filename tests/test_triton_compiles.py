@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Kernel -> its argument types and, for each variant that is launched, the constants. In a process of its own, since the
-# interpreter that the other tests use replaces the compiler.
-CODE = r"""
+# In a process of its own, since the interpreter that the other tests use replaces the compiler.
+PRELUDE = r"""
 import os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ladderfast.triton import combinator as c
+from ladderfast.triton import what_where as ww
 
 arch = int(sys.argv[1])
 
@@ -39,7 +39,10 @@ def compile(kernel, pointers, constants):
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
         report = subprocess.run(command, capture_output=True, text=True).stdout
     print(kernel.fn.__name__, constants, report.replace("\n", " "))
+"""
 
+# Kernel -> its argument types and, for each variant that is launched, the constants.
+COMBINATOR = r"""
 for element in ("*fp32", "*bf16"):
     tensors = {n: element for n in ("z_ptr", "u_ptr", "z_hat_ptr", "grad_ptr", "grad_z_ptr", "grad_u_ptr")}
     tensors |= {"params_ptr": "*fp32", "partial_ptr": "*fp32", "grad_params_ptr": "*fp32"}
@@ -52,21 +55,36 @@ for element in ("*fp32", "*bf16"):
             compile(c._backward_kernel, tensors, constants)
 compile(c._sum_kernel, tensors, {"SLOTS": c.SUM_TILE, "COLUMNS": 128})
 """
+WHAT_WHERE = r"""
+for element in ("*fp32", "*bf16"):
+    names = ("z_ptr", "what_ptr", "where_ptr", "grad_z_ptr", "grad_what_ptr", "grad_where_ptr")
+    types = {n: element for n in names} | {"scale": "fp32", "beta": "fp32"}
+    for size in ((2, 2), (3, 3), (16, 16)):
+        constants = ww.constants(*size) | {"inner": 1}  # arguments equal to 1 become constants
+        for kernel in (ww._pool_kernel, ww._pool_backward_kernel, ww._unpool_kernel):
+            compile(kernel, types, constants)
+    del constants["TAPS"]
+    compile(ww._unpool_backward_kernel, types, constants | {"BLOCK": ww.BACKWARD_BLOCK})
+    compile(ww._pool_backward_kernel, types, ww.constants(2, 2))
+"""
+CODE = {"combinator": (COMBINATOR, 41), "what_where": (WHAT_WHERE, 22)}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_triton_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stem", CODE)
+def test_triton_compiles_ahead_of_time(stem: str, arch: int, tmp_path: Path) -> None:
+    code, kernels = CODE[stem]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)
     }
     script = tmp_path / "compile.py"  # Triton reads a kernel's source from its file
-    script.write_text(CODE)
+    script.write_text(PRELUDE + code)
     done = subprocess.run(
         [sys.executable, str(script), str(arch)], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = done.stdout.strip().splitlines()
-    assert len(reports) == 41
+    assert len(reports) == kernels
     for report in reports:
         # ptxas counts spills; cuobjdump only the stack frame, which holds them.
         spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)

@@ -46,7 +46,8 @@ struct Plan {
 // with that one's window, and store nothing.
 template <int kLanes>
 struct Window {
-    int64_t output, x, y, origin;  // x and y are places in `where`
+    int64_t origin;
+    uint32_t output, outer;
     int lane;
     bool exists;
 
@@ -62,13 +63,16 @@ struct Window {
         rest = above / plan.down;
         const uint32_t row = above - rest * plan.down;
         output = index;
-        x = index + rest * plan.plane;
-        y = x + plan.plane;
+        outer = rest;
         origin = ((rest * plan.height + row * static_cast<int64_t>(plan.kernel_h)) * plan.width +
                   column * static_cast<int64_t>(plan.kernel_w)) *
                      plan.inner +
                  channel;
     }
+
+    // Places in `where`.
+    __device__ int64_t x(const Plan& plan) const { return output + outer * plan.plane; }
+    __device__ int64_t y(const Plan& plan) const { return x(plan) + plan.plane; }
 };
 
 template <class T>
@@ -161,16 +165,17 @@ __device__ __forceinline__ SoftPooled<Compute<T>> pool_window(const T* __restric
     return soft_pool_finish(sums);
 }
 
+// Of float64 the compiler would have six blocks on a multiprocessor, and spill.
 template <class T, int kLanes, int kRun>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 4 : 0)
     pool_forward(const T* __restrict__ z, T* __restrict__ what, T* __restrict__ where, Compute<T> scale, Plan plan) {
     const Window<kLanes> window(plan);
     Compute<T> most;
     const auto pooled = pool_window<kLanes, kRun>(z + window.origin, window.lane, plan, scale, most);
     if (!window.exists || window.lane != 0) return;
     write(what + window.output, pooled.what);
-    write(where + window.x, pooled.x);
-    write(where + window.y, pooled.y);
+    write(where + window.x(plan), pooled.x);
+    write(where + window.y(plan), pooled.y);
 }
 
 template <class T, int kLanes, int kRun>
@@ -183,8 +188,9 @@ __global__ void __launch_bounds__(kThreads)
     V most;
     const SoftPooled<V> pooled = pool_window<kLanes, kRun>(from, window.lane, plan, scale, most);
     if (!window.exists) return;
-    const SoftGradient<V> g = soft_pool_gradients(pooled, read(grad_what + window.output), read(grad_where + window.x),
-                                                  read(grad_where + window.y), beta);
+    const SoftGradient<V> g =
+        soft_pool_gradients(pooled, read(grad_what + window.output), read(grad_where + window.x(plan)),
+                            read(grad_where + window.y(plan)), beta);
     const V across = inverse_of<V>(plan.kernel_w), down = inverse_of<V>(plan.kernel_h);
     const int64_t pitch = plan.width * plan.inner;
     T* to = grad_z + window.origin;
@@ -250,7 +256,8 @@ __global__ void __launch_bounds__(kThreads)
     using V = Compute<T>;
     const Window<kLanes> window(plan);
     if (!window.exists) return;
-    const Place<V> across(read(where + window.x), plan.kernel_w), down(read(where + window.y), plan.kernel_h);
+    const Place<V> across(read(where + window.x(plan)), plan.kernel_w),
+        down(read(where + window.y(plan)), plan.kernel_h);
     const Corners<V> corners = unpool_forward(read(what + window.output), across.share, down.share);
     T* to = z + window.origin;
     const int64_t pitch = plan.width * plan.inner;
@@ -277,7 +284,7 @@ __global__ void __launch_bounds__(kThreads)
     using V = Compute<T>;
     const Window<1> window(plan);
     if (!window.exists) return;
-    const V x = read(where + window.x), y = read(where + window.y);
+    const V x = read(where + window.x(plan)), y = read(where + window.y(plan));
     const Place<V> across(x, plan.kernel_w), down(y, plan.kernel_h);
     const int64_t pitch = plan.width * plan.inner;
     const int64_t right = plan.kernel_w > 1 ? plan.inner : 0, below = plan.kernel_h > 1 ? pitch : 0;
@@ -287,8 +294,8 @@ __global__ void __launch_bounds__(kThreads)
     unpool_backward(grad, read(what + window.output), across.share, down.share, slope_of(x, plan.kernel_w),
                     slope_of(y, plan.kernel_h), of_what, of_x, of_y);
     write(grad_what + window.output, of_what);
-    write(grad_where + window.x, of_x);
-    write(grad_where + window.y, of_y);
+    write(grad_where + window.x(plan), of_x);
+    write(grad_where + window.y(plan), of_y);
 }
 
 bool empty(const WindowShape& s) {

@@ -547,6 +547,25 @@ def test_opcheck(layout):
     check(ops.soft_unpool2d_backward.default, (grad, what, where, 2, 3))
 
 
+def test_opcheck_triton(target):
+    if target.backend != "triton":
+        pytest.skip("the Triton ops")
+    from ladderfast.triton import what_where as ops
+
+    z, grad_what, grad_where = make_pool(((2, 3, 5, 6), (2, 3)), torch.float32, target.device)
+    what, where, grad = make_unpool(((2, 3, 4, 6), (2, 3)), torch.float32, target.device)
+    checks = ["test_schema"]
+    if target.device == "cuda":  # the interpreter cannot run on fake tensors
+        checks.append("test_faketensor")
+    for op, inputs in (
+        (ops.soft_pool2d_triton, (z, 2, 3, 1.5)),
+        (ops.soft_pool2d_backward_triton, (grad_what, grad_where, z, 2, 3, 1.5)),
+        (ops.soft_unpool2d_triton, (what, where, 2, 3)),
+        (ops.soft_unpool2d_backward_triton, (grad, what, where, 2, 3)),
+    ):
+        torch.library.opcheck(op, inputs, test_utils=checks)
+
+
 @pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
 def test_the_ops_protect_the_kernels():
     z, grad_what, grad_where = make_pool(((2, 4, 4, 6), (2, 2)), torch.float32)
