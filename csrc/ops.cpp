@@ -16,6 +16,7 @@
 #include "combinator.h"
 #include "ladder_encoder.h"
 #include "ladder_decoder.h"
+#include "what_where.h"
 
 #include <optional>
 #include <tuple>
@@ -567,6 +568,177 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ladder_decoder_backwa
     return g.outputs();
 }
 
+// z, what and where of one call have one order of axes, that of the tensor which comes first: contiguous, or the
+// channels last.
+bool channels_first(const Tensor& t) {
+    return packed(t, [](int64_t k) { return k; });
+}
+bool channels_last(const Tensor& t) {
+    return packed(t, [last = t.dim() - 1](int64_t k) { return k == 0 ? 0 : k == last ? int64_t{1} : k + 1; });
+}
+
+WindowShape window_shape(const char* op, const char* name, const Tensor& t, int64_t height, int64_t width,
+                         int64_t kernel_h, int64_t kernel_w) {
+    STD_TORCH_CHECK(kernel_h >= 1 && kernel_h <= 16 && kernel_w >= 1 && kernel_w <= 16, op,
+                    ": kernel sizes must be from 1 to 16");
+    if (channels_first(t)) return {t.size(0) * t.size(1), height, width, 1, kernel_h, kernel_w};
+    STD_TORCH_CHECK(channels_last(t), op, ": ", name, " must be contiguous or channels-last");
+    return {t.size(0), height, width, t.size(1), kernel_h, kernel_w};
+}
+
+template <size_t n>
+Tensor empty_in_order(const Tensor& like, const int64_t (&size)[n], bool last) {
+    using torch::headeronly::MemoryFormat;
+    const MemoryFormat format = !last    ? MemoryFormat::Contiguous
+                                : n == 4 ? MemoryFormat::ChannelsLast
+                                         : MemoryFormat::ChannelsLast3d;
+    return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, n), like.scalar_type(), std::nullopt,
+                                like.device(), std::nullopt, format);
+}
+
+// t, which must have this size, in the wanted order of axes.
+template <size_t n>
+Tensor in_order(const char* op, const char* name, const Tensor& t, const Tensor& like, const int64_t (&size)[n],
+                bool last) {
+    bool same = t.dim() == static_cast<int64_t>(n);
+    for (size_t axis = 0; same && axis < n; ++axis) same = t.size(axis) == size[axis];
+    STD_TORCH_CHECK(same && t.scalar_type() == like.scalar_type() && t.device() == like.device(), op, ": ", name,
+                    " must have the fitting shape, and the dtype and device of the others");
+    if (last ? channels_last(t) : channels_first(t)) return t;
+    Tensor copy = empty_in_order(like, size, last);
+    torch::stable::copy_(copy, t);
+    return copy;
+}
+
+// Calls f with a null pointer to the element type of t.
+template <class F>
+void dispatch_cpu(const char* op, const Tensor& t, const F& f) {
+    if (t.scalar_type() == ScalarType::Float) {
+        f(static_cast<float*>(nullptr));
+    } else {
+        STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, op, ": the CPU kernel takes float32 and float64");
+        f(static_cast<double*>(nullptr));
+    }
+}
+
+template <class F>
+void parallel_windows(const WindowShape& s, const F& f) {
+    parallel_items(ladderfast::cpu::windows_items(s), s.outer * s.height * s.width * s.inner, f);
+}
+
+// What the four functions of soft pooling and unpooling need of their arguments: z's shape and the order of axes.
+struct Windows {
+    WindowShape shape;
+    bool last;
+    int64_t n, c, h, w;
+
+    // From z.
+    static Windows of_z(const char* op, const Tensor& z, int64_t kernel_h, int64_t kernel_w) {
+        STD_TORCH_CHECK(z.dim() == 4, op, ": z must be (N, C, H, W)");
+        const WindowShape s = window_shape(op, "z", z, z.size(2), z.size(3), kernel_h, kernel_w);
+        return {s, !channels_first(z), z.size(0), z.size(1), z.size(2) / kernel_h, z.size(3) / kernel_w};
+    }
+    // From what.
+    static Windows of_what(const char* op, const Tensor& what, int64_t kernel_h, int64_t kernel_w) {
+        STD_TORCH_CHECK(what.dim() == 4, op, ": what must be (N, C, h, w)");
+        const int64_t h = what.size(2), w = what.size(3);
+        const WindowShape s = window_shape(op, "what", what, h * kernel_h, w * kernel_w, kernel_h, kernel_w);
+        return {s, !channels_first(what), what.size(0), what.size(1), h, w};
+    }
+
+    Tensor empty_z(const Tensor& like) const {
+        const int64_t size[] = {n, c, shape.height, shape.width};
+        return empty_in_order(like, size, last);
+    }
+    Tensor empty_what(const Tensor& like) const {
+        const int64_t size[] = {n, c, h, w};
+        return empty_in_order(like, size, last);
+    }
+    Tensor empty_where(const Tensor& like) const {
+        const int64_t size[] = {n, c, 2, h, w};
+        return empty_in_order(like, size, last);
+    }
+    Tensor as_z(const char* op, const char* name, const Tensor& t, const Tensor& like) const {
+        const int64_t size[] = {n, c, shape.height, shape.width};
+        return in_order(op, name, t, like, size, last);
+    }
+    Tensor as_what(const char* op, const char* name, const Tensor& t, const Tensor& like) const {
+        const int64_t size[] = {n, c, h, w};
+        return in_order(op, name, t, like, size, last);
+    }
+    Tensor as_where(const char* op, const char* name, const Tensor& t, const Tensor& like) const {
+        const int64_t size[] = {n, c, 2, h, w};
+        return in_order(op, name, t, like, size, last);
+    }
+};
+
+std::tuple<Tensor, Tensor> soft_pool2d_cpu(Tensor z, int64_t kernel_h, int64_t kernel_w, double beta) {
+    const Windows windows = Windows::of_z("soft_pool2d", z, kernel_h, kernel_w);
+    Tensor what = windows.empty_what(z), where = windows.empty_where(z);
+    dispatch_cpu("soft_pool2d", z, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T* zp = (const T*)z.data_ptr();
+        T *to_what = (T*)what.data_ptr(), *to_where = (T*)where.data_ptr();
+        parallel_windows(windows.shape, [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::soft_pool_forward<T>(zp, to_what, to_where, beta, windows.shape, begin, end);
+        });
+    });
+    return {what, where};
+}
+
+Tensor soft_pool2d_backward_cpu(Tensor grad_what, Tensor grad_where, Tensor z, int64_t kernel_h, int64_t kernel_w,
+                                double beta) {
+    const char* op = "soft_pool2d_backward";
+    const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
+    grad_what = windows.as_what(op, "grad_what", grad_what, z);
+    grad_where = windows.as_where(op, "grad_where", grad_where, z);
+    Tensor grad_z = torch::stable::empty_like(z);
+    dispatch_cpu(op, z, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T *gp = (const T*)grad_what.data_ptr(), *hp = (const T*)grad_where.data_ptr(),
+                *zp = (const T*)z.data_ptr();
+        T* out = (T*)grad_z.data_ptr();
+        parallel_windows(windows.shape, [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::soft_pool_backward<T>(gp, hp, zp, out, beta, windows.shape, begin, end);
+        });
+    });
+    return grad_z;
+}
+
+Tensor soft_unpool2d_cpu(Tensor what, Tensor where, int64_t kernel_h, int64_t kernel_w) {
+    const char* op = "soft_unpool2d";
+    const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
+    where = windows.as_where(op, "where", where, what);
+    Tensor z = windows.empty_z(what);
+    dispatch_cpu(op, what, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T *mp = (const T*)what.data_ptr(), *pp = (const T*)where.data_ptr();
+        T* out = (T*)z.data_ptr();
+        parallel_windows(windows.shape, [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::soft_unpool_forward<T>(mp, pp, out, windows.shape, begin, end);
+        });
+    });
+    return z;
+}
+
+std::tuple<Tensor, Tensor> soft_unpool2d_backward_cpu(Tensor grad_z, Tensor what, Tensor where, int64_t kernel_h,
+                                                      int64_t kernel_w) {
+    const char* op = "soft_unpool2d_backward";
+    const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
+    grad_z = windows.as_z(op, "grad_z", grad_z, what);
+    where = windows.as_where(op, "where", where, what);
+    Tensor grad_what = torch::stable::empty_like(what), grad_where = windows.empty_where(what);
+    dispatch_cpu(op, what, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T *gp = (const T*)grad_z.data_ptr(), *mp = (const T*)what.data_ptr(), *pp = (const T*)where.data_ptr();
+        T *to_what = (T*)grad_what.data_ptr(), *to_where = (T*)grad_where.data_ptr();
+        parallel_windows(windows.shape, [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::soft_unpool_backward<T>(gp, mp, pp, to_what, to_where, windows.shape, begin, end);
+        });
+    });
+    return {grad_what, grad_where};
+}
+
 #ifdef LADDERFAST_WITH_CUDA
 
 // The dtype codes of the contract headers.
@@ -675,11 +847,11 @@ std::tuple<Tensor, Tensor, Tensor> ladder_encoder_backward_cuda(
     Tensor workspace =
         torch::stable::new_empty(z_pre, {ladderfast_ladder_encoder_backward_workspace_cuda(&shape)}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_encoder_backward_cuda(
-        pointer(grad_z), pointer(grad_h), pointer(grad_mean), pointer(grad_var), z_pre.data_ptr(),
-        mean.data_ptr(), var.data_ptr(), pointer(beta), pointer(gamma), (const int64_t*)pointer(state),
-        grad_x.data_ptr(), beta ? grad_beta.data_ptr() : nullptr, gamma ? grad_gamma.data_ptr() : nullptr,
-        workspace.data_ptr(), dtype_code(op, z_pre.scalar_type()), params_code(op, z_pre, beta, gamma), &options,
-        &shape, current_stream(z_pre)));
+        pointer(grad_z), pointer(grad_h), pointer(grad_mean), pointer(grad_var), z_pre.data_ptr(), mean.data_ptr(),
+        var.data_ptr(), pointer(beta), pointer(gamma), (const int64_t*)pointer(state), grad_x.data_ptr(),
+        beta ? grad_beta.data_ptr() : nullptr, gamma ? grad_gamma.data_ptr() : nullptr, workspace.data_ptr(),
+        dtype_code(op, z_pre.scalar_type()), params_code(op, z_pre, beta, gamma), &options, &shape,
+        current_stream(z_pre)));
     return {grad_x, grad_beta, grad_gamma};
 }
 
@@ -724,6 +896,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ladder_decoder_backwa
     return g.outputs();
 }
 
+std::tuple<Tensor, Tensor> soft_pool2d_cuda(Tensor z, int64_t kernel_h, int64_t kernel_w, double beta) {
+    const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+    const Windows windows = Windows::of_z("soft_pool2d", z, kernel_h, kernel_w);
+    Tensor what = windows.empty_what(z), where = windows.empty_where(z);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_pool_forward_cuda(z.data_ptr(), what.data_ptr(), where.data_ptr(), beta,
+                                                                  dtype_code("soft_pool2d", z.scalar_type()),
+                                                                  &windows.shape, current_stream(z)));
+    return {what, where};
+}
+
+Tensor soft_pool2d_backward_cuda(Tensor grad_what, Tensor grad_where, Tensor z, int64_t kernel_h, int64_t kernel_w,
+                                 double beta) {
+    const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+    const char* op = "soft_pool2d_backward";
+    const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
+    grad_what = windows.as_what(op, "grad_what", grad_what, z);
+    grad_where = windows.as_where(op, "grad_where", grad_where, z);
+    Tensor grad_z = torch::stable::empty_like(z);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_pool_backward_cuda(
+        grad_what.data_ptr(), grad_where.data_ptr(), z.data_ptr(), grad_z.data_ptr(), beta,
+        dtype_code(op, z.scalar_type()), &windows.shape, current_stream(z)));
+    return grad_z;
+}
+
+Tensor soft_unpool2d_cuda(Tensor what, Tensor where, int64_t kernel_h, int64_t kernel_w) {
+    const torch::stable::accelerator::DeviceGuard guard(what.get_device_index());
+    const char* op = "soft_unpool2d";
+    const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
+    where = windows.as_where(op, "where", where, what);
+    Tensor z = windows.empty_z(what);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_unpool_forward_cuda(what.data_ptr(), where.data_ptr(), z.data_ptr(),
+                                                                    dtype_code(op, what.scalar_type()), &windows.shape,
+                                                                    current_stream(what)));
+    return z;
+}
+
+std::tuple<Tensor, Tensor> soft_unpool2d_backward_cuda(Tensor grad_z, Tensor what, Tensor where, int64_t kernel_h,
+                                                       int64_t kernel_w) {
+    const torch::stable::accelerator::DeviceGuard guard(what.get_device_index());
+    const char* op = "soft_unpool2d_backward";
+    const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
+    grad_z = windows.as_z(op, "grad_z", grad_z, what);
+    where = windows.as_where(op, "where", where, what);
+    Tensor grad_what = torch::stable::empty_like(what), grad_where = windows.empty_where(what);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_soft_unpool_backward_cuda(
+        grad_z.data_ptr(), what.data_ptr(), where.data_ptr(), grad_what.data_ptr(), grad_where.data_ptr(),
+        dtype_code(op, what.scalar_type()), &windows.shape, current_stream(what)));
+    return {grad_what, grad_where};
+}
+
 #endif
 
 }  // namespace
@@ -752,6 +974,14 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "want_clean_z, bool want_statistics) -> (Tensor grad_u, Tensor grad_z, Tensor grad_params, Tensor "
         "grad_clean_z, "
         "Tensor grad_mean, Tensor grad_var)");
+    m.def("soft_pool2d(Tensor z, int kernel_h, int kernel_w, float beta) -> (Tensor, Tensor)");
+    m.def(
+        "soft_pool2d_backward(Tensor grad_what, Tensor grad_where, Tensor z, int kernel_h, int kernel_w, float beta) "
+        "-> Tensor");
+    m.def("soft_unpool2d(Tensor what, Tensor where, int kernel_h, int kernel_w) -> Tensor");
+    m.def(
+        "soft_unpool2d_backward(Tensor grad_z, Tensor what, Tensor where, int kernel_h, int kernel_w) -> (Tensor, "
+        "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
@@ -761,6 +991,10 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("ladder_encoder_backward", TORCH_BOX(&ladder_encoder_backward_cpu));
     m.impl("ladder_decoder", TORCH_BOX(&ladder_decoder_cpu));
     m.impl("ladder_decoder_backward", TORCH_BOX(&ladder_decoder_backward_cpu));
+    m.impl("soft_pool2d", TORCH_BOX(&soft_pool2d_cpu));
+    m.impl("soft_pool2d_backward", TORCH_BOX(&soft_pool2d_backward_cpu));
+    m.impl("soft_unpool2d", TORCH_BOX(&soft_unpool2d_cpu));
+    m.impl("soft_unpool2d_backward", TORCH_BOX(&soft_unpool2d_backward_cpu));
 }
 
 #ifdef LADDERFAST_WITH_CUDA
@@ -771,5 +1005,9 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("ladder_encoder_backward", TORCH_BOX(&ladder_encoder_backward_cuda));
     m.impl("ladder_decoder", TORCH_BOX(&ladder_decoder_cuda));
     m.impl("ladder_decoder_backward", TORCH_BOX(&ladder_decoder_backward_cuda));
+    m.impl("soft_pool2d", TORCH_BOX(&soft_pool2d_cuda));
+    m.impl("soft_pool2d_backward", TORCH_BOX(&soft_pool2d_backward_cuda));
+    m.impl("soft_unpool2d", TORCH_BOX(&soft_unpool2d_cuda));
+    m.impl("soft_unpool2d_backward", TORCH_BOX(&soft_unpool2d_backward_cuda));
 }
 #endif

@@ -13,7 +13,7 @@ from ladderfast import _extension
 from ladderfast.ops import backend
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-OPS = ("gaussian_combinator", "ladder_encoder", "ladder_decoder")
+OPS = ("gaussian_combinator", "ladder_encoder", "ladder_decoder", "soft_pool2d", "soft_unpool2d")
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),

@@ -3,5 +3,12 @@
 from ladderfast.ops.combinator import gaussian_combinator
 from ladderfast.ops.ladder_decoder import ladder_decoder
 from ladderfast.ops.ladder_encoder import ladder_encoder
+from ladderfast.ops.what_where import soft_pool2d, soft_unpool2d
 
-__all__ = ["gaussian_combinator", "ladder_decoder", "ladder_encoder"]
+__all__ = [
+    "gaussian_combinator",
+    "ladder_decoder",
+    "ladder_encoder",
+    "soft_pool2d",
+    "soft_unpool2d",
+]

@@ -6,7 +6,9 @@
 
 namespace ladderfast::cuda {
 
+// PTX lists 2^0 among the exact results.
 inline float exp2_approx(float x) {
+    if (cuda_shim::flush(x) == 0.0f) return 1.0f;
     return cuda_shim::flush(cuda_shim::approximate(exp2(double{cuda_shim::flush(x)}), 2.0, x));
 }
 

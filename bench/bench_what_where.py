@@ -1,0 +1,125 @@
+"""soft_pool2d and soft_unpool2d: forward, backward and both, beside the plain formula and torch.compile of it.
+
+The yardsticks compute ladderfast.reference.what_where in the same run. Bytes, with P the tensor before pooling: pooling
+reads P and writes what and where forward, reads P and both gradients and writes the gradient of P backward; unpooling
+reads what and where and writes P forward, and reads P, what and where and writes two gradients backward (of large
+windows it skips most of P).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICES, record, sync_timer
+
+import ladderfast
+from ladderfast.ops import backend, soft_pool2d, soft_unpool2d
+from ladderfast.reference import what_where as reference
+
+BETA = 100.0
+SHAPES = {"cpu": [(32, 64, 32, 32)], "cuda": [(128, 128, 64, 64)]}
+WINDOWS = [2, 4, 16]
+CASES = [
+    pytest.param(
+        device, shape, dtype, k, id=f"{device}-{'x'.join(map(str, shape))}-{k}-{str(dtype)[6:]}", marks=marks
+    )
+    for device, marks in (("cpu", []), ("cuda", DEVICES[1].marks))
+    for shape in SHAPES[device]
+    for dtype in ([torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16])
+    for k in WINDOWS
+]
+VARIANTS = ["ladderfast", "ladderfast-triton", "plain", "compile"]
+PHASES = ["forward", "backward", "both"]
+
+
+def pool_of(variant: str, k: int):
+    function = soft_pool2d if variant.startswith("ladderfast") else reference.soft_pool2d
+    return lambda z: function(z, (k, k), BETA)
+
+
+def unpool_of(variant: str, k: int):
+    function = soft_unpool2d if variant.startswith("ladderfast") else reference.soft_unpool2d
+    return lambda what, where: function(what, where, (k, k))
+
+
+def bytes_kept(function, inputs) -> int:
+    """Bytes that autograd keeps between forward and backward."""
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*inputs)
+    return sum(kept.values())
+
+
+def bench(benchmark, op, function, inputs, grads, moved, shape, device, dtype, k, phase, variant) -> None:
+    if variant == "ladderfast-triton" and (reason := backend.unavailable("triton", device, dtype)):
+        pytest.skip(reason)
+    if variant == "compile":
+        torch.compiler.reset()  # a new window would otherwise count as a recompilation, of which there are only so many
+        function = torch.compile(function)
+
+    def forward():
+        with torch.no_grad():
+            return function(*inputs)
+
+    def both():
+        return torch.autograd.grad(function(*inputs), inputs, grads)
+
+    with ladderfast.use_backend("triton" if variant == "ladderfast-triton" else None):
+        out = function(*inputs)
+
+        def backward():
+            return torch.autograd.grad(out, inputs, grads, retain_graph=True)
+
+        record(
+            benchmark,
+            op=op,
+            shape=f"{shape} {k} x {k} {str(dtype)[6:]}",
+            phase=phase,
+            variant=variant,
+            device=device,
+            moved=moved[phase],
+            kept=bytes_kept(function, inputs),
+        )
+        benchmark._timer = sync_timer
+        run = {"forward": forward, "backward": backward, "both": both}[phase]
+        benchmark.pedantic(run, rounds=30, warmup_rounds=3)
+
+
+def draw(shape, k, device, dtype):
+    """A tensor before pooling, what and where."""
+    torch.manual_seed(0)
+    n, c, height, width = shape
+    small = (n, c, height // k, width // k)
+    z, what = (torch.randn(s, device=device, dtype=dtype) for s in (shape, small))
+    return z, what, torch.rand((n, c, 2, *small[2:]), device=device, dtype=dtype) * 2 - 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("device", "shape", "dtype", "k"), CASES)
+def bench_soft_pool2d(benchmark, device, shape, dtype, k, phase, variant):
+    z, *grads = draw(shape, k, device, dtype)
+    pooled = sum(t.nbytes for t in grads)
+    moved = {"forward": z.nbytes + pooled, "backward": 2 * z.nbytes + pooled}
+    moved["both"] = sum(moved.values())
+    inputs = [z.requires_grad_()]
+    function = pool_of(variant, k)
+    bench(benchmark, "soft_pool2d", function, inputs, grads, moved, shape, device, dtype, k, phase, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("device", "shape", "dtype", "k"), CASES)
+def bench_soft_unpool2d(benchmark, device, shape, dtype, k, phase, variant):
+    grad, *pooled = draw(shape, k, device, dtype)
+    small = sum(t.nbytes for t in pooled)
+    moved = {"forward": grad.nbytes + small, "backward": grad.nbytes + 2 * small}
+    moved["both"] = sum(moved.values())
+    inputs = [t.requires_grad_() for t in pooled]
+    function = unpool_of(variant, k)
+    bench(benchmark, "soft_unpool2d", function, inputs, grad, moved, shape, device, dtype, k, phase, variant)
