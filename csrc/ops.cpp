@@ -14,8 +14,10 @@
 #endif
 
 #include "combinator.h"
+#include "tagger.h"
 
 #include <tuple>
+#include <vector>
 
 namespace {
 
@@ -211,6 +213,175 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cuda(Tensor grad, Tensor 
 
 #endif
 
+// tagger
+
+// t itself if neighbours along its last axis are neighbours in memory, else a copy of which that is true.
+Tensor unit_stride(const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+TaggerInput tagger_input(const Tensor& t) {
+    return {t.data_ptr(), t.stride(0), t.dim() == 3 ? t.stride(1) : 0};
+}
+
+// The tensors of a call, kept alive for the kernels, and where they lie.
+struct TaggerCall {
+    Tensor x, z, m, scalar;
+    TaggerShape shape;
+    TaggerInputs in;
+
+    TaggerCall(const char* op, const Tensor& x_, const Tensor& z_, const Tensor& m_, const Tensor* scalar_)
+        : x(unit_stride(x_)), z(unit_stride(z_)), m(unit_stride(m_)) {
+        STD_TORCH_CHECK(z.dim() == 3 && z.size(1) > 0, op, ": z must be (N, K, D) with at least one group");
+        check_same_shape(op, "m", m, z);
+        STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == z.size(0) && x.size(1) == z.size(2) &&
+                            x.scalar_type() == z.scalar_type() && x.device() == z.device(),
+                        op, ": x must be (N, D), with the dtype and device of z");
+        shape = {z.size(0), z.size(1), z.size(2), 1};
+        in = {tagger_input(x), tagger_input(z), tagger_input(m), nullptr};
+        if (scalar_ == nullptr) return;
+        scalar = torch::stable::contiguous(*scalar_);
+        shape.seeds = scalar.numel();
+        STD_TORCH_CHECK(scalar.dim() <= 1 && (shape.seeds > 0 ? shape.rows % shape.seeds == 0 : shape.rows == 0), op,
+                        ": the scalar must be () or (S,), with S a divisor of N");
+        STD_TORCH_CHECK(scalar.device() == z.device(), op, ": the scalar must be on the device of z");
+        in.scalar = scalar.data_ptr();
+    }
+
+    int64_t elements() const { return shape.rows * shape.groups * shape.pixels; }
+    Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
+    Tensor like_groups() const { return torch::stable::new_empty(z, {shape.rows, shape.groups, shape.pixels}); }
+
+    // A gradient of the shape of z or, with two axes, of x.
+    Tensor gradient(const char* op, const char* name, const Tensor& grad, int64_t axes) const {
+        check_same_shape(op, name, grad, axes == 3 ? z : x);
+        return unit_stride(grad);
+    }
+};
+
+// Calls f with a value of the CPU kernels' element type.
+template <class F>
+void tagger_cpu_dispatch(const char* op, const TaggerCall& call, const F& f) {
+    const ScalarType dtype = call.z.scalar_type();
+    STD_TORCH_CHECK(call.in.scalar == nullptr || call.scalar.scalar_type() == dtype, op,
+                    ": the scalar must have the dtype of z on the CPU");
+    if (dtype == ScalarType::Float) {
+        f(float{});
+    } else if (dtype == ScalarType::Double) {
+        f(double{});
+    } else {
+        STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32 and float64");
+    }
+}
+
+std::tuple<Tensor, Tensor> tagger_inputs_cpu(const char* op, bool gaussian, const TaggerCall& call) {
+    Tensor dz = call.like_groups(), likelihood = call.like_groups();
+    tagger_cpu_dispatch(op, call, [&](auto type) {
+        using T = decltype(type);
+        T *dzp = (T*)dz.data_ptr(), *lp = (T*)likelihood.data_ptr();
+        parallel_items(ladderfast::cpu::tagger_items(call.shape), call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_inputs<T>(gaussian, call.in, dzp, lp, call.shape, begin, end);
+        });
+    });
+    return {dz, likelihood};
+}
+
+Tensor tagger_nll_cpu(const char* op, bool gaussian, const TaggerCall& call) {
+    Tensor nll = call.like_pixels();
+    tagger_cpu_dispatch(op, call, [&](auto type) {
+        using T = decltype(type);
+        T* out = (T*)nll.data_ptr();
+        parallel_items(ladderfast::cpu::tagger_items(call.shape), call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_nll<T>(gaussian, call.in, out, call.shape, begin, end);
+        });
+    });
+    return nll;
+}
+
+// Gradients of x, z, m and, where it is asked for, the scalar. grad_b is null for a mixture cost.
+struct TaggerGradients {
+    Tensor x, z, m, scalar;
+};
+
+TaggerGradients tagger_backward_cpu(const char* op, bool gaussian, const TaggerCall& call, const Tensor& grad_a,
+                                    const Tensor* grad_b) {
+    const Tensor a = call.gradient(op, "grad", grad_a, grad_b == nullptr ? 2 : 3);
+    const Tensor b = grad_b == nullptr ? a : call.gradient(op, "grad_likelihood", *grad_b, 3);
+    const TaggerInput ga = tagger_input(a), gb = tagger_input(b);
+    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    const int64_t items = ladderfast::cpu::tagger_items(call.shape);
+    std::vector<double> partials(gaussian ? items : 0);
+    if (gaussian) out.scalar = torch::stable::empty_like(call.scalar);
+    tagger_cpu_dispatch(op, call, [&](auto type) {
+        using T = decltype(type);
+        T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gm = (T*)out.m.data_ptr();
+        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
+            if (grad_b == nullptr)
+                ladderfast::cpu::tagger_nll_backward<T>(gaussian, ga, call.in, gx, gz, gm, partials.data(), call.shape,
+                                                        begin, end);
+            else
+                ladderfast::cpu::tagger_inputs_backward<T>(gaussian, ga, gb, call.in, gx, gz, gm, partials.data(),
+                                                           call.shape, begin, end);
+        });
+        if (gaussian)
+            ladderfast::cpu::tagger_sum<T>(partials.data(), (const T*)call.in.scalar, (T*)out.scalar.data_ptr(),
+                                           call.shape);
+    });
+    return out;
+}
+
+// The ops of one device: inputs, nll and backward are its three functions above.
+template <auto inputs, auto nll, auto backward>
+struct TaggerOps {
+    static std::tuple<Tensor, Tensor> gaussian_inputs(Tensor x, Tensor z, Tensor m, Tensor variance) {
+        const char* op = "gaussian_group_inputs";
+        return inputs(op, true, TaggerCall(op, x, z, m, &variance));
+    }
+    static std::tuple<Tensor, Tensor> bernoulli_inputs(Tensor x, Tensor z, Tensor m, Tensor flip_prob) {
+        const char* op = "bernoulli_group_inputs";
+        return inputs(op, false, TaggerCall(op, x, z, m, &flip_prob));
+    }
+    static Tensor gaussian_nll(Tensor x, Tensor z, Tensor m, Tensor variance) {
+        const char* op = "gaussian_mixture_nll";
+        return nll(op, true, TaggerCall(op, x, z, m, &variance));
+    }
+    static Tensor bernoulli_nll(Tensor x, Tensor z, Tensor m) {
+        const char* op = "bernoulli_mixture_nll";
+        return nll(op, false, TaggerCall(op, x, z, m, nullptr));
+    }
+
+    static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_inputs_backward(Tensor grad_dz, Tensor grad_likelihood,
+                                                                               Tensor x, Tensor z, Tensor m,
+                                                                               Tensor variance) {
+        const char* op = "gaussian_group_inputs_backward";
+        const TaggerGradients g =
+            backward(op, true, TaggerCall(op, x, z, m, &variance), grad_dz, &grad_likelihood);
+        return {g.x, g.z, g.m, g.scalar};
+    }
+    static std::tuple<Tensor, Tensor, Tensor> bernoulli_inputs_backward(Tensor grad_dz, Tensor grad_likelihood,
+                                                                        Tensor x, Tensor z, Tensor m,
+                                                                        Tensor flip_prob) {
+        const char* op = "bernoulli_group_inputs_backward";
+        const TaggerGradients g =
+            backward(op, false, TaggerCall(op, x, z, m, &flip_prob), grad_dz, &grad_likelihood);
+        return {g.x, g.z, g.m};
+    }
+    static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m,
+                                                                            Tensor variance) {
+        const char* op = "gaussian_mixture_nll_backward";
+        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad, nullptr);
+        return {g.x, g.z, g.m, g.scalar};
+    }
+    static std::tuple<Tensor, Tensor, Tensor> bernoulli_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) {
+        const char* op = "bernoulli_mixture_nll_backward";
+        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, nullptr), grad, nullptr);
+        return {g.x, g.z, g.m};
+    }
+};
+
+using TaggerCpu = TaggerOps<tagger_inputs_cpu, tagger_nll_cpu, tagger_backward_cpu>;
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(ladderfast, m) {
@@ -218,11 +389,34 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
     m.def(
         "combinator_backward(Tensor grad_z_hat, Tensor z, Tensor u, Tensor params, bool squash_v) -> (Tensor, Tensor, "
         "Tensor)");
+    m.def("gaussian_group_inputs(Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor)");
+    m.def(
+        "gaussian_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
+        "variance) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("bernoulli_group_inputs(Tensor x, Tensor z, Tensor m, Tensor flip_prob) -> (Tensor, Tensor)");
+    m.def(
+        "bernoulli_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
+        "flip_prob) -> (Tensor, Tensor, Tensor)");
+    m.def("gaussian_mixture_nll(Tensor x, Tensor z, Tensor m, Tensor variance) -> Tensor");
+    m.def(
+        "gaussian_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor, "
+        "Tensor, Tensor)");
+    m.def("bernoulli_mixture_nll(Tensor x, Tensor z, Tensor m) -> Tensor");
+    m.def(
+        "bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("combinator", TORCH_BOX(&combinator_cpu));
     m.impl("combinator_backward", TORCH_BOX(&combinator_backward_cpu));
+    m.impl("gaussian_group_inputs", TORCH_BOX(&TaggerCpu::gaussian_inputs));
+    m.impl("gaussian_group_inputs_backward", TORCH_BOX(&TaggerCpu::gaussian_inputs_backward));
+    m.impl("bernoulli_group_inputs", TORCH_BOX(&TaggerCpu::bernoulli_inputs));
+    m.impl("bernoulli_group_inputs_backward", TORCH_BOX(&TaggerCpu::bernoulli_inputs_backward));
+    m.impl("gaussian_mixture_nll", TORCH_BOX(&TaggerCpu::gaussian_nll));
+    m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCpu::gaussian_nll_backward));
+    m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCpu::bernoulli_nll));
+    m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCpu::bernoulli_nll_backward));
 }
 
 #ifdef LADDERFAST_WITH_CUDA

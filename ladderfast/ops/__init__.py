@@ -1,5 +1,17 @@
 """The ops as functions on tensors. Each has the same formula in ladderfast.reference."""
 
 from ladderfast.ops.combinator import gaussian_combinator
+from ladderfast.ops.tagger import (
+    bernoulli_group_inputs,
+    bernoulli_mixture_nll,
+    gaussian_group_inputs,
+    gaussian_mixture_nll,
+)
 
-__all__ = ["gaussian_combinator"]
+__all__ = [
+    "bernoulli_group_inputs",
+    "bernoulli_mixture_nll",
+    "gaussian_combinator",
+    "gaussian_group_inputs",
+    "gaussian_mixture_nll",
+]

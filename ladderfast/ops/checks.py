@@ -30,3 +30,14 @@ def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     return tuple(t.to(dtype) for t in tensors)
+
+
+def autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in the widest of their dtypes, float32 at least; otherwise as they are."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in tensors)
