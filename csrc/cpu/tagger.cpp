@@ -44,6 +44,7 @@ namespace ladderfast::cpu {
 namespace LF_ISA {
 
 #include "vec.h"
+#include "elementary.h"
 #include "../math/tagger.h"
 
 static const int64_t kKept = 64;  // groups whose intermediate results are kept

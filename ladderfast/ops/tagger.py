@@ -96,81 +96,72 @@ def _split(size: int, t: Tensor) -> Tensor:
     return t.reshape(size, t.shape[0] // size, *t.shape[1:])
 
 
-def _make_function(op: str, outputs: int, scalar_grad: bool) -> type[torch.autograd.Function]:
-    """The autograd function of an op; an op with one output passes grad_b, one without a scalar passes scalar, as
-    None."""
-    reference_backward = getattr(reference, op + "_backward")
+# One pair of autograd functions serves all four ops, named by `op`. An op with one output has no grad_b, the Bernoulli
+# cost no scalar: they are None.
+@known_signature
+class _Tagger(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, z: Tensor, m: Tensor, scalar: Tensor | None, op: str, name: str) -> Any:
+        return _run(op, name, x, z, m) if scalar is None else _run(op, name, x, z, m, scalar)
 
-    @known_signature
-    class Backward(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            grad_a: Tensor,
-            grad_b: Tensor | None,
-            x: Tensor,
-            z: Tensor,
-            m: Tensor,
-            scalar: Tensor | None,
-            name: str,
-        ) -> Any:
-            given = (t for t in (grad_a, grad_b, x, z, m, scalar) if t is not None)
-            return _run(op + "_backward", name, *given)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.op, ctx.name = inputs[4:]
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:6])
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, z, m, scalar = ctx.saved_tensors
+        grads = _TaggerBackward.apply(grad_a, grad_b, x, z, m, scalar, ctx.op, ctx.name)
+        return (*grads, None, None) if len(grads) == 4 else (*grads, None, None, None)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            # Gradients of gradients come from the reference's backward pass, which is differentiable any number of
-            # times.
-            saved = ctx.saved_tensors
-            given = [k for k, t in enumerate(saved) if t is not None]
-            pullback = torch.func.vjp(reference_backward, *(saved[k] for k in given))[1]
-            found = dict(zip(given, pullback(grads), strict=True))
-            return *(found.get(k) for k in range(6)), None
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-            size, scalar = info.batch_size, inputs[5]
-            out = list(Backward.apply(*_merged(size, in_dims[:6], inputs[:6]), inputs[6]))
-            for k, t in enumerate(out):
-                if k < 3 or scalar.dim() - (in_dims[5] is not None) > 0:
-                    out[k] = _split(size, t)
-            return tuple(out), (0,) * len(out)
-
-    @known_signature
-    class Forward(torch.autograd.Function):
-        @staticmethod
-        def forward(x: Tensor, z: Tensor, m: Tensor, scalar: Tensor | None, name: str) -> Any:
-            return _run(op, name, x, z, m) if scalar is None else _run(op, name, x, z, m, scalar)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:4])
-            ctx.name = inputs[4]
-
-        @staticmethod
-        def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor | None = None) -> tuple[Tensor | None, ...]:
-            x, z, m, scalar = ctx.saved_tensors
-            grads = Backward.apply(grad_a, grad_b, x, z, m, scalar, ctx.name)
-            return (*grads, None) if scalar_grad else (*grads, None, None)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-            size = info.batch_size
-            out = Forward.apply(*_merged(size, in_dims[:4], inputs[:4]), inputs[4])
-            if outputs == 1:
-                return _split(size, out), 0
-            return tuple(_split(size, t) for t in out), (0,) * outputs
-
-    return Forward
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        size = info.batch_size
+        out = _Tagger.apply(*_merged(size, in_dims[:4], inputs[:4]), *inputs[4:])
+        if isinstance(out, Tensor):
+            return _split(size, out), 0
+        return tuple(_split(size, t) for t in out), (0,) * len(out)
 
 
-_GaussianInputs = _make_function("gaussian_group_inputs", 2, True)
-_BernoulliInputs = _make_function("bernoulli_group_inputs", 2, False)
-_GaussianNll = _make_function("gaussian_mixture_nll", 1, True)
-_BernoulliNll = _make_function("bernoulli_mixture_nll", 1, False)
+@known_signature
+class _TaggerBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad_a: Tensor,
+        grad_b: Tensor | None,
+        x: Tensor,
+        z: Tensor,
+        m: Tensor,
+        scalar: Tensor | None,
+        op: str,
+        name: str,
+    ) -> Any:
+        given = [t for t in (grad_a, grad_b, x, z, m, scalar) if t is not None]
+        return _run(op + "_backward", name, *given)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.op = inputs[6]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients of gradients come from the reference's backward pass, which is differentiable any number of times.
+        saved = ctx.saved_tensors
+        given = [k for k, t in enumerate(saved) if t is not None]
+        pullback = torch.func.vjp(getattr(reference, ctx.op + "_backward"), *(saved[k] for k in given))[1]
+        found = dict(zip(given, pullback(grads), strict=True))
+        return *(found.get(k) for k in range(6)), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        size, scalar = info.batch_size, inputs[5]
+        out = list(_TaggerBackward.apply(*_merged(size, in_dims[:6], inputs[:6]), *inputs[6:]))
+        for k, t in enumerate(out):
+            if k < 3 or scalar.dim() - (in_dims[5] is not None) > 0:
+                out[k] = _split(size, t)
+        return tuple(out), (0,) * len(out)
 
 
 def _prepare(op: str, x: Tensor, z: Tensor, m: Tensor) -> tuple[Tensor, ...]:
@@ -266,7 +257,7 @@ def gaussian_group_inputs(
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.gaussian_group_inputs(x, z, m, variance)
-    return cast(tuple[Tensor, Tensor], _GaussianInputs.apply(x, z, m, variance, name))
+    return cast(tuple[Tensor, Tensor], _Tagger.apply(x, z, m, variance, op, name))
 
 
 def bernoulli_group_inputs(
@@ -315,7 +306,7 @@ def bernoulli_group_inputs(
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.bernoulli_group_inputs(x, z, m, scalar)
-    return cast(tuple[Tensor, Tensor], _BernoulliInputs.apply(x, z, m, scalar, name))
+    return cast(tuple[Tensor, Tensor], _Tagger.apply(x, z, m, scalar, op, name))
 
 
 def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | float) -> Tensor:
@@ -349,7 +340,7 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | flo
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.gaussian_mixture_nll(x, z, m, variance)
-    return cast(Tensor, _GaussianNll.apply(x, z, m, variance, name))
+    return cast(Tensor, _Tagger.apply(x, z, m, variance, op, name))
 
 
 def bernoulli_mixture_nll(x: Tensor, z: Tensor, m: Tensor) -> Tensor:
@@ -382,4 +373,4 @@ def bernoulli_mixture_nll(x: Tensor, z: Tensor, m: Tensor) -> Tensor:
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.bernoulli_mixture_nll(x, z, m)
-    return cast(Tensor, _BernoulliNll.apply(x, z, m, None, name))
+    return cast(Tensor, _Tagger.apply(x, z, m, None, op, name))

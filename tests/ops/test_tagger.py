@@ -97,25 +97,28 @@ def plain(name: str):
 def sizes_of_terms(name: str, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """Sizes of the terms that are summed on the way to each result: every minus turned into a plus.
 
-    An exponential counts 1 + q times for an exponent of size q, since that is what a rounding of the exponent does.
+    A rounding within a function's argument counts as often as the function magnifies it: 1 + q times for an exponential
+    of -q, (1 + p) / (1 - p) times for what is divided by 1 - p.
     """
     x, z, m, *scalar = inputs
     x, g = x[:, None], grads[0].abs()
     if name == "bernoulli_mixture_nll":
         p = (m * z).sum(1).clamp(1e-4, 1 - 1e-4)
-        slope = (g * (x[:, 0] / p + (1 - x[:, 0]) / (1 - p)))[:, None]
-        logs = -torch.log(p) - torch.log(1 - p)
+        slope = (g * (x[:, 0] / p + (1 - x[:, 0]) / (1 - p) * (1 + p) / (1 - p)))[:, None]
+        logs = -torch.log(p) - torch.log(1 - p) + x[:, 0] + (1 - x[:, 0]) * (1 + p) / (1 - p)
         return [logs, g * logs, slope * m, slope * z]
     if name == "bernoulli_group_inputs":
         xi = z * (1 - 2 * scalar[0]) + scalar[0]
-        t = ((xi * m).sum(1, keepdim=True).clamp(1e-4, 1 - 1e-4) - 1 + x).abs()
+        s = (xi * m).sum(1, keepdim=True).clamp(1e-4, 1 - 1e-4)
+        t = (s - 1 + x).abs()
+        magnified = (s + 1 - x) / t
         density = x * xi + (1 - x) * (1 - xi)
         total = density.sum(1, keepdim=True)
         h = grads[1].abs()
-        slope = (g * m).sum(1, keepdim=True) / t.square()
+        slope = (g * m).sum(1, keepdim=True) / t.square() * magnified
         d = (h + (density * h).sum(1, keepdim=True) / total) / total
-        parts = slope[:, 0] + (d * (2 * xi + 1)).sum(1), slope * m + d, g / t + slope * xi
-        return [m / t, density / total, *parts]
+        parts = slope[:, 0] + (d * (2 * xi + 1)).sum(1), slope * m + d, g / t * magnified + slope * xi
+        return [m / t * magnified, density / total, *parts]
     e, v = x.abs() + z.abs(), scalar[0]
     q = (x - z).square() / (2 * v)
     if name == "gaussian_group_inputs":
@@ -233,7 +236,7 @@ def test_any_row_stride_costs_no_copy(name):
     z = torch.cat([inputs[1]] * 2, -1)[..., 20:]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         getattr(ops, name)(inputs[0], z, *inputs[2:])
-    assert not {"aten::copy_", "aten::clone", "aten::contiguous"} & {e.key for e in profile.key_averages()}
+    assert not {"aten::copy_", "aten::clone"} & {e.key for e in profile.key_averages()}
 
 
 def test_gradcheck_and_gradgradcheck(name):
@@ -297,6 +300,10 @@ def exact_gaussian(inputs: list[Tensor], grads: list[Tensor]) -> dict[str, np.nd
         "nll_grad_z": -g[:, :1] * share / total * e / v,
         "q": q,
         "top": -top,
+        "inputs_grad_z_terms": likelihood * (abs(h) + (likelihood * abs(h)).sum(1, keepdims=True)) * abs(e) / v
+        + abs(g) * m * density * (1 + 2 * q),
+        # What a number that has underflowed may be multiplied with.
+        "reach": (1 + abs(e) / v) * (1 + 2 * q) * (1 + 1 / np.sqrt(v)),
     }
 
 
@@ -337,10 +344,10 @@ def test_gaussian_stress(target, groups, variance):
         }
         for key, value in found.items():
             true = exact[key].astype(np.float64)
-            smallest = 1e3 * torch.finfo(dtype).tiny  # beyond it digits are lost, or everything
-            size = np.abs(true).max(axis=1, keepdims=True) if key.startswith("inputs_grad_z") else np.abs(true)
+            lost = torch.finfo(dtype).tiny * exact["reach"].astype(np.float64)
+            size = np.abs(exact.get(key + "_terms", true)).astype(np.float64)
             error = np.abs(value.cpu().double().numpy() - true)
-            assert (error <= amplified * size + smallest).all(), f"{key}, {dtype}: {(error / (size + 1e-300)).max()}"
+            assert (error <= amplified * size + lost).all(), f"{key}, {dtype}"
         true = exact["nll"].astype(np.float64)
         allowed = 8 * eps * (np.abs(exact["top"][:, 0]) + 10).astype(np.float64)
         assert (np.abs(nll[0].cpu().double().numpy() - true) <= allowed).all()
