@@ -1,6 +1,8 @@
 """The ops as functions on tensors. Each has the same formula in ladderfast.reference."""
 
 from ladderfast.ops.combinator import gaussian_combinator
+from ladderfast.ops.ladder_decoder import ladder_decoder
+from ladderfast.ops.ladder_encoder import ladder_encoder
 from ladderfast.ops.tagger import (
     bernoulli_group_inputs,
     bernoulli_mixture_nll,
@@ -14,4 +16,6 @@ __all__ = [
     "gaussian_combinator",
     "gaussian_group_inputs",
     "gaussian_mixture_nll",
+    "ladder_decoder",
+    "ladder_encoder",
 ]

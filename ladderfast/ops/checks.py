@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def shape_text(t: Tensor) -> str:
@@ -16,7 +16,7 @@ def check_dtype(op: str, name: str, t: Tensor) -> None:
     """A tensor of a floating dtype that the ops know, or a TypeError."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}")
-    if t.dtype not in _FLOATS:
+    if t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.function import batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import combinator as reference
 
 if _extension.module is not None:
@@ -64,7 +64,8 @@ class _Combinator(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_z_hat: Tensor) -> tuple[Tensor | None, ...]:
         z, u, params = ctx.saved_tensors
-        return *_CombinatorBackward.apply(grad_z_hat, z, u, params, ctx.squash_v, ctx.name), None, None
+        grads = apply_in_backward(_CombinatorBackward, grad_z_hat, z, u, params, ctx.squash_v, ctx.name)
+        return *grads, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, z: Tensor, u: Tensor, params: Tensor, squash_v: bool, name: str) -> Any:
@@ -183,4 +184,4 @@ def gaussian_combinator(z: Tensor, u: Tensor, params: Tensor, *, squash_v: bool 
     name = backend.choose("gaussian_combinator", z.device.type, z.dtype)
     if name == "reference":
         return reference.gaussian_combinator(z, u, params, squash_v=squash_v)
-    return _Combinator.apply(z, u, params, bool(squash_v), name)
+    return apply(_Combinator, z, u, params, bool(squash_v), name)

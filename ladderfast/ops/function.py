@@ -14,6 +14,28 @@ from torch import Tensor
 
 F = TypeVar("F", bound=type[torch.autograd.Function])
 
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _plain() -> bool:
+    """Whether neither torch.compile nor a transform of torch.func looks on."""
+    return not (torch.compiler.is_compiling() or _transforms_active())
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), which binds the arguments anew and unwraps them at each call for the sake of torch.func's
+    transforms: where there are none, this saves 12 us."""
+    if _plain():
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return function.apply(*args)
+
+
+def apply_in_backward(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """apply(function, *args) in the backward of another function: without a graph where nobody asked for one."""
+    if _plain() and not torch.is_grad_enabled():
+        return function.forward(*args)
+    return function.apply(*args)
+
 
 def known_signature(function: F) -> F:
     """Keep the signature of `forward`, which torch would inspect anew at each call (about 10 us)."""
