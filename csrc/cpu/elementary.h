@@ -29,16 +29,6 @@ LF_HD Vec<T> if_less(Vec<T> a, Vec<T> b, Vec<T> then, Vec<T> otherwise) {
     return {a.raw < b.raw ? then.raw : otherwise.raw};
 }
 
-// 2^r for |r| <= 1/2. Estrin's order: the chain of operations, not their number, is what limits the kernels.
-LF_HD VecTraits<float>::Raw exp2_fraction(VecTraits<float>::Raw r) {
-    using V = VecTraits<float>::Raw;
-    const V r2 = r * r;
-    const V p01 = r * 0.693147182f + 1.0f, p23 = r * 0.0555035695f + 0.240226507f;
-    const V p45 = r * 0.00133909786f + 0.00961808208f;
-    const V p46 = r2 * 0.000154532623f + p45;
-    return (p46 * r2 + p23) * r2 + p01;
-}
-
 // exp(r) for |r| <= ln(2) / 2.
 LF_HD VecTraits<double>::Raw exp_fraction(VecTraits<double>::Raw r) {
     using V = VecTraits<double>::Raw;
@@ -61,16 +51,21 @@ LF_HD VecTraits<double>::Raw exp_fraction(VecTraits<double>::Raw r) {
 LF_HD Vec<float> exp2_of(Vec<float> y) {
     using V = VecTraits<float>::Raw;
 #if LF_VECTOR_BYTES == 64
-    const V clamped = (V)_mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)y.raw);
-    const V n = (V)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return {(V)_mm512_scalef_ps((__m512)exp2_fraction(clamped - n), (__m512)n)};
+    V r, scale;
+    exp2_parts(_mm512_max_ps(_mm512_set1_ps(-127.0f), (__m512)y.raw), r, scale);
+    return {(((r * 0.0555041087f + 0.240226507f) * r + 0.693147182f) * r) * scale + scale};
 #else
     using I = VecTraits<float>::RawInt;
     const V lo = V{} - 127.0f, round = V{} + 12582912.0f;
     const V clamped = y.raw < lo ? lo : y.raw;
     const V shifted = clamped + round;
     const I scale = ((I)shifted << 23) + 0x3f800000;
-    return {exp2_fraction(clamped - (shifted - round)) * (V)scale};
+    const V r = clamped - (shifted - round);
+    const V r2 = r * r;
+    const V p01 = r * 0.693147182f + 1.0f, p23 = r * 0.0555035695f + 0.240226507f;
+    const V p45 = r * 0.00133909786f + 0.00961808208f;
+    const V p46 = r2 * 0.000154532623f + p45;
+    return {((p46 * r2 + p23) * r2 + p01) * (V)scale};
 #endif
 }
 

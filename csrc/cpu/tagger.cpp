@@ -217,7 +217,7 @@ struct GaussianInputsBackward : TaggerPass<T> {
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
         write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
-        sum.template add<whole>(V::broadcast(T(0.5)) * sum_v, n);
+        sum.template add<whole>(sum_v, n);
     }
 };
 
@@ -339,19 +339,21 @@ struct GaussianNllBackward : TaggerPass<T> {
         }
         for (int64_t k = 0; k < this->groups; ++k) {
             const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v);
-            const V w = pixel.weigh_for_backward(y, this->m.template load<whole>(r, k, d, n), v);
+            const V w = pixel.weigh(y, this->m.template load<whole>(r, k, d, n), v);
             if (k < kKept) kept[k] = w;
         }
-        sum.template add<whole>(pixel.finish(grad.template load<whole>(r, 0, d, n)), n);
+        V sum_v = grad.template load<whole>(r, 0, d, n);
+        pixel.finish(sum_v);
         for (int64_t k = 0; k < this->groups; ++k) {
             const V e = x - this->z.template load<whole>(r, k, d, n);
             const V w = k < kKept ? kept[k] : exp2_of(smaller(v.most, gaussian_exponent(e, v) - pixel.top));
             V out_z, out_m;
-            pixel.backward(e, this->m.template load<whole>(r, k, d, n), w, v, out_z, out_m);
+            pixel.backward(e, this->m.template load<whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
         write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
+        sum.template add<whole>(sum_v, n);
     }
 };
 
@@ -495,7 +497,7 @@ int64_t tagger_items(const TaggerShape& s) {
         for (int64_t seed = 0; seed < s.seeds; ++seed) {                                                              \
             double total = 0;                                                                                         \
             for (int64_t i = 0; i < items; ++i) total += partials[seed * items + i];                                  \
-            grad_variance[seed] = (T)(total / variance[seed]);                                                        \
+            grad_variance[seed] = (T)(total / (2.0 * variance[seed]));                                                \
         }                                                                                                             \
     }
 

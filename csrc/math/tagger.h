@@ -63,29 +63,28 @@ struct GaussianPixel {
         dz = (e * m) * (w * peak);
         likelihood = w * share;
     }
-    // Adds to sum_x the group's part of grad_x, to sum_v its part of 2 v grad_variance.
+    // Adds to sum_v the group's part of 2 v grad_variance. It is e times grad_z: a scale of e is one of sqrt(v).
     LF_HD void backward(V grad_dz, V grad_likelihood, V e, V m, V w, const GaussianScalar<V>& s, V& grad_z, V& grad_m,
                         V& sum_v) {
-        const V a = (w * share) * (grad_likelihood - dot);
-        const V two_q = (e * s.precision) * e;
+        const V scaled = e * s.precision;
         const V density = grad_dz * (w * peak);
-        const V shrink = constant<V>(1) - two_q;
+        const V a = (w * share) * (grad_likelihood - dot);
         grad_m = density * e;
-        grad_z = a * (e * s.precision) - (density * m) * shrink;
+        grad_z = a * scaled - (density * m) * (constant<V>(1) - scaled * e);
         sum_x = sum_x - grad_z;
-        sum_v = sum_v + (a * two_q - (grad_m * m) * shrink);
+        sum_v = sum_v + e * grad_z;
     }
 };
 
 // 1. top: close above or below the largest of log2 m_k + y_k, within a factor of two of its power. 2. of
-// w_k = 2^(y_k - top), total = sum_k m_k w_k, in backward also q = sum_k m_k w_k y_k.
+// w_k = 2^(y_k - top), total = sum_k m_k w_k.
 // A group of mask 0 may lie above top by any amount, and the gradient of its mask grows alike: it is held at `most`.
 template <class V>
 struct GaussianMixture {
-    V top, total, q;
+    V top, total;
     V share, sum_x;
 
-    LF_HD GaussianMixture() : top(constant<V>(-1e37)), total(constant<V>(0)), q(total) {}
+    LF_HD GaussianMixture() : top(constant<V>(-1e37)), total(constant<V>(0)) {}
     LF_HD void compare(V y, V m) {
         top = larger(if_less(constant<V>(0), m, y + exponent_of(m), constant<V>(-1e37)), top);
     }
@@ -94,25 +93,19 @@ struct GaussianMixture {
         total = total + m * w;
         return w;
     }
-    LF_HD V weigh_for_backward(V y, V m, const GaussianScalar<V>& s) {
-        const V w = weigh(y, m, s);
-        q = q + (m * w) * y;
-        return w;
-    }
     LF_HD V nll(const GaussianScalar<V>& s) const {
         return (s.offset - constant<V>(0.693147180559945309) * top) - log_of(total);
     }
-    // Returns the pixel's part of v grad_variance.
-    LF_HD V finish(V grad) {
-        const V inverse = constant<V>(1) / total;
-        share = grad * inverse;
+    LF_HD void finish(V grad) {
+        share = grad / total;
         sum_x = constant<V>(0);
-        return grad * (constant<V>(0.5) + constant<V>(0.693147180559945309) * (q * inverse));
     }
-    LF_HD void backward(V e, V m, V w, const GaussianScalar<V>& s, V& grad_z, V& grad_m) {
+    // Adds to sum_v, which starts as the pixel's grad, the group's part of 2 v grad_variance.
+    LF_HD void backward(V e, V m, V w, const GaussianScalar<V>& s, V& grad_z, V& grad_m, V& sum_v) {
         grad_m = constant<V>(0) - share * w;
         grad_z = (grad_m * m) * (e * s.precision);
         sum_x = sum_x - grad_z;
+        sum_v = sum_v + e * grad_z;
     }
 };
 
