@@ -1,10 +1,33 @@
 // Elementary functions of vectors beside the sigmoid, for formulas that are written over scalars and vectors alike.
 // Textual header, included after vec.h.
 
+// Two vectors side by side, for formulas whose chain of operations is longer than one vector can hide.
+template <class T>
+struct Pair {
+    static constexpr int width = 2 * Vec<T>::width;
+    Vec<T> a, b;
+
+    static LF_HD Pair load(const T* p) { return {Vec<T>::load(p), Vec<T>::load(p + Vec<T>::width)}; }
+    static LF_HD Pair broadcast(T x) { return {Vec<T>::broadcast(x), Vec<T>::broadcast(x)}; }
+    LF_HD void store(T* p) const {
+        a.store(p);
+        b.store(p + Vec<T>::width);
+    }
+
+    friend LF_HD Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+    friend LF_HD Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+    friend LF_HD Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+    friend LF_HD Pair operator/(Pair x, Pair y) { return {x.a / y.a, x.b / y.b}; }
+};
+
 template <class V>
 struct ScalarOf;
 template <class T>
 struct ScalarOf<Vec<T>> {
+    using type = T;
+};
+template <class T>
+struct ScalarOf<Pair<T>> {
     using type = T;
 };
 
@@ -124,4 +147,29 @@ LF_HD Vec<T> log_of(Vec<T> x) {
     for (int k = F::terms - 1; k > 0; --k) r = r * w2 + T(2) / (2 * k + 1);
     const V rest = x.raw - x.raw;  // NaN where x is
     return {n * T(0.6931471805599453) + (z - w * (z - r * w2) + rest)};
+}
+
+template <class T>
+LF_HD Pair<T> larger(Pair<T> x, Pair<T> y) {
+    return {larger(x.a, y.a), larger(x.b, y.b)};
+}
+template <class T>
+LF_HD Pair<T> smaller(Pair<T> x, Pair<T> y) {
+    return {smaller(x.a, y.a), smaller(x.b, y.b)};
+}
+template <class T>
+LF_HD Pair<T> if_less(Pair<T> x, Pair<T> y, Pair<T> then, Pair<T> otherwise) {
+    return {if_less(x.a, y.a, then.a, otherwise.a), if_less(x.b, y.b, then.b, otherwise.b)};
+}
+template <class T>
+LF_HD Pair<T> exp2_of(Pair<T> y) {
+    return {exp2_of(y.a), exp2_of(y.b)};
+}
+template <class T>
+LF_HD Pair<T> exponent_of(Pair<T> x) {
+    return {exponent_of(x.a), exponent_of(x.b)};
+}
+template <class T>
+LF_HD Pair<T> log_of(Pair<T> x) {
+    return {log_of(x.a), log_of(x.b)};
 }

@@ -1,6 +1,6 @@
 // CPU kernels of the op `tagger`; contract in ../tagger.h, formulas in ../math/tagger.h.
 //
-// A vector covers neighbouring pixels of one row and goes over the groups two or three times, the first time from
+// A vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups two or three times, the first time from
 // memory, then from the first-level cache. What is dear to compute (an exponential) is kept on the stack in between, for
 // the first 64 groups.
 #undef LF_THIS_FILE
@@ -57,38 +57,51 @@ struct TaggerView {
     explicit LF_HD TaggerView(const TaggerInput& t)
         : data(static_cast<const T*>(t.data)), row(t.row), group(t.group) {}
 
-    // Of n pixels from (row r, group k, pixel d) on; `whole` says that n is the width.
-    template <bool whole>
-    LF_HD Vec<T> load(int64_t r, int64_t k, int64_t d, int64_t n) const {
+    // Of n pixels from (row r, group k, pixel d) on; `whole` says that n is the width of V.
+    template <class V, bool whole>
+    LF_HD V load(int64_t r, int64_t k, int64_t d, int64_t n) const {
         const T* at = data + r * row + k * group + d;
-        return whole ? Vec<T>::load(at) : Vec<T>::load(at, n);
+        if constexpr (whole)
+            return V::load(at);
+        else
+            return V::load(at, n);
     }
 };
 
-template <bool whole, class T>
-static LF_HD void write(Vec<T> value, T* to, int64_t n) {
-    if (whole)
+template <bool whole, class V, class T>
+static LF_HD void write(V value, T* to, int64_t n) {
+    if constexpr (whole)
         value.store(to);
     else
         value.store(to, n);
 }
 
 template <class T>
-static LF_HD GaussianScalar<Vec<T>> gaussian_scalar(const void* variance, int64_t seed) {
+static LF_HD GaussianScalar<T> gaussian_scalar(const void* variance, int64_t seed) {
     const double v = static_cast<const T*>(variance)[seed];
     const double two_pi_v = 6.283185307179586 * v;
-    return {Vec<T>::broadcast(T(-0.7213475204444817 / v)), Vec<T>::broadcast(T(1 / sqrt(two_pi_v))),
-            Vec<T>::broadcast(T(1 / v)), Vec<T>::broadcast(T(0.5 * log(two_pi_v))),
-            Vec<T>::broadcast(T(sizeof(T) == 4 ? 126 : 1022))};
+    return {T(-0.7213475204444817 / v), T(1 / sqrt(two_pi_v)), T(1 / v), T(0.5 * log(two_pi_v)),
+            T(sizeof(T) == 4 ? 126 : 1022)};
+}
+
+template <class V, class T>
+static LF_HD GaussianScalar<V> broadcast(const GaussianScalar<T>& s) {
+    return {V::broadcast(s.scale), V::broadcast(s.norm), V::broadcast(s.precision), V::broadcast(s.offset),
+            V::broadcast(s.most)};
 }
 
 template <class T>
-static LF_HD BernoulliScalar<Vec<T>> bernoulli_scalar(const void* flip_prob, int64_t seed) {
+static LF_HD BernoulliScalar<T> bernoulli_scalar(const void* flip_prob, int64_t seed) {
     const T b = static_cast<const T*>(flip_prob)[seed];
-    return {Vec<T>::broadcast(b), Vec<T>::broadcast(1 - 2 * b)};
+    return {b, 1 - 2 * b};
 }
 
-// Each pass is a struct: start(seed), pixels<whole>(row, pixel, count), and for sums end_row() and end_item(item).
+template <class V, class T>
+static LF_HD BernoulliScalar<V> broadcast(const BernoulliScalar<T>& s) {
+    return {V::broadcast(s.flip), V::broadcast(s.keep)};
+}
+
+// Each pass is a struct: start(seed), pixels<V, whole>(row, pixel, count), and for sums end_row() and end_item(item).
 template <class T>
 struct TaggerPass {
     TaggerView<T> x, z, m;
@@ -119,6 +132,10 @@ struct ItemSum {
             for (int64_t i = 0; i < n; ++i) total += terms.raw[i];
         }
     }
+    template <bool whole>
+    LF_HD void add(Pair<T> terms, int64_t) {
+        row = row + (terms.a + terms.b);
+    }
     LF_HD void end_row() {
         total += row.sum();
         row = Vec<T>::broadcast(0);
@@ -131,21 +148,21 @@ struct ItemSum {
 
 template <class T>
 struct GaussianInputs : TaggerPass<T> {
-    using V = Vec<T>;
     T *dz, *likelihood;
-    GaussianScalar<V> v;
+    GaussianScalar<T> scalars;
 
     LF_HD GaussianInputs(const TaggerInputs& in, const TaggerShape& s, T* dz, T* likelihood)
         : TaggerPass<T>(in, s), dz(dz), likelihood(likelihood) {}
-    LF_HD void start(int64_t seed) { v = gaussian_scalar<T>(this->scalar, seed); }
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
         V kept[kKept];
-        const V x = this->x.template load<whole>(r, 0, d, n);
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
         GaussianPixel<V> pixel;
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v);
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
             pixel.compare(y);
             if (k < kKept) kept[k] = y;
         }
@@ -153,14 +170,14 @@ struct GaussianInputs : TaggerPass<T> {
             if (k < kKept)
                 kept[k] = pixel.weigh(kept[k]);
             else
-                pixel.weigh(gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v));
+                pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v));
         }
         pixel.finish(v);
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V e = x - this->z.template load<whole>(r, k, d, n);
+            const V e = x - this->z.template load<V, whole>(r, k, d, n);
             const V w = k < kKept ? kept[k] : exp2_of(gaussian_exponent(e, v) - pixel.top);
             V out_dz, out_likelihood;
-            pixel.forward(e, this->m.template load<whole>(r, k, d, n), w, out_dz, out_likelihood);
+            pixel.forward(e, this->m.template load<V, whole>(r, k, d, n), w, out_dz, out_likelihood);
             write<whole>(out_dz, dz + this->packed(r, k, d), n);
             write<whole>(out_likelihood, likelihood + this->packed(r, k, d), n);
         }
@@ -169,11 +186,10 @@ struct GaussianInputs : TaggerPass<T> {
 
 template <class T>
 struct GaussianInputsBackward : TaggerPass<T> {
-    using V = Vec<T>;
     TaggerView<T> grad_dz, grad_likelihood;
     T *grad_x, *grad_z, *grad_m;
     ItemSum<T> sum;
-    GaussianScalar<V> v;
+    GaussianScalar<T> scalars;
 
     LF_HD GaussianInputsBackward(const TaggerInput& grad_dz, const TaggerInput& grad_likelihood, const TaggerInputs& in,
                                  const TaggerShape& s, T* grad_x, T* grad_z, T* grad_m, double* partials)
@@ -184,35 +200,36 @@ struct GaussianInputsBackward : TaggerPass<T> {
           grad_z(grad_z),
           grad_m(grad_m),
           sum(partials) {}
-    LF_HD void start(int64_t seed) { v = gaussian_scalar<T>(this->scalar, seed); }
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
     LF_HD void end_row() { sum.end_row(); }
     LF_HD void end_item(int64_t item) { sum.end_item(item); }
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
         V kept[kKept];
-        const V x = this->x.template load<whole>(r, 0, d, n);
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
         GaussianPixel<V> pixel;
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v);
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
             pixel.compare(y);
             if (k < kKept) kept[k] = y;
         }
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V h = grad_likelihood.template load<whole>(r, k, d, n);
+            const V h = grad_likelihood.template load<V, whole>(r, k, d, n);
             if (k < kKept)
                 kept[k] = pixel.weigh(kept[k], h);
             else
-                pixel.weigh(gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v), h);
+                pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v), h);
         }
         pixel.finish(v);
-        V sum_v = V::broadcast(0);
+        V sum_v = constant<V>(0);
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V e = x - this->z.template load<whole>(r, k, d, n);
+            const V e = x - this->z.template load<V, whole>(r, k, d, n);
             const V w = k < kKept ? kept[k] : exp2_of(gaussian_exponent(e, v) - pixel.top);
             V out_z, out_m;
-            pixel.backward(grad_dz.template load<whole>(r, k, d, n), grad_likelihood.template load<whole>(r, k, d, n),
-                           e, this->m.template load<whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
+            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n),
+                           e, this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
@@ -223,25 +240,25 @@ struct GaussianInputsBackward : TaggerPass<T> {
 
 template <class T>
 struct BernoulliInputs : TaggerPass<T> {
-    using V = Vec<T>;
     T *dz, *likelihood;
-    BernoulliScalar<V> b;
+    BernoulliScalar<T> scalars;
 
     LF_HD BernoulliInputs(const TaggerInputs& in, const TaggerShape& s, T* dz, T* likelihood)
         : TaggerPass<T>(in, s), dz(dz), likelihood(likelihood) {}
-    LF_HD void start(int64_t seed) { b = bernoulli_scalar<T>(this->scalar, seed); }
+    LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
-        BernoulliPixel<V> pixel(this->x.template load<whole>(r, 0, d, n));
+        const auto b = broadcast<V>(scalars);
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
         for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(pixel.xi(this->z.template load<whole>(r, k, d, n), b),
-                         this->m.template load<whole>(r, k, d, n));
+            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                         this->m.template load<V, whole>(r, k, d, n));
         pixel.finish();
         for (int64_t k = 0; k < this->groups; ++k) {
             V out_dz, out_likelihood;
-            pixel.forward(pixel.xi(this->z.template load<whole>(r, k, d, n), b),
-                          this->m.template load<whole>(r, k, d, n), out_dz, out_likelihood);
+            pixel.forward(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                          this->m.template load<V, whole>(r, k, d, n), out_dz, out_likelihood);
             write<whole>(out_dz, dz + this->packed(r, k, d), n);
             write<whole>(out_likelihood, likelihood + this->packed(r, k, d), n);
         }
@@ -250,10 +267,9 @@ struct BernoulliInputs : TaggerPass<T> {
 
 template <class T>
 struct BernoulliInputsBackward : TaggerPass<T> {
-    using V = Vec<T>;
     TaggerView<T> grad_dz, grad_likelihood;
     T *grad_x, *grad_z, *grad_m;
-    BernoulliScalar<V> b;
+    BernoulliScalar<T> scalars;
 
     LF_HD BernoulliInputsBackward(const TaggerInput& grad_dz, const TaggerInput& grad_likelihood,
                                   const TaggerInputs& in, const TaggerShape& s, T* grad_x, T* grad_z, T* grad_m)
@@ -263,21 +279,22 @@ struct BernoulliInputsBackward : TaggerPass<T> {
           grad_x(grad_x),
           grad_z(grad_z),
           grad_m(grad_m) {}
-    LF_HD void start(int64_t seed) { b = bernoulli_scalar<T>(this->scalar, seed); }
+    LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
-        BernoulliPixel<V> pixel(this->x.template load<whole>(r, 0, d, n));
+        const auto b = broadcast<V>(scalars);
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
         for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(pixel.xi(this->z.template load<whole>(r, k, d, n), b),
-                         this->m.template load<whole>(r, k, d, n), grad_dz.template load<whole>(r, k, d, n),
-                         grad_likelihood.template load<whole>(r, k, d, n));
+            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                         this->m.template load<V, whole>(r, k, d, n), grad_dz.template load<V, whole>(r, k, d, n),
+                         grad_likelihood.template load<V, whole>(r, k, d, n));
         pixel.finish_backward();
         for (int64_t k = 0; k < this->groups; ++k) {
             V out_z, out_m;
-            pixel.backward(grad_dz.template load<whole>(r, k, d, n), grad_likelihood.template load<whole>(r, k, d, n),
-                           pixel.xi(this->z.template load<whole>(r, k, d, n), b),
-                           this->m.template load<whole>(r, k, d, n), b, out_z, out_m);
+            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n),
+                           pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                           this->m.template load<V, whole>(r, k, d, n), b, out_z, out_m);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
@@ -287,26 +304,26 @@ struct BernoulliInputsBackward : TaggerPass<T> {
 
 template <class T>
 struct GaussianNll : TaggerPass<T> {
-    using V = Vec<T>;
     T* nll;
-    GaussianScalar<V> v;
+    GaussianScalar<T> scalars;
 
     LF_HD GaussianNll(const TaggerInputs& in, const TaggerShape& s, T* nll) : TaggerPass<T>(in, s), nll(nll) {}
-    LF_HD void start(int64_t seed) { v = gaussian_scalar<T>(this->scalar, seed); }
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
         V kept[kKept];
-        const V x = this->x.template load<whole>(r, 0, d, n);
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
         GaussianMixture<V> pixel;
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v);
-            pixel.compare(y, this->m.template load<whole>(r, k, d, n));
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.compare(y, this->m.template load<V, whole>(r, k, d, n));
             if (k < kKept) kept[k] = y;
         }
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v);
-            pixel.weigh(y, this->m.template load<whole>(r, k, d, n), v);
+            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.weigh(y, this->m.template load<V, whole>(r, k, d, n), v);
         }
         write<whole>(pixel.nll(v), nll + r * this->width + d, n);
     }
@@ -314,41 +331,41 @@ struct GaussianNll : TaggerPass<T> {
 
 template <class T>
 struct GaussianNllBackward : TaggerPass<T> {
-    using V = Vec<T>;
     TaggerView<T> grad;
     T *grad_x, *grad_z, *grad_m;
     ItemSum<T> sum;
-    GaussianScalar<V> v;
+    GaussianScalar<T> scalars;
 
     LF_HD GaussianNllBackward(const TaggerInput& grad, const TaggerInputs& in, const TaggerShape& s, T* grad_x,
                               T* grad_z, T* grad_m, double* partials)
         : TaggerPass<T>(in, s), grad(grad), grad_x(grad_x), grad_z(grad_z), grad_m(grad_m), sum(partials) {}
-    LF_HD void start(int64_t seed) { v = gaussian_scalar<T>(this->scalar, seed); }
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
     LF_HD void end_row() { sum.end_row(); }
     LF_HD void end_item(int64_t item) { sum.end_item(item); }
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
         V kept[kKept];
-        const V x = this->x.template load<whole>(r, 0, d, n);
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
         GaussianMixture<V> pixel;
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v);
-            pixel.compare(y, this->m.template load<whole>(r, k, d, n));
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.compare(y, this->m.template load<V, whole>(r, k, d, n));
             if (k < kKept) kept[k] = y;
         }
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<whole>(r, k, d, n), v);
-            const V w = pixel.weigh(y, this->m.template load<whole>(r, k, d, n), v);
+            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            const V w = pixel.weigh(y, this->m.template load<V, whole>(r, k, d, n), v);
             if (k < kKept) kept[k] = w;
         }
-        V sum_v = grad.template load<whole>(r, 0, d, n);
+        V sum_v = grad.template load<V, whole>(r, 0, d, n);
         pixel.finish(sum_v);
         for (int64_t k = 0; k < this->groups; ++k) {
-            const V e = x - this->z.template load<whole>(r, k, d, n);
+            const V e = x - this->z.template load<V, whole>(r, k, d, n);
             const V w = k < kKept ? kept[k] : exp2_of(smaller(v.most, gaussian_exponent(e, v) - pixel.top));
             V out_z, out_m;
-            pixel.backward(e, this->m.template load<whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
+            pixel.backward(e, this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
@@ -359,23 +376,21 @@ struct GaussianNllBackward : TaggerPass<T> {
 
 template <class T>
 struct BernoulliNll : TaggerPass<T> {
-    using V = Vec<T>;
     T* nll;
 
     LF_HD BernoulliNll(const TaggerInputs& in, const TaggerShape& s, T* nll) : TaggerPass<T>(in, s), nll(nll) {}
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         BernoulliMixture<V> pixel;
         for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(this->z.template load<whole>(r, k, d, n), this->m.template load<whole>(r, k, d, n));
-        write<whole>(pixel.nll(this->x.template load<whole>(r, 0, d, n)), nll + r * this->width + d, n);
+            pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
+        write<whole>(pixel.nll(this->x.template load<V, whole>(r, 0, d, n)), nll + r * this->width + d, n);
     }
 };
 
 template <class T>
 struct BernoulliNllBackward : TaggerPass<T> {
-    using V = Vec<T>;
     TaggerView<T> grad;
     T *grad_x, *grad_z, *grad_m;
 
@@ -383,18 +398,18 @@ struct BernoulliNllBackward : TaggerPass<T> {
                                T* grad_z, T* grad_m)
         : TaggerPass<T>(in, s), grad(grad), grad_x(grad_x), grad_z(grad_z), grad_m(grad_m) {}
 
-    template <bool whole>
+    template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         BernoulliMixture<V> pixel;
         for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(this->z.template load<whole>(r, k, d, n), this->m.template load<whole>(r, k, d, n));
+            pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
         V out_x;
-        const V slope = pixel.backward(grad.template load<whole>(r, 0, d, n), this->x.template load<whole>(r, 0, d, n),
+        const V slope = pixel.backward(grad.template load<V, whole>(r, 0, d, n), this->x.template load<V, whole>(r, 0, d, n),
                                        out_x);
         write<whole>(out_x, grad_x + r * this->width + d, n);
         for (int64_t k = 0; k < this->groups; ++k) {
-            write<whole>(slope * this->m.template load<whole>(r, k, d, n), grad_z + this->packed(r, k, d), n);
-            write<whole>(slope * this->z.template load<whole>(r, k, d, n), grad_m + this->packed(r, k, d), n);
+            write<whole>(slope * this->m.template load<V, whole>(r, k, d, n), grad_z + this->packed(r, k, d), n);
+            write<whole>(slope * this->z.template load<V, whole>(r, k, d, n), grad_m + this->packed(r, k, d), n);
         }
     }
 };
@@ -411,8 +426,11 @@ static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int
         pass.start(seed);
         for (int64_t r = seed * plan.rows + row; r < seed * plan.rows + row_end; ++r) {
             int64_t d = first;
-            for (; d + Vec<T>::width <= last; d += Vec<T>::width) pass.template pixels<true>(r, d, Vec<T>::width);
-            if (d < last) pass.template pixels<false>(r, d, last - d);
+            for (; d + Pair<T>::width <= last; d += Pair<T>::width)
+                pass.template pixels<Pair<T>, true>(r, d, Pair<T>::width);
+            for (; d + Vec<T>::width <= last; d += Vec<T>::width)
+                pass.template pixels<Vec<T>, true>(r, d, Vec<T>::width);
+            if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
             pass.end_row();
         }
         pass.end_item(item);
