@@ -221,9 +221,7 @@ Tensor unit_stride(const Tensor& t) {
     return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-TaggerInput tagger_input(const Tensor& t) {
-    return {t.data_ptr(), t.stride(0), t.dim() == 3 ? t.stride(1) : 0};
-}
+TaggerInput tagger_input(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.dim() == 3 ? t.stride(1) : 0}; }
 
 // The tensors of a call, kept alive for the kernels, and where they lie.
 struct TaggerCall {
@@ -331,6 +329,66 @@ TaggerGradients tagger_backward_cpu(const char* op, bool gaussian, const TaggerC
     return out;
 }
 
+#ifdef LADDERFAST_WITH_CUDA
+
+// The dtype codes of a call, and what else its launches take.
+struct TaggerLaunch {
+    int dtype, scalar_dtype;
+    void* stream;
+
+    TaggerLaunch(const char* op, const TaggerCall& call)
+        : dtype(dtype_code(op, call.z.scalar_type())),
+          scalar_dtype(call.in.scalar == nullptr ? dtype : dtype_code(op, call.scalar.scalar_type())),
+          stream(current_stream(call.z)) {}
+};
+
+std::tuple<Tensor, Tensor> tagger_inputs_cuda(const char* op, bool gaussian, const TaggerCall& call) {
+    const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
+    const TaggerLaunch to(op, call);
+    Tensor dz = call.like_groups(), likelihood = call.like_groups();
+    STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_inputs_cuda(gaussian, &call.in, dz.data_ptr(), likelihood.data_ptr(),
+                                                              to.dtype, to.scalar_dtype, &call.shape, to.stream));
+    return {dz, likelihood};
+}
+
+Tensor tagger_nll_cuda(const char* op, bool gaussian, const TaggerCall& call) {
+    const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
+    const TaggerLaunch to(op, call);
+    Tensor nll = call.like_pixels();
+    STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_nll_cuda(gaussian, &call.in, nll.data_ptr(), to.dtype,
+                                                           to.scalar_dtype, &call.shape, to.stream));
+    return nll;
+}
+
+TaggerGradients tagger_backward_cuda(const char* op, bool gaussian, const TaggerCall& call, const Tensor& grad_a,
+                                     const Tensor* grad_b) {
+    const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
+    const TaggerLaunch to(op, call);
+    const Tensor a = call.gradient(op, "grad", grad_a, grad_b == nullptr ? 2 : 3);
+    const Tensor b = grad_b == nullptr ? a : call.gradient(op, "grad_likelihood", *grad_b, 3);
+    const TaggerInput ga = tagger_input(a), gb = tagger_input(b);
+    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    Tensor workspace;
+    void *scalar = nullptr, *scratch = nullptr;
+    if (gaussian) {
+        out.scalar = torch::stable::empty_like(call.scalar);
+        workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
+        scalar = out.scalar.data_ptr();
+        scratch = workspace.data_ptr();
+    }
+    void *gx = out.x.data_ptr(), *gz = out.z.data_ptr(), *gm = out.m.data_ptr();
+    const int error =
+        grad_b == nullptr
+            ? ladderfast_tagger_nll_backward_cuda(gaussian, &ga, &call.in, gx, gz, gm, scalar, scratch, to.dtype,
+                                                  to.scalar_dtype, &call.shape, to.stream)
+            : ladderfast_tagger_inputs_backward_cuda(gaussian, &ga, &gb, &call.in, gx, gz, gm, scalar, scratch,
+                                                     to.dtype, to.scalar_dtype, &call.shape, to.stream);
+    STD_CUDA_CHECK((cudaError_t)error);
+    return out;
+}
+
+#endif
+
 // The ops of one device: inputs, nll and backward are its three functions above.
 template <auto inputs, auto nll, auto backward>
 struct TaggerOps {
@@ -355,16 +413,14 @@ struct TaggerOps {
                                                                                Tensor x, Tensor z, Tensor m,
                                                                                Tensor variance) {
         const char* op = "gaussian_group_inputs_backward";
-        const TaggerGradients g =
-            backward(op, true, TaggerCall(op, x, z, m, &variance), grad_dz, &grad_likelihood);
+        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad_dz, &grad_likelihood);
         return {g.x, g.z, g.m, g.scalar};
     }
     static std::tuple<Tensor, Tensor, Tensor> bernoulli_inputs_backward(Tensor grad_dz, Tensor grad_likelihood,
                                                                         Tensor x, Tensor z, Tensor m,
                                                                         Tensor flip_prob) {
         const char* op = "bernoulli_group_inputs_backward";
-        const TaggerGradients g =
-            backward(op, false, TaggerCall(op, x, z, m, &flip_prob), grad_dz, &grad_likelihood);
+        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, &flip_prob), grad_dz, &grad_likelihood);
         return {g.x, g.z, g.m};
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m,
@@ -381,6 +437,9 @@ struct TaggerOps {
 };
 
 using TaggerCpu = TaggerOps<tagger_inputs_cpu, tagger_nll_cpu, tagger_backward_cpu>;
+#ifdef LADDERFAST_WITH_CUDA
+using TaggerCuda = TaggerOps<tagger_inputs_cuda, tagger_nll_cuda, tagger_backward_cuda>;
+#endif
 
 }  // namespace
 
@@ -402,8 +461,7 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "gaussian_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor, "
         "Tensor, Tensor)");
     m.def("bernoulli_mixture_nll(Tensor x, Tensor z, Tensor m) -> Tensor");
-    m.def(
-        "bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) -> (Tensor, Tensor, Tensor)");
+    m.def("bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
@@ -423,5 +481,13 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("combinator", TORCH_BOX(&combinator_cuda));
     m.impl("combinator_backward", TORCH_BOX(&combinator_backward_cuda));
+    m.impl("gaussian_group_inputs", TORCH_BOX(&TaggerCuda::gaussian_inputs));
+    m.impl("gaussian_group_inputs_backward", TORCH_BOX(&TaggerCuda::gaussian_inputs_backward));
+    m.impl("bernoulli_group_inputs", TORCH_BOX(&TaggerCuda::bernoulli_inputs));
+    m.impl("bernoulli_group_inputs_backward", TORCH_BOX(&TaggerCuda::bernoulli_inputs_backward));
+    m.impl("gaussian_mixture_nll", TORCH_BOX(&TaggerCuda::gaussian_nll));
+    m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCuda::gaussian_nll_backward));
+    m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCuda::bernoulli_nll));
+    m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCuda::bernoulli_nll_backward));
 }
 #endif

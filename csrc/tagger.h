@@ -1,9 +1,9 @@
 // Contract of the op `tagger` between ops.cpp and its kernels. No dependency on torch.
 //
-// x is (rows, pixels); z, m, dz, likelihood and the gradients of these are (rows, groups, pixels). Inputs are read where
-// they lie, with strides of rows and groups; neighbouring pixels are neighbours in memory. Outputs are packed, written
-// once, and alias no input. The scalar (variance or flip probability) has one entry for each seed: row n uses entry
-// n / (rows / seeds). Pointers need no alignment beyond their element's.
+// x is (rows, pixels); z, m, dz, likelihood and the gradients of these are (rows, groups, pixels). Inputs are read
+// where they lie, with strides of rows and groups; neighbouring pixels are neighbours in memory. Outputs are packed,
+// written once, and alias no input. The scalar (variance or flip probability) has one entry for each seed: row n uses
+// entry n / (rows / seeds). Pointers need no alignment beyond their element's.
 #pragma once
 
 #include <stdint.h>
@@ -69,3 +69,26 @@ void tagger_sum(const double* partials, const T* variance,
                 const TaggerShape& shape);
 
 }  // namespace ladderfast::cpu
+
+// CUDA. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16; the scalar has a code of its own (that of z, or
+// float32). Each returns a cudaError_t. gaussian is 1, or 0 for Bernoulli; outputs and their shapes are as above.
+extern "C" {
+int ladderfast_tagger_inputs_cuda(int gaussian, const TaggerInputs* in, void* dz, void* likelihood, int dtype,
+                                  int scalar_dtype, const TaggerShape* shape, void* stream);
+
+int ladderfast_tagger_nll_cuda(int gaussian, const TaggerInputs* in, void* nll, int dtype, int scalar_dtype,
+                               const TaggerShape* shape, void* stream);
+
+// Bytes of scratch for a Gaussian backward; depends on the shape only.
+int64_t ladderfast_tagger_workspace_cuda(const TaggerShape* shape);
+
+// grad_scalar (seeds) and workspace are null for Bernoulli.
+int ladderfast_tagger_inputs_backward_cuda(int gaussian, const TaggerInput* grad_dz, const TaggerInput* grad_likelihood,
+                                           const TaggerInputs* in, void* grad_x, void* grad_z, void* grad_m,
+                                           void* grad_scalar, void* workspace, int dtype, int scalar_dtype,
+                                           const TaggerShape* shape, void* stream);
+
+int ladderfast_tagger_nll_backward_cuda(int gaussian, const TaggerInput* grad, const TaggerInputs* in, void* grad_x,
+                                        void* grad_z, void* grad_m, void* grad_scalar, void* workspace, int dtype,
+                                        int scalar_dtype, const TaggerShape* shape, void* stream);
+}

@@ -1,8 +1,8 @@
 // CPU kernels of the op `tagger`; contract in ../tagger.h, formulas in ../math/tagger.h.
 //
-// A vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups two or three times, the first time from
-// memory, then from the first-level cache. What is dear to compute (an exponential) is kept on the stack in between, for
-// the first 64 groups.
+// A vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups two or three times, the
+// first time from memory, then from the first-level cache. What is dear to compute (an exponential) is kept on the
+// stack in between, for the first 64 groups.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger.cpp"
 
@@ -54,8 +54,7 @@ struct TaggerView {
     const T* data;
     int64_t row, group;
 
-    explicit LF_HD TaggerView(const TaggerInput& t)
-        : data(static_cast<const T*>(t.data)), row(t.row), group(t.group) {}
+    explicit LF_HD TaggerView(const TaggerInput& t) : data(static_cast<const T*>(t.data)), row(t.row), group(t.group) {}
 
     // Of n pixels from (row r, group k, pixel d) on; `whole` says that n is the width of V.
     template <class V, bool whole>
@@ -228,8 +227,9 @@ struct GaussianInputsBackward : TaggerPass<T> {
             const V e = x - this->z.template load<V, whole>(r, k, d, n);
             const V w = k < kKept ? kept[k] : exp2_of(gaussian_exponent(e, v) - pixel.top);
             V out_z, out_m;
-            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n),
-                           e, this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
+            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
+                           grad_likelihood.template load<V, whole>(r, k, d, n), e,
+                           this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
@@ -292,7 +292,8 @@ struct BernoulliInputsBackward : TaggerPass<T> {
         pixel.finish_backward();
         for (int64_t k = 0; k < this->groups; ++k) {
             V out_z, out_m;
-            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n),
+            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
+                           grad_likelihood.template load<V, whole>(r, k, d, n),
                            pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
                            this->m.template load<V, whole>(r, k, d, n), b, out_z, out_m);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
@@ -404,8 +405,8 @@ struct BernoulliNllBackward : TaggerPass<T> {
         for (int64_t k = 0; k < this->groups; ++k)
             pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
         V out_x;
-        const V slope = pixel.backward(grad.template load<V, whole>(r, 0, d, n), this->x.template load<V, whole>(r, 0, d, n),
-                                       out_x);
+        const V slope = pixel.backward(grad.template load<V, whole>(r, 0, d, n),
+                                       this->x.template load<V, whole>(r, 0, d, n), out_x);
         write<whole>(out_x, grad_x + r * this->width + d, n);
         for (int64_t k = 0; k < this->groups; ++k) {
             write<whole>(slope * this->m.template load<V, whole>(r, k, d, n), grad_z + this->packed(r, k, d), n);
@@ -437,35 +438,35 @@ static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int
     }
 }
 
-#define LF_TAGGER_INSTANCES(T, suffix)                                                                                \
-    static void inputs_##suffix(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s,    \
-                                int64_t begin, int64_t end) {                                                         \
-        if (gaussian)                                                                                                 \
-            over_items<T>(GaussianInputs<T>(in, s, dz, likelihood), s, begin, end);                                   \
-        else                                                                                                          \
-            over_items<T>(BernoulliInputs<T>(in, s, dz, likelihood), s, begin, end);                                  \
-    }                                                                                                                 \
-    static void inputs_backward_##suffix(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,                 \
-                                         const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,               \
-                                         const TaggerShape& s, int64_t begin, int64_t end) {                          \
-        if (gaussian)                                                                                                 \
-            over_items<T>(GaussianInputsBackward<T>(gd, gl, in, s, gx, gz, gm, partials), s, begin, end);             \
-        else                                                                                                          \
-            over_items<T>(BernoulliInputsBackward<T>(gd, gl, in, s, gx, gz, gm), s, begin, end);                      \
-    }                                                                                                                 \
-    static void nll_##suffix(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,      \
-                             int64_t end) {                                                                           \
-        if (gaussian)                                                                                                 \
-            over_items<T>(GaussianNll<T>(in, s, nll), s, begin, end);                                                 \
-        else                                                                                                          \
-            over_items<T>(BernoulliNll<T>(in, s, nll), s, begin, end);                                                \
-    }                                                                                                                 \
-    static void nll_backward_##suffix(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,      \
-                                      T* gm, double* partials, const TaggerShape& s, int64_t begin, int64_t end) {    \
-        if (gaussian)                                                                                                 \
-            over_items<T>(GaussianNllBackward<T>(g, in, s, gx, gz, gm, partials), s, begin, end);                     \
-        else                                                                                                          \
-            over_items<T>(BernoulliNllBackward<T>(g, in, s, gx, gz, gm), s, begin, end);                              \
+#define LF_TAGGER_INSTANCES(T, suffix)                                                                             \
+    static void inputs_##suffix(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s, \
+                                int64_t begin, int64_t end) {                                                      \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianInputs<T>(in, s, dz, likelihood), s, begin, end);                                \
+        else                                                                                                       \
+            over_items<T>(BernoulliInputs<T>(in, s, dz, likelihood), s, begin, end);                               \
+    }                                                                                                              \
+    static void inputs_backward_##suffix(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,              \
+                                         const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,            \
+                                         const TaggerShape& s, int64_t begin, int64_t end) {                       \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianInputsBackward<T>(gd, gl, in, s, gx, gz, gm, partials), s, begin, end);          \
+        else                                                                                                       \
+            over_items<T>(BernoulliInputsBackward<T>(gd, gl, in, s, gx, gz, gm), s, begin, end);                   \
+    }                                                                                                              \
+    static void nll_##suffix(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,   \
+                             int64_t end) {                                                                        \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianNll<T>(in, s, nll), s, begin, end);                                              \
+        else                                                                                                       \
+            over_items<T>(BernoulliNll<T>(in, s, nll), s, begin, end);                                             \
+    }                                                                                                              \
+    static void nll_backward_##suffix(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,   \
+                                      T* gm, double* partials, const TaggerShape& s, int64_t begin, int64_t end) { \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianNllBackward<T>(g, in, s, gx, gz, gm, partials), s, begin, end);                  \
+        else                                                                                                       \
+            over_items<T>(BernoulliNllBackward<T>(g, in, s, gx, gz, gm), s, begin, end);                           \
     }
 
 LF_TAGGER_INSTANCES(float, f32)
@@ -483,40 +484,40 @@ int64_t tagger_items(const TaggerShape& s) {
     return s.groups > 0 ? s.seeds * plan.chunks * plan.blocks : 0;
 }
 
-#define LF_TAGGER_DISPATCH(T, suffix)                                                                                 \
-    template <>                                                                                                       \
-    void tagger_inputs<T>(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s,          \
-                          int64_t begin, int64_t end) {                                                               \
-        static const auto kernel = LF_SELECT(inputs_##suffix);                                                        \
-        kernel(gaussian, in, dz, likelihood, s, begin, end);                                                          \
-    }                                                                                                                 \
-    template <>                                                                                                       \
-    void tagger_inputs_backward<T>(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,                       \
-                                   const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,                     \
-                                   const TaggerShape& s, int64_t begin, int64_t end) {                                \
-        static const auto kernel = LF_SELECT(inputs_backward_##suffix);                                               \
-        kernel(gaussian, gd, gl, in, gx, gz, gm, partials, s, begin, end);                                            \
-    }                                                                                                                 \
-    template <>                                                                                                       \
-    void tagger_nll<T>(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,            \
-                       int64_t end) {                                                                                 \
-        static const auto kernel = LF_SELECT(nll_##suffix);                                                           \
-        kernel(gaussian, in, nll, s, begin, end);                                                                     \
-    }                                                                                                                 \
-    template <>                                                                                                       \
-    void tagger_nll_backward<T>(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz, T* gm,     \
-                                double* partials, const TaggerShape& s, int64_t begin, int64_t end) {                 \
-        static const auto kernel = LF_SELECT(nll_backward_##suffix);                                                  \
-        kernel(gaussian, g, in, gx, gz, gm, partials, s, begin, end);                                                 \
-    }                                                                                                                 \
-    template <>                                                                                                       \
-    void tagger_sum<T>(const double* partials, const T* variance, T* grad_variance, const TaggerShape& s) {           \
-        const int64_t items = s.seeds > 0 ? tagger_items(s) / s.seeds : 0;                                            \
-        for (int64_t seed = 0; seed < s.seeds; ++seed) {                                                              \
-            double total = 0;                                                                                         \
-            for (int64_t i = 0; i < items; ++i) total += partials[seed * items + i];                                  \
-            grad_variance[seed] = (T)(total / (2.0 * variance[seed]));                                                \
-        }                                                                                                             \
+#define LF_TAGGER_DISPATCH(T, suffix)                                                                             \
+    template <>                                                                                                   \
+    void tagger_inputs<T>(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s,      \
+                          int64_t begin, int64_t end) {                                                           \
+        static const auto kernel = LF_SELECT(inputs_##suffix);                                                    \
+        kernel(gaussian, in, dz, likelihood, s, begin, end);                                                      \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_inputs_backward<T>(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,                   \
+                                   const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,                 \
+                                   const TaggerShape& s, int64_t begin, int64_t end) {                            \
+        static const auto kernel = LF_SELECT(inputs_backward_##suffix);                                           \
+        kernel(gaussian, gd, gl, in, gx, gz, gm, partials, s, begin, end);                                        \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_nll<T>(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,        \
+                       int64_t end) {                                                                             \
+        static const auto kernel = LF_SELECT(nll_##suffix);                                                       \
+        kernel(gaussian, in, nll, s, begin, end);                                                                 \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_nll_backward<T>(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz, T* gm, \
+                                double* partials, const TaggerShape& s, int64_t begin, int64_t end) {             \
+        static const auto kernel = LF_SELECT(nll_backward_##suffix);                                              \
+        kernel(gaussian, g, in, gx, gz, gm, partials, s, begin, end);                                             \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_sum<T>(const double* partials, const T* variance, T* grad_variance, const TaggerShape& s) {       \
+        const int64_t items = s.seeds > 0 ? tagger_items(s) / s.seeds : 0;                                        \
+        for (int64_t seed = 0; seed < s.seeds; ++seed) {                                                          \
+            double total = 0;                                                                                     \
+            for (int64_t i = 0; i < items; ++i) total += partials[seed * items + i];                              \
+            grad_variance[seed] = (T)(total / (2.0 * variance[seed]));                                            \
+        }                                                                                                         \
     }
 
 LF_TAGGER_DISPATCH(float, f32)

@@ -7,14 +7,15 @@
 //               nll = -x log p - (1 - x) log(1 - p), p = sum_k m_k z_k
 //   both        likelihood_k = density_k / sum_h density_h
 //
-// A kernel goes over the groups of a pixel a few times: to gather, then to write. What a pixel gathers is a struct here.
-// Exponents are to the base 2: y_k = -(x - z_k)^2 / (2 v ln 2).
+// A kernel goes over the groups of a pixel a few times: to gather, then to write. What a pixel gathers is a struct
+// here. Exponents are to the base 2: y_k = -(x - z_k)^2 / (2 v ln 2).
 //
 // Textual header without an include guard: it is included inside the namespace that uses it, on the CPU once per
 // instruction set. V is a scalar or a vector type. Declared before: LF_HD (host_device.h) and, for V,
 //   constant<V>(double)      exp2_of(V), zero where it underflows       log_of(V), of positive normal numbers
-//   larger(a, b), smaller(a, b): b if either is NaN                     exponent_of(V): floor(log2) of positive numbers,
-//   if_less(a, b, then, otherwise): a < b ? then : otherwise            for subnormal ones that of the least normal
+//   larger(a, b), smaller(a, b): b if either is NaN                     exponent_of(V): floor(log2) of positive
+//   numbers, if_less(a, b, then, otherwise): a < b ? then : otherwise            for subnormal ones that of the least
+//   normal
 
 // Numbers of reference/tagger.py.
 #define LF_TAGGER_CLIP 1e-4
@@ -169,8 +170,7 @@ struct BernoulliPixel {
     }
     LF_HD void backward(V grad_dz, V grad_likelihood, V xi, V m, const BernoulliScalar<V>& s, V& grad_z, V& grad_m) {
         const V d = density(xi);
-        const V grad_d =
-            if_less(constant<V>(LF_TAGGER_FLOOR), d, (grad_likelihood - dot) * share, constant<V>(0));
+        const V grad_d = if_less(constant<V>(LF_TAGGER_FLOOR), d, (grad_likelihood - dot) * share, constant<V>(0));
         grad_m = grad_dz * pole + grad_s * xi;
         grad_z = (grad_s * m + grad_d * sign) * s.keep;
         sum_x = sum_x + grad_d * (xi + xi - constant<V>(1));
@@ -184,9 +184,7 @@ struct BernoulliMixture {
 
     LF_HD BernoulliMixture() : p(constant<V>(0)) {}
     LF_HD void gather(V z, V m) { p = p + m * z; }
-    LF_HD V clipped() const {
-        return smaller(constant<V>(1 - LF_TAGGER_CLIP), larger(constant<V>(LF_TAGGER_CLIP), p));
-    }
+    LF_HD V clipped() const { return smaller(constant<V>(1 - LF_TAGGER_CLIP), larger(constant<V>(LF_TAGGER_CLIP), p)); }
     LF_HD V nll(V x) const {
         const V one = constant<V>(1), c = clipped();
         return (constant<V>(0) - x * log_of(c)) - (one - x) * log_of(one - c);
