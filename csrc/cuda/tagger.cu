@@ -26,7 +26,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kHeld = 4;  // groups that stay in registers
 template <class T>
-constexpr int kSlice = sizeof(T) == 8 ? 2 : 4;  // elements of a slice
+constexpr int kSlice = sizeof(T) == 8 ? 1 : 4;  // elements of a slice
 
 // Blocks are counted tile first, then chunk of rows, then seed.
 struct Plan {
@@ -394,7 +394,7 @@ __device__ __forceinline__ double block_sum(double value, int threads) {
 
 // One pass; partials has an entry for each block where `sums`.
 template <class Pass, class T, int N, int held, bool whole, bool sums>
-__global__ void __launch_bounds__(kThreads) over_rows(Pass pass, double* __restrict__ partials, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) over_rows(Pass pass, double* __restrict__ partials, Plan plan) {
     const Place place(plan, N);
     Compute<T> sum = 0;
     if (place.row < place.row_end) {

@@ -24,14 +24,15 @@ def _by_row(scalar: Tensor, z: Tensor) -> Tensor:
     """The scalar, shaped to broadcast over z (N, K, D)."""
     if scalar.dim() == 0:
         return scalar
-    return scalar.repeat_interleave(z.shape[0] // scalar.shape[0]).reshape(-1, 1, 1)
+    return scalar.repeat_interleave(z.shape[0] // max(scalar.shape[0], 1)).reshape(-1, 1, 1)
 
 
 def _sum_for(scalar: Tensor, terms: Tensor) -> Tensor:
     """Sums of terms (N, ...) over everything that shares an entry of the scalar."""
     if scalar.dim() == 0:
         return terms.sum()
-    return terms.reshape(scalar.shape[0], terms.shape[0] // scalar.shape[0], -1).sum((1, 2))
+    seeds = scalar.shape[0]
+    return terms.flatten(1).sum(1).reshape(seeds, terms.shape[0] // max(seeds, 1)).sum(1)
 
 
 def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, torch.float32, id="bfloat16-scalar-float32"),
     pytest.param(torch.float16, torch.float16, id="float16"),
 ]
-# (rows, groups, pixels, seeds). A slice is four pixels, of float64 two; four groups stay in registers.
+# (rows, groups, pixels, seeds). A slice is four pixels, of float64 one; four groups stay in registers.
 SHAPES = [
     (1, 1, 1, 1),
     (3, 4, 8, 1),  # whole slices, groups in registers
