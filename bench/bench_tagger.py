@@ -1,8 +1,8 @@
 """Tagger's group inputs and mixture costs: forward, backward and both, beside the reference and torch.compile of it.
 
-The yardsticks compute ladderfast.reference.tagger in the same run. Bytes, in elements for each of z: forward reads z and
-m, and the inputs write two of the size; backward reads z, m and two such gradients (the cost's is smaller), and writes
-two. What has the size of x counts as 1 / K.
+The yardsticks compute ladderfast.reference.tagger in the same run. Bytes, in elements for each of z: forward reads z
+and m, and the inputs write two of the size; backward reads z, m and two such gradients (the cost has a smaller one),
+and writes two. What has the size of x counts as 1 / K.
 """
 
 from __future__ import annotations

@@ -185,7 +185,9 @@ def _check(op: str, x: Tensor, z: Tensor, m: Tensor) -> None:
         raise ValueError(f"{op}: m must have the shape of z, {shape_text(z)}; got {shape_text(m)}")
     wanted = (z.shape[0], z.shape[2])
     if x.shape != wanted:
-        raise ValueError(f"{op}: x must have shape {wanted} for z of shape {shape_text(z)}; got {shape_text(x)}")
+        raise ValueError(
+            f"{op}: x must have shape {wanted} for z of shape {shape_text(z)}; got {shape_text(x)}"
+        )
     for name, t in (("x", x), ("m", m)):
         if t.dtype != z.dtype:
             raise TypeError(f"{op}: {name} must have the dtype of z, {z.dtype}; got {t.dtype}")
@@ -242,9 +244,7 @@ def _prepare_variance(op: str, variance: Tensor | float, z: Tensor) -> Tensor:
     return scalar
 
 
-def gaussian_group_inputs(
-    x: Tensor, z: Tensor, m: Tensor, variance: Tensor | float
-) -> tuple[Tensor, Tensor]:
+def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
     """What Tagger tells each group about a continuous input.
 
         density_k    = Normal(x; z_k, variance)

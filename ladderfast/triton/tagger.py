@@ -56,8 +56,13 @@ def _larger(a, b):
 
 
 @triton.jit
-def _smaller(a, b):
-    return tl.where(a < b, a, b)
+def _at_least(x, low: tl.constexpr):
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def _at_most(x, high: tl.constexpr):
+    return tl.where(x > high, high, x)
 
 
 @triton.jit
@@ -95,7 +100,7 @@ def _gaussian_inputs_kernel(
         e = x - _load(z_ptr, base + k * pixels, mask)
         total += tl.exp2((e * scale) * e - top)
     share = 1.0 / total
-    peak = tl.exp2(top) / tl.sqrt(TWO_PI * v)
+    peak = tl.exp2(top) / tl.sqrt(v * TWO_PI)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
@@ -141,7 +146,7 @@ def _gaussian_inputs_backward_kernel(
         dot += w * _load(grad_likelihood_ptr, at, mask)
     share = 1.0 / total
     dot *= share
-    peak = tl.exp2(top) / tl.sqrt(TWO_PI * v)
+    peak = tl.exp2(top) / tl.sqrt(v * TWO_PI)
     sum_x = tl.zeros([BLOCK], dtype=tl.float32)
     sum_v = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
@@ -188,8 +193,8 @@ def _gaussian_nll_kernel(
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        total += _load(m_ptr, at, mask) * tl.exp2(_smaller(MOST, (e * scale) * e - top))
-    _store(nll_ptr, row * pixels + d, (0.5 * tl.log(TWO_PI * v) - LN2 * top) - tl.log(total), mask)
+        total += _load(m_ptr, at, mask) * tl.exp2(_at_most((e * scale) * e - top, MOST))
+    _store(nll_ptr, row * pixels + d, (0.5 * tl.log(v * TWO_PI) - top * LN2) - tl.log(total), mask)
 
 
 @triton.jit
@@ -224,14 +229,14 @@ def _gaussian_nll_backward_kernel(
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        total += _load(m_ptr, at, mask) * tl.exp2(_smaller(MOST, (e * scale) * e - top))
+        total += _load(m_ptr, at, mask) * tl.exp2(_at_most((e * scale) * e - top, MOST))
     sum_v = _load(grad_ptr, row * pixels + d, mask)
     share = sum_v / total
     sum_x = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        grad_m = -share * tl.exp2(_smaller(MOST, (e * scale) * e - top))
+        grad_m = -share * tl.exp2(_at_most((e * scale) * e - top, MOST))
         grad_z = (grad_m * _load(m_ptr, at, mask)) * (e * precision)
         _store(grad_z_ptr, at, grad_z, mask)
         _store(grad_m_ptr, at, grad_m, mask)
@@ -256,7 +261,7 @@ def _sum_kernel(partial_ptr, variance_ptr, grad_variance_ptr, per_seed, BLOCK: t
 @triton.jit
 def _denominator(x, mixture):
     """That of dz, before it is kept off its pole."""
-    return (x - 1.0) + _smaller(HIGH, _larger(LOW, mixture))
+    return (x - 1.0) + _at_most(_at_least(mixture, LOW), HIGH)
 
 
 @triton.jit
@@ -290,14 +295,14 @@ def _bernoulli_inputs_kernel(
         at = base + k * pixels
         xi = _load(z_ptr, at, mask) * keep + flip
         mixture += xi * _load(m_ptr, at, mask)
-        total += _larger(LEAST, (1.0 - x) + xi * sign)
+        total += _at_least((1.0 - x) + xi * sign, LEAST)
     pole = 1.0 / _off_pole(_denominator(x, mixture))
     share = 1.0 / total
     for k in range(groups):
         at = base + k * pixels
         xi = _load(z_ptr, at, mask) * keep + flip
         _store(dz_ptr, at, _load(m_ptr, at, mask) * pole, mask)
-        _store(likelihood_ptr, at, _larger(LEAST, (1.0 - x) + xi * sign) * share, mask)
+        _store(likelihood_ptr, at, _at_least((1.0 - x) + xi * sign, LEAST) * share, mask)
 
 
 @triton.jit
@@ -331,7 +336,7 @@ def _bernoulli_inputs_backward_kernel(
         at = base + k * pixels
         xi = _load(z_ptr, at, mask) * keep + flip
         m = _load(m_ptr, at, mask)
-        density = _larger(LEAST, (1.0 - x) + xi * sign)
+        density = _at_least((1.0 - x) + xi * sign, LEAST)
         mixture += xi * m
         total += density
         dot += density * _load(grad_likelihood_ptr, at, mask)
@@ -364,7 +369,7 @@ def _bernoulli_nll_kernel(x_ptr, z_ptr, m_ptr, nll_ptr, blocks, groups, pixels, 
     for k in range(groups):
         at = base + k * pixels
         p += _load(m_ptr, at, mask) * _load(z_ptr, at, mask)
-    c = _smaller(HIGH, _larger(LOW, p))
+    c = _at_most(_at_least(p, LOW), HIGH)
     _store(nll_ptr, row * pixels + d, -x * tl.log(c) - (1.0 - x) * tl.log(1.0 - c), mask)
 
 
@@ -390,7 +395,7 @@ def _bernoulli_nll_backward_kernel(
     for k in range(groups):
         at = base + k * pixels
         p += _load(m_ptr, at, mask) * _load(z_ptr, at, mask)
-    c = _smaller(HIGH, _larger(LOW, p))
+    c = _at_most(_at_least(p, LOW), HIGH)
     _store(grad_x_ptr, row * pixels + d, grad * (tl.log(1.0 - c) - tl.log(c)), mask)
     slope = grad * ((1.0 - x) / (1.0 - c) - x / c)
     slope = tl.where((p < LOW) | (p > HIGH), 0.0, slope)
@@ -419,7 +424,7 @@ def _empty(*shaped: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in shaped)
 
 
-def _inputs(kernel, x: Tensor, z: Tensor, m: Tensor, scalar: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _inputs(kernel, x: Tensor, z: Tensor, m: Tensor, scalar: Tensor) -> tuple[Tensor, Tensor]:
     dz, likelihood = _empty(z, z)
     if z.numel() > 0:
         plan = Plan(z, scalar)
@@ -429,7 +434,7 @@ def _inputs(kernel, x: Tensor, z: Tensor, m: Tensor, scalar: Tensor) -> tuple[Te
     return dz, likelihood
 
 
-def _nll(kernel, x: Tensor, z: Tensor, m: Tensor, scalar: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+def _nll(kernel, x: Tensor, z: Tensor, m: Tensor, scalar: Tensor | None) -> Tensor:
     (nll,) = _empty(x)
     if z.numel() > 0:
         plan = Plan(z, scalar)
@@ -439,7 +444,7 @@ def _nll(kernel, x: Tensor, z: Tensor, m: Tensor, scalar: Tensor | None) -> Tens
     return nll
 
 
-def _gaussian_backward(kernel, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _gaussian_backward(kernel, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`given` ends in x, z, m and variance."""
     x, z, m, variance = given[-4:]
     grad_x, grad_z, grad_m, grad_variance = _empty(x, z, m, variance)
@@ -467,7 +472,7 @@ def _gaussian_backward(kernel, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return grad_x, grad_z, grad_m, grad_variance
 
 
-def _bernoulli_backward(kernel, scalar: Tensor | None, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _bernoulli_backward(kernel, scalar: Tensor | None, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`given` ends in x, z and m."""
     x, z, m = given[-3:]
     grad_x, grad_z, grad_m = _empty(x, z, m)
@@ -488,9 +493,7 @@ def _bernoulli_backward(kernel, scalar: Tensor | None, *given: Tensor) -> tuple[
 
 
 @triton_op("ladderfast::gaussian_group_inputs_triton", mutates_args={})
-def gaussian_group_inputs_triton(
-    x: Tensor, z: Tensor, m: Tensor, variance: Tensor
-) -> tuple[Tensor, Tensor]:
+def gaussian_group_inputs_triton(x: Tensor, z: Tensor, m: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """See ladderfast.ops.gaussian_group_inputs; variance () or (S,), as in ladderfast.reference.tagger."""
     return _inputs(_gaussian_inputs_kernel, x, z, m, variance)
 
@@ -520,9 +523,7 @@ def gaussian_group_inputs_backward_triton(
     grad_dz: Tensor, grad_likelihood: Tensor, x: Tensor, z: Tensor, m: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to x, z, m and variance."""
-    return _gaussian_backward(
-        _gaussian_inputs_backward_kernel, grad_dz, grad_likelihood, x, z, m, variance
-    )
+    return _gaussian_backward(_gaussian_inputs_backward_kernel, grad_dz, grad_likelihood, x, z, m, variance)
 
 
 @triton_op("ladderfast::bernoulli_group_inputs_backward_triton", mutates_args={})

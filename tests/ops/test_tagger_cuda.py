@@ -97,7 +97,10 @@ class Case:
         """Outputs and gradients of the reference in `dtype`."""
         given = self.to(dtype)
         out = getattr(reference, self.name)(*given[len(self.grads) :])
-        return [*([out] if isinstance(out, Tensor) else out), *getattr(reference, self.name + "_backward")(*given)]
+        return [
+            *([out] if isinstance(out, Tensor) else out),
+            *getattr(reference, self.name + "_backward")(*given),
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,14 @@ def test_alignment_strides_and_order_change_no_bit(lib, name, groups, dtype) -> 
     """Pointers need only their element's alignment; rows may lie apart; blocks and threads come in any order."""
     case = Case.draw(name, (9, groups, 24, 1), dtype)
     expected, size = run(lib, case), case.z.element_size()
-    for options in ({"off": (size, 0)}, {"off": (0, size)}, {"padded": 1}, {"padded": 8}, {"seed": 1}, {"seed": 2}):
+    for options in (
+        {"off": (size, 0)},
+        {"off": (0, size)},
+        {"padded": 1},
+        {"padded": 8},
+        {"seed": 1},
+        {"seed": 2},
+    ):
         seed = options.pop("seed", 0)
         with lib.order(seed) if seed else nullcontext():
             for a, b in zip(expected, run(lib, case, **options), strict=True):
@@ -224,7 +234,10 @@ def test_stress(lib, groups, variance) -> None:
     for name in NAMES[::2]:
         case = Case.draw(name, (11, groups, 4, 1))
         scale = (2 * variance * torch.logspace(-3, 5, 11)).sqrt()
-        case.x, case.z = torch.rand(11, 4) * scale[:, None], -0.1 * torch.rand(case.z.shape) * scale[:, None, None]
+        case.x, case.z = (
+            torch.rand(11, 4) * scale[:, None],
+            -0.1 * torch.rand(case.z.shape) * scale[:, None, None],
+        )
         case.m = torch.zeros_like(case.m)
         case.m[:, 0] = 1
         case.scalar = torch.tensor([variance])
@@ -272,6 +285,15 @@ def test_refused(lib) -> None:
         ((1, 2**31, 1, 1), 0, 0),
         ((1, 1, 2**31, 1), 0, 0),
     ):
-        arguments = (1, ctypes.byref(inputs), None, None, dtype, scalar_dtype, ctypes.byref(Shape(*sizes)), None)
+        arguments = (
+            1,
+            ctypes.byref(inputs),
+            None,
+            None,
+            dtype,
+            scalar_dtype,
+            ctypes.byref(Shape(*sizes)),
+            None,
+        )
         assert lib.call("ladderfast_tagger_inputs_cuda", *arguments) == 1
     assert lib.blocks() == before
