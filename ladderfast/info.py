@@ -13,7 +13,17 @@ from ladderfast import _extension
 from ladderfast.ops import backend
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-OPS = ("gaussian_combinator", "ladder_encoder", "ladder_decoder", "soft_pool2d", "soft_unpool2d")
+OPS = (
+    "gaussian_combinator",
+    "ladder_encoder",
+    "ladder_decoder",
+    "soft_pool2d",
+    "soft_unpool2d",
+    "gaussian_group_inputs",
+    "bernoulli_group_inputs",
+    "gaussian_mixture_nll",
+    "bernoulli_mixture_nll",
+)
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),

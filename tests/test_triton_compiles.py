@@ -153,12 +153,25 @@ compile(c._merge_moments_kernel, tensors, {"BLOCK": c.MOMENTS, "CHUNKS": c.CHUNK
 compile(c._merge_projections_kernel, tensors, {"WIDTH": 4, "CHUNKS": c.CHUNKS})
 compile(c._sum_kernel, tensors, {"SLOTS": c.SLOTS, "COLUMNS": 128})
 """
+TAGGER = r"""
+from ladderfast.triton import tagger
+
+for element in ("*fp32", "*bf16"):
+    for name in ("gaussian_inputs", "bernoulli_inputs", "gaussian_nll", "bernoulli_nll"):
+        for kernel in (getattr(tagger, f"_{name}_kernel"), getattr(tagger, f"_{name}_backward_kernel")):
+            tensors = {n: element for n in kernel.arg_names if n.endswith("_ptr")}
+            tensors |= {"scalar_ptr": "*fp32", "partial_ptr": "*fp32"}
+            compile(kernel, tensors, {"BLOCK": 512})
+tensors = {n: "*fp32" for n in ("partial_ptr", "variance_ptr", "grad_variance_ptr")}
+compile(tagger._sum_kernel, tensors, {"BLOCK": tagger.SUM_BLOCK})
+"""
 CODE = {
     "combinator": (COMBINATOR, 41),
     "ladder_decoder": (LADDER_DECODER, 2 * 19 + 5 + 7),
     "ladder_encoder": (LADDER_ENCODER, 5 * 6 + 2 * 2),
     "what_where": (WHAT_WHERE, 16),
     "ln_convlstm": (LN_CONVLSTM, 37),
+    "tagger": (TAGGER, 17),
 }
 
 

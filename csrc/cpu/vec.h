@@ -189,25 +189,33 @@ LF_HD Sigmoid<Vec<T>> sigmoid(Vec<T> x) {
 }
 
 #if LF_VECTOR_BYTES == 64
-// float with AVX-512, arranged for the few units that multiply, which limit the kernels. 2^y = 2^(k/32) 2^r with |r| <=
-// 1/64: a table in two registers gives the fraction of k/32, less what k << 18, which puts the whole part where the
-// exponent is, brings with it. The slope's absolute error is that of s.
-LF_HD Sigmoid<Vec<float>> sigmoid(Vec<float> x) {
-    alignas(64) static const uint32_t table[32] = {
-        0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
-        0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
-        0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
-        0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+// Bits of 2^(k/32) less k << 18, by which the fraction of k/32 reaches into the exponent.
+alignas(64) static const uint32_t exp2_table[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+
+// 2^y = scale 2^r with |r| <= 1/64 and scale = 2^(k/32), which spares the few units that multiply: a table in two
+// registers gives the fraction of k/32, and k << 18 puts the whole part where the exponent is.
+LF_HD void exp2_parts(__m512 y, VecTraits<float>::Raw& r, VecTraits<float>::Raw& scale) {
     using V = VecTraits<float>::Raw;
     using I = VecTraits<float>::RawInt;
+    const V shifted = (V)y + 393216.0f;  // 1.5 * 2^18: sums have steps of 1/32
+    r = (V)y - (shifted - 393216.0f);
+    const I fraction = (I)_mm512_permutex2var_epi32(_mm512_load_si512(exp2_table), (__m512i)shifted,
+                                                    _mm512_load_si512(exp2_table + 16));
+    scale = (V)(fraction + ((I)shifted << 18));
+}
+
+// float with AVX-512. The slope's absolute error is that of s.
+LF_HD Sigmoid<Vec<float>> sigmoid(Vec<float> x) {
+    using V = VecTraits<float>::Raw;
     __m512 y = (__m512)(x.raw * -1.44269504f);
     y = _mm512_min_ps(_mm512_set1_ps(125.0f), y);  // the second operand where one is NaN
     y = _mm512_max_ps(_mm512_set1_ps(-125.0f), y);
-    const V shifted = (V)y + 393216.0f;  // 1.5 * 2^18: sums have steps of 1/32
-    const V r = (V)y - (shifted - 393216.0f);
-    const I fraction =
-        (I)_mm512_permutex2var_epi32(_mm512_load_si512(table), (__m512i)shifted, _mm512_load_si512(table + 16));
-    const V scale = (V)(fraction + ((I)shifted << 18));
+    V r, scale;
+    exp2_parts(y, r, scale);
     const V p = (r * 0.240226507f + 0.693157344f) * r + 1.0f;
     const V s = 1.0f / (p * scale + 1.0f);
     return {{s}, {s - s * s}};

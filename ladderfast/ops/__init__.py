@@ -3,10 +3,20 @@
 from ladderfast.ops.combinator import gaussian_combinator
 from ladderfast.ops.ladder_decoder import ladder_decoder
 from ladderfast.ops.ladder_encoder import ladder_encoder
+from ladderfast.ops.tagger import (
+    bernoulli_group_inputs,
+    bernoulli_mixture_nll,
+    gaussian_group_inputs,
+    gaussian_mixture_nll,
+)
 from ladderfast.ops.what_where import soft_pool2d, soft_unpool2d
 
 __all__ = [
+    "bernoulli_group_inputs",
+    "bernoulli_mixture_nll",
     "gaussian_combinator",
+    "gaussian_group_inputs",
+    "gaussian_mixture_nll",
     "ladder_decoder",
     "ladder_encoder",
     "soft_pool2d",

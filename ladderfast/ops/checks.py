@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def shape_text(t: Tensor) -> str:
@@ -16,7 +16,7 @@ def check_dtype(op: str, name: str, t: Tensor) -> None:
     """A tensor of a floating dtype that the ops know, or a TypeError."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}")
-    if t.dtype not in _FLOATS:
+    if t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
 
 
@@ -28,5 +28,16 @@ def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = first.dtype
     for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in the widest of their dtypes, float32 at least; otherwise as they are."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.float32
+    for t in tensors:
         dtype = torch.promote_types(dtype, t.dtype)
     return tuple(t.to(dtype) for t in tensors)

@@ -1,0 +1,175 @@
+// Elementary functions of vectors beside the sigmoid, for formulas that are written over scalars and vectors alike.
+// Textual header, included after vec.h.
+
+// Two vectors side by side, for formulas whose chain of operations is longer than one vector can hide.
+template <class T>
+struct Pair {
+    static constexpr int width = 2 * Vec<T>::width;
+    Vec<T> a, b;
+
+    static LF_HD Pair load(const T* p) { return {Vec<T>::load(p), Vec<T>::load(p + Vec<T>::width)}; }
+    static LF_HD Pair broadcast(T x) { return {Vec<T>::broadcast(x), Vec<T>::broadcast(x)}; }
+    LF_HD void store(T* p) const {
+        a.store(p);
+        b.store(p + Vec<T>::width);
+    }
+
+    friend LF_HD Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+    friend LF_HD Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+    friend LF_HD Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+    friend LF_HD Pair operator/(Pair x, Pair y) { return {x.a / y.a, x.b / y.b}; }
+};
+
+template <class V>
+struct ScalarOf;
+template <class T>
+struct ScalarOf<Vec<T>> {
+    using type = T;
+};
+template <class T>
+struct ScalarOf<Pair<T>> {
+    using type = T;
+};
+
+template <class V>
+LF_HD V constant(double x) {
+    return V::broadcast(static_cast<typename ScalarOf<V>::type>(x));
+}
+
+// The larger and the smaller one; b if either is NaN.
+template <class T>
+LF_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
+    return {a.raw > b.raw ? a.raw : b.raw};
+}
+template <class T>
+LF_HD Vec<T> smaller(Vec<T> a, Vec<T> b) {
+    return {a.raw < b.raw ? a.raw : b.raw};
+}
+
+// Where a < b, `then`; elsewhere, and where one of them is NaN, `otherwise`.
+template <class T>
+LF_HD Vec<T> if_less(Vec<T> a, Vec<T> b, Vec<T> then, Vec<T> otherwise) {
+    return {a.raw < b.raw ? then.raw : otherwise.raw};
+}
+
+// exp(r) for |r| <= ln(2) / 2.
+LF_HD VecTraits<double>::Raw exp_fraction(VecTraits<double>::Raw r) {
+    using V = VecTraits<double>::Raw;
+    V p = V{} + 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    return (p * r) * r + r + 1.0;
+}
+
+// 2^y for y <= 126.5, with 0 from about 2^-127 on; NaN stays NaN. The clamped exponent makes the scale exactly 0.
+LF_HD Vec<float> exp2_of(Vec<float> y) {
+    using V = VecTraits<float>::Raw;
+#if LF_VECTOR_BYTES == 64
+    V r, scale;
+    exp2_parts(_mm512_max_ps(_mm512_set1_ps(-127.0f), (__m512)y.raw), r, scale);
+    return {(((r * 0.0555041087f + 0.240226507f) * r + 0.693147182f) * r) * scale + scale};
+#else
+    using I = VecTraits<float>::RawInt;
+    const V lo = V{} - 127.0f, round = V{} + 12582912.0f;
+    const V clamped = y.raw < lo ? lo : y.raw;
+    const V shifted = clamped + round;
+    const I scale = ((I)shifted << 23) + 0x3f800000;
+    const V r = clamped - (shifted - round);
+    const V r2 = r * r;
+    const V p01 = r * 0.693147182f + 1.0f, p23 = r * 0.0555035695f + 0.240226507f;
+    const V p45 = r * 0.00133909786f + 0.00961808208f;
+    const V p46 = r2 * 0.000154532623f + p45;
+    return {((p46 * r2 + p23) * r2 + p01) * (V)scale};
+#endif
+}
+
+// 2^y for y <= 1022.5, with 0 from about 2^-1023 on.
+LF_HD Vec<double> exp2_of(Vec<double> y) {
+    using V = VecTraits<double>::Raw;
+    using I = VecTraits<double>::RawInt;
+    const V lo = V{} - 1023.0, round = V{} + 6755399441055744.0;
+    const V clamped = y.raw < lo ? lo : y.raw;
+    const V shifted = clamped + round;
+    const I scale = ((I)shifted << 52) + 0x3ff0000000000000;
+    return {exp_fraction((clamped - (shifted - round)) * 0.6931471805599453) * (V)scale};
+}
+
+// Bits of the format: of the mantissa, of 1, of sqrt(1/2), and of the number whose last place is 1.
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+    static constexpr int32_t mantissa = 23, one = 0x3f800000, root_half = 0x3f3504f3, integer = 0x4b000000;
+    static constexpr float bias = 8388608.0f + 127.0f;  // of an exponent field written into `integer`
+    static constexpr int terms = 5;                     // of log's series
+};
+template <>
+struct Format<double> {
+    static constexpr int64_t mantissa = 52, one = 0x3ff0000000000000, root_half = 0x3fe6a09e667f3bcd,
+                             integer = 0x4330000000000000;
+    static constexpr double bias = 4503599627370496.0 + 1023.0;
+    static constexpr int terms = 11;
+};
+
+// floor(log2 x) of x > 0; of subnormal numbers, that of the least normal one.
+template <class T>
+LF_HD Vec<T> exponent_of(Vec<T> x) {
+    using V = typename VecTraits<T>::Raw;
+    using I = typename VecTraits<T>::RawInt;
+    const Vec<T> exponent = {(V)(((I)x.raw >> Format<T>::mantissa) | Format<T>::integer) - Format<T>::bias};
+    return larger(constant<Vec<T>>(sizeof(T) == 4 ? -126 : -1022), exponent);
+}
+
+// log x of positive normal numbers; NaN stays NaN.
+//
+// x = 2^n (1 + z) with 1 + z in [sqrt(1/2), sqrt(2)), and log(1 + z) = 2 atanh(w) with w = z / (2 + z): written as
+// z - w (z - R), where z is exact and R = 2 w^2 (1/3 + w^2 / 5 + ...), only the smaller part is rounded.
+template <class T>
+LF_HD Vec<T> log_of(Vec<T> x) {
+    using V = typename VecTraits<T>::Raw;
+    using I = typename VecTraits<T>::RawInt;
+    using F = Format<T>;
+    const I bits = (I)x.raw + (F::one - F::root_half);
+    const V n = (V)((bits >> F::mantissa) | F::integer) - F::bias;
+    const V z = (V)((bits & ((typename VecTraits<T>::Int(1) << F::mantissa) - 1)) + F::root_half) - T(1);
+    const V w = z / (z + T(2));
+    const V w2 = w * w;
+    V r = V{} + T(2) / (2 * F::terms + 1);
+    for (int k = F::terms - 1; k > 0; --k) r = r * w2 + T(2) / (2 * k + 1);
+    const V rest = x.raw - x.raw;  // NaN where x is
+    return {n * T(0.6931471805599453) + (z - w * (z - r * w2) + rest)};
+}
+
+template <class T>
+LF_HD Pair<T> larger(Pair<T> x, Pair<T> y) {
+    return {larger(x.a, y.a), larger(x.b, y.b)};
+}
+template <class T>
+LF_HD Pair<T> smaller(Pair<T> x, Pair<T> y) {
+    return {smaller(x.a, y.a), smaller(x.b, y.b)};
+}
+template <class T>
+LF_HD Pair<T> if_less(Pair<T> x, Pair<T> y, Pair<T> then, Pair<T> otherwise) {
+    return {if_less(x.a, y.a, then.a, otherwise.a), if_less(x.b, y.b, then.b, otherwise.b)};
+}
+template <class T>
+LF_HD Pair<T> exp2_of(Pair<T> y) {
+    return {exp2_of(y.a), exp2_of(y.b)};
+}
+template <class T>
+LF_HD Pair<T> exponent_of(Pair<T> x) {
+    return {exponent_of(x.a), exponent_of(x.b)};
+}
+template <class T>
+LF_HD Pair<T> log_of(Pair<T> x) {
+    return {log_of(x.a), log_of(x.b)};
+}

@@ -1,0 +1,528 @@
+// CPU kernels of the op `tagger`; contract in ../tagger.h, formulas in ../math/tagger.h.
+//
+// A vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups two or three times, the
+// first time from memory, then from the first-level cache. What is dear to compute (an exponential) is kept on the
+// stack in between, for the first 64 groups.
+#undef LF_THIS_FILE
+#define LF_THIS_FILE "tagger.cpp"
+
+#ifndef LADDERFAST_CPU_TAGGER_PLAN
+#define LADDERFAST_CPU_TAGGER_PLAN
+
+#include "../tagger.h"
+#include "isa.h"
+
+extern "C" double log(double);
+extern "C" double sqrt(double);
+
+namespace ladderfast::cpu {
+
+// How a shape is cut: an item is some rows of one seed, and a block of their pixels.
+struct TaggerPlan {
+    int64_t rows;  // of a seed
+    int64_t rows_per_item, chunks, blocks;
+
+    static constexpr int64_t kBlock = 2048;     // pixels of an item, at most
+    static constexpr int64_t kElements = 4096;  // elements of an item, where its rows are short
+
+    explicit TaggerPlan(const TaggerShape& s) {
+        rows = s.seeds > 0 ? s.rows / s.seeds : 0;
+        const int64_t row = s.groups * (s.pixels < kBlock ? s.pixels : kBlock);
+        rows_per_item = row > 0 && row < kElements ? kElements / row : 1;
+        chunks = (rows + rows_per_item - 1) / rows_per_item;
+        blocks = (s.pixels + kBlock - 1) / kBlock;
+    }
+};
+
+}  // namespace ladderfast::cpu
+
+#endif
+
+#include "foreach_isa.h"
+
+namespace ladderfast::cpu {
+namespace LF_ISA {
+
+#include "vec.h"
+#include "elementary.h"
+#include "../math/tagger.h"
+
+static const int64_t kKept = 64;  // groups whose intermediate results are kept
+
+template <class T>
+struct TaggerView {
+    const T* data;
+    int64_t row, group;
+
+    explicit LF_HD TaggerView(const TaggerInput& t) : data(static_cast<const T*>(t.data)), row(t.row), group(t.group) {}
+
+    // Of n pixels from (row r, group k, pixel d) on; `whole` says that n is the width of V.
+    template <class V, bool whole>
+    LF_HD V load(int64_t r, int64_t k, int64_t d, int64_t n) const {
+        const T* at = data + r * row + k * group + d;
+        if constexpr (whole)
+            return V::load(at);
+        else
+            return V::load(at, n);
+    }
+};
+
+template <bool whole, class V, class T>
+static LF_HD void write(V value, T* to, int64_t n) {
+    if constexpr (whole)
+        value.store(to);
+    else
+        value.store(to, n);
+}
+
+template <class T>
+static LF_HD GaussianScalar<T> gaussian_scalar(const void* variance, int64_t seed) {
+    const double v = static_cast<const T*>(variance)[seed];
+    const double two_pi_v = 6.283185307179586 * v;
+    return {T(-0.7213475204444817 / v), T(1 / sqrt(two_pi_v)), T(1 / v), T(0.5 * log(two_pi_v)),
+            T(sizeof(T) == 4 ? 126 : 1022)};
+}
+
+template <class V, class T>
+static LF_HD GaussianScalar<V> broadcast(const GaussianScalar<T>& s) {
+    return {V::broadcast(s.scale), V::broadcast(s.norm), V::broadcast(s.precision), V::broadcast(s.offset),
+            V::broadcast(s.most)};
+}
+
+template <class T>
+static LF_HD BernoulliScalar<T> bernoulli_scalar(const void* flip_prob, int64_t seed) {
+    const T b = static_cast<const T*>(flip_prob)[seed];
+    return {b, 1 - 2 * b};
+}
+
+template <class V, class T>
+static LF_HD BernoulliScalar<V> broadcast(const BernoulliScalar<T>& s) {
+    return {V::broadcast(s.flip), V::broadcast(s.keep)};
+}
+
+// Each pass is a struct: start(seed), pixels<V, whole>(row, pixel, count), and for sums end_row() and end_item(item).
+template <class T>
+struct TaggerPass {
+    TaggerView<T> x, z, m;
+    const void* scalar;
+    int64_t groups, width;
+
+    LF_HD TaggerPass(const TaggerInputs& in, const TaggerShape& s)
+        : x(in.x), z(in.z), m(in.m), scalar(in.scalar), groups(s.groups), width(s.pixels) {}
+    LF_HD int64_t packed(int64_t r, int64_t k, int64_t d) const { return (r * groups + k) * width + d; }
+    LF_HD void start(int64_t) {}
+    LF_HD void end_row() {}
+    LF_HD void end_item(int64_t) {}
+};
+
+// Sum over an item: over a row's whole vectors in T, over the rest in double.
+template <class T>
+struct ItemSum {
+    double* partials;
+    double total;
+    Vec<T> row;
+
+    explicit LF_HD ItemSum(double* partials) : partials(partials), total(0), row(Vec<T>::broadcast(0)) {}
+    template <bool whole>
+    LF_HD void add(Vec<T> terms, int64_t n) {
+        if (whole) {
+            row = row + terms;
+        } else {
+            for (int64_t i = 0; i < n; ++i) total += terms.raw[i];
+        }
+    }
+    template <bool whole>
+    LF_HD void add(Pair<T> terms, int64_t) {
+        row = row + (terms.a + terms.b);
+    }
+    LF_HD void end_row() {
+        total += row.sum();
+        row = Vec<T>::broadcast(0);
+    }
+    LF_HD void end_item(int64_t item) {
+        partials[item] = total;
+        total = 0;
+    }
+};
+
+template <class T>
+struct GaussianInputs : TaggerPass<T> {
+    T *dz, *likelihood;
+    GaussianScalar<T> scalars;
+
+    LF_HD GaussianInputs(const TaggerInputs& in, const TaggerShape& s, T* dz, T* likelihood)
+        : TaggerPass<T>(in, s), dz(dz), likelihood(likelihood) {}
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
+        V kept[kKept];
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
+        GaussianPixel<V> pixel;
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.compare(y);
+            if (k < kKept) kept[k] = y;
+        }
+        for (int64_t k = 0; k < this->groups; ++k) {
+            if (k < kKept)
+                kept[k] = pixel.weigh(kept[k]);
+            else
+                pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v));
+        }
+        pixel.finish(v);
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V e = x - this->z.template load<V, whole>(r, k, d, n);
+            const V w = k < kKept ? kept[k] : exp2_of(gaussian_exponent(e, v) - pixel.top);
+            V out_dz, out_likelihood;
+            pixel.forward(e, this->m.template load<V, whole>(r, k, d, n), w, out_dz, out_likelihood);
+            write<whole>(out_dz, dz + this->packed(r, k, d), n);
+            write<whole>(out_likelihood, likelihood + this->packed(r, k, d), n);
+        }
+    }
+};
+
+template <class T>
+struct GaussianInputsBackward : TaggerPass<T> {
+    TaggerView<T> grad_dz, grad_likelihood;
+    T *grad_x, *grad_z, *grad_m;
+    ItemSum<T> sum;
+    GaussianScalar<T> scalars;
+
+    LF_HD GaussianInputsBackward(const TaggerInput& grad_dz, const TaggerInput& grad_likelihood, const TaggerInputs& in,
+                                 const TaggerShape& s, T* grad_x, T* grad_z, T* grad_m, double* partials)
+        : TaggerPass<T>(in, s),
+          grad_dz(grad_dz),
+          grad_likelihood(grad_likelihood),
+          grad_x(grad_x),
+          grad_z(grad_z),
+          grad_m(grad_m),
+          sum(partials) {}
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
+    LF_HD void end_row() { sum.end_row(); }
+    LF_HD void end_item(int64_t item) { sum.end_item(item); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
+        V kept[kKept];
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
+        GaussianPixel<V> pixel;
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.compare(y);
+            if (k < kKept) kept[k] = y;
+        }
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V h = grad_likelihood.template load<V, whole>(r, k, d, n);
+            if (k < kKept)
+                kept[k] = pixel.weigh(kept[k], h);
+            else
+                pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v), h);
+        }
+        pixel.finish(v);
+        V sum_v = constant<V>(0);
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V e = x - this->z.template load<V, whole>(r, k, d, n);
+            const V w = k < kKept ? kept[k] : exp2_of(gaussian_exponent(e, v) - pixel.top);
+            V out_z, out_m;
+            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
+                           grad_likelihood.template load<V, whole>(r, k, d, n), e,
+                           this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
+            write<whole>(out_z, grad_z + this->packed(r, k, d), n);
+            write<whole>(out_m, grad_m + this->packed(r, k, d), n);
+        }
+        write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
+        sum.template add<whole>(sum_v, n);
+    }
+};
+
+template <class T>
+struct BernoulliInputs : TaggerPass<T> {
+    T *dz, *likelihood;
+    BernoulliScalar<T> scalars;
+
+    LF_HD BernoulliInputs(const TaggerInputs& in, const TaggerShape& s, T* dz, T* likelihood)
+        : TaggerPass<T>(in, s), dz(dz), likelihood(likelihood) {}
+    LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto b = broadcast<V>(scalars);
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
+        for (int64_t k = 0; k < this->groups; ++k)
+            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                         this->m.template load<V, whole>(r, k, d, n));
+        pixel.finish();
+        for (int64_t k = 0; k < this->groups; ++k) {
+            V out_dz, out_likelihood;
+            pixel.forward(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                          this->m.template load<V, whole>(r, k, d, n), out_dz, out_likelihood);
+            write<whole>(out_dz, dz + this->packed(r, k, d), n);
+            write<whole>(out_likelihood, likelihood + this->packed(r, k, d), n);
+        }
+    }
+};
+
+template <class T>
+struct BernoulliInputsBackward : TaggerPass<T> {
+    TaggerView<T> grad_dz, grad_likelihood;
+    T *grad_x, *grad_z, *grad_m;
+    BernoulliScalar<T> scalars;
+
+    LF_HD BernoulliInputsBackward(const TaggerInput& grad_dz, const TaggerInput& grad_likelihood,
+                                  const TaggerInputs& in, const TaggerShape& s, T* grad_x, T* grad_z, T* grad_m)
+        : TaggerPass<T>(in, s),
+          grad_dz(grad_dz),
+          grad_likelihood(grad_likelihood),
+          grad_x(grad_x),
+          grad_z(grad_z),
+          grad_m(grad_m) {}
+    LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto b = broadcast<V>(scalars);
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
+        for (int64_t k = 0; k < this->groups; ++k)
+            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                         this->m.template load<V, whole>(r, k, d, n), grad_dz.template load<V, whole>(r, k, d, n),
+                         grad_likelihood.template load<V, whole>(r, k, d, n));
+        pixel.finish_backward();
+        for (int64_t k = 0; k < this->groups; ++k) {
+            V out_z, out_m;
+            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
+                           grad_likelihood.template load<V, whole>(r, k, d, n),
+                           pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
+                           this->m.template load<V, whole>(r, k, d, n), b, out_z, out_m);
+            write<whole>(out_z, grad_z + this->packed(r, k, d), n);
+            write<whole>(out_m, grad_m + this->packed(r, k, d), n);
+        }
+        write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
+    }
+};
+
+template <class T>
+struct GaussianNll : TaggerPass<T> {
+    T* nll;
+    GaussianScalar<T> scalars;
+
+    LF_HD GaussianNll(const TaggerInputs& in, const TaggerShape& s, T* nll) : TaggerPass<T>(in, s), nll(nll) {}
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
+        V kept[kKept];
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
+        GaussianMixture<V> pixel;
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.compare(y, this->m.template load<V, whole>(r, k, d, n));
+            if (k < kKept) kept[k] = y;
+        }
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.weigh(y, this->m.template load<V, whole>(r, k, d, n), v);
+        }
+        write<whole>(pixel.nll(v), nll + r * this->width + d, n);
+    }
+};
+
+template <class T>
+struct GaussianNllBackward : TaggerPass<T> {
+    TaggerView<T> grad;
+    T *grad_x, *grad_z, *grad_m;
+    ItemSum<T> sum;
+    GaussianScalar<T> scalars;
+
+    LF_HD GaussianNllBackward(const TaggerInput& grad, const TaggerInputs& in, const TaggerShape& s, T* grad_x,
+                              T* grad_z, T* grad_m, double* partials)
+        : TaggerPass<T>(in, s), grad(grad), grad_x(grad_x), grad_z(grad_z), grad_m(grad_m), sum(partials) {}
+    LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
+    LF_HD void end_row() { sum.end_row(); }
+    LF_HD void end_item(int64_t item) { sum.end_item(item); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto v = broadcast<V>(scalars);
+        V kept[kKept];
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
+        GaussianMixture<V> pixel;
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            pixel.compare(y, this->m.template load<V, whole>(r, k, d, n));
+            if (k < kKept) kept[k] = y;
+        }
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            const V w = pixel.weigh(y, this->m.template load<V, whole>(r, k, d, n), v);
+            if (k < kKept) kept[k] = w;
+        }
+        V sum_v = grad.template load<V, whole>(r, 0, d, n);
+        pixel.finish(sum_v);
+        for (int64_t k = 0; k < this->groups; ++k) {
+            const V e = x - this->z.template load<V, whole>(r, k, d, n);
+            const V w = k < kKept ? kept[k] : exp2_of(smaller(v.most, gaussian_exponent(e, v) - pixel.top));
+            V out_z, out_m;
+            pixel.backward(e, this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
+            write<whole>(out_z, grad_z + this->packed(r, k, d), n);
+            write<whole>(out_m, grad_m + this->packed(r, k, d), n);
+        }
+        write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
+        sum.template add<whole>(sum_v, n);
+    }
+};
+
+template <class T>
+struct BernoulliNll : TaggerPass<T> {
+    T* nll;
+
+    LF_HD BernoulliNll(const TaggerInputs& in, const TaggerShape& s, T* nll) : TaggerPass<T>(in, s), nll(nll) {}
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        BernoulliMixture<V> pixel;
+        for (int64_t k = 0; k < this->groups; ++k)
+            pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
+        write<whole>(pixel.nll(this->x.template load<V, whole>(r, 0, d, n)), nll + r * this->width + d, n);
+    }
+};
+
+template <class T>
+struct BernoulliNllBackward : TaggerPass<T> {
+    TaggerView<T> grad;
+    T *grad_x, *grad_z, *grad_m;
+
+    LF_HD BernoulliNllBackward(const TaggerInput& grad, const TaggerInputs& in, const TaggerShape& s, T* grad_x,
+                               T* grad_z, T* grad_m)
+        : TaggerPass<T>(in, s), grad(grad), grad_x(grad_x), grad_z(grad_z), grad_m(grad_m) {}
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        BernoulliMixture<V> pixel;
+        for (int64_t k = 0; k < this->groups; ++k)
+            pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
+        V out_x;
+        const V slope = pixel.backward(grad.template load<V, whole>(r, 0, d, n),
+                                       this->x.template load<V, whole>(r, 0, d, n), out_x);
+        write<whole>(out_x, grad_x + r * this->width + d, n);
+        for (int64_t k = 0; k < this->groups; ++k) {
+            write<whole>(slope * this->m.template load<V, whole>(r, k, d, n), grad_z + this->packed(r, k, d), n);
+            write<whole>(slope * this->z.template load<V, whole>(r, k, d, n), grad_m + this->packed(r, k, d), n);
+        }
+    }
+};
+
+template <class T, class Pass>
+static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int64_t end) {
+    const TaggerPlan plan(s);
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item % plan.blocks * TaggerPlan::kBlock;
+        const int64_t chunk = item / plan.blocks % plan.chunks, seed = item / plan.blocks / plan.chunks;
+        const int64_t last = s.pixels - first < TaggerPlan::kBlock ? s.pixels : first + TaggerPlan::kBlock;
+        const int64_t row = chunk * plan.rows_per_item;
+        const int64_t row_end = plan.rows - row < plan.rows_per_item ? plan.rows : row + plan.rows_per_item;
+        pass.start(seed);
+        for (int64_t r = seed * plan.rows + row; r < seed * plan.rows + row_end; ++r) {
+            int64_t d = first;
+            for (; d + Pair<T>::width <= last; d += Pair<T>::width)
+                pass.template pixels<Pair<T>, true>(r, d, Pair<T>::width);
+            for (; d + Vec<T>::width <= last; d += Vec<T>::width)
+                pass.template pixels<Vec<T>, true>(r, d, Vec<T>::width);
+            if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
+            pass.end_row();
+        }
+        pass.end_item(item);
+    }
+}
+
+#define LF_TAGGER_INSTANCES(T, suffix)                                                                             \
+    static void inputs_##suffix(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s, \
+                                int64_t begin, int64_t end) {                                                      \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianInputs<T>(in, s, dz, likelihood), s, begin, end);                                \
+        else                                                                                                       \
+            over_items<T>(BernoulliInputs<T>(in, s, dz, likelihood), s, begin, end);                               \
+    }                                                                                                              \
+    static void inputs_backward_##suffix(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,              \
+                                         const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,            \
+                                         const TaggerShape& s, int64_t begin, int64_t end) {                       \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianInputsBackward<T>(gd, gl, in, s, gx, gz, gm, partials), s, begin, end);          \
+        else                                                                                                       \
+            over_items<T>(BernoulliInputsBackward<T>(gd, gl, in, s, gx, gz, gm), s, begin, end);                   \
+    }                                                                                                              \
+    static void nll_##suffix(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,   \
+                             int64_t end) {                                                                        \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianNll<T>(in, s, nll), s, begin, end);                                              \
+        else                                                                                                       \
+            over_items<T>(BernoulliNll<T>(in, s, nll), s, begin, end);                                             \
+    }                                                                                                              \
+    static void nll_backward_##suffix(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,   \
+                                      T* gm, double* partials, const TaggerShape& s, int64_t begin, int64_t end) { \
+        if (gaussian)                                                                                              \
+            over_items<T>(GaussianNllBackward<T>(g, in, s, gx, gz, gm, partials), s, begin, end);                  \
+        else                                                                                                       \
+            over_items<T>(BernoulliNllBackward<T>(g, in, s, gx, gz, gm), s, begin, end);                           \
+    }
+
+LF_TAGGER_INSTANCES(float, f32)
+LF_TAGGER_INSTANCES(double, f64)
+#undef LF_TAGGER_INSTANCES
+
+}  // namespace LF_ISA
+}  // namespace ladderfast::cpu
+
+#if LF_DISPATCH
+namespace ladderfast::cpu {
+
+int64_t tagger_items(const TaggerShape& s) {
+    const TaggerPlan plan(s);
+    return s.groups > 0 ? s.seeds * plan.chunks * plan.blocks : 0;
+}
+
+#define LF_TAGGER_DISPATCH(T, suffix)                                                                             \
+    template <>                                                                                                   \
+    void tagger_inputs<T>(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s,      \
+                          int64_t begin, int64_t end) {                                                           \
+        static const auto kernel = LF_SELECT(inputs_##suffix);                                                    \
+        kernel(gaussian, in, dz, likelihood, s, begin, end);                                                      \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_inputs_backward<T>(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,                   \
+                                   const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,                 \
+                                   const TaggerShape& s, int64_t begin, int64_t end) {                            \
+        static const auto kernel = LF_SELECT(inputs_backward_##suffix);                                           \
+        kernel(gaussian, gd, gl, in, gx, gz, gm, partials, s, begin, end);                                        \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_nll<T>(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,        \
+                       int64_t end) {                                                                             \
+        static const auto kernel = LF_SELECT(nll_##suffix);                                                       \
+        kernel(gaussian, in, nll, s, begin, end);                                                                 \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_nll_backward<T>(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz, T* gm, \
+                                double* partials, const TaggerShape& s, int64_t begin, int64_t end) {             \
+        static const auto kernel = LF_SELECT(nll_backward_##suffix);                                              \
+        kernel(gaussian, g, in, gx, gz, gm, partials, s, begin, end);                                             \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    void tagger_sum<T>(const double* partials, const T* variance, T* grad_variance, const TaggerShape& s) {       \
+        const int64_t items = s.seeds > 0 ? tagger_items(s) / s.seeds : 0;                                        \
+        for (int64_t seed = 0; seed < s.seeds; ++seed) {                                                          \
+            double total = 0;                                                                                     \
+            for (int64_t i = 0; i < items; ++i) total += partials[seed * items + i];                              \
+            grad_variance[seed] = (T)(total / (2.0 * variance[seed]));                                            \
+        }                                                                                                         \
+    }
+
+LF_TAGGER_DISPATCH(float, f32)
+LF_TAGGER_DISPATCH(double, f64)
+#undef LF_TAGGER_DISPATCH
+
+}  // namespace ladderfast::cpu
+#endif
