@@ -13,7 +13,7 @@ from ladderfast import _extension
 from ladderfast.ops import backend
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-OPS = ("gaussian_combinator",)
+OPS = ("gaussian_combinator", "ln_convlstm_step")
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
