@@ -350,7 +350,7 @@ void run_ln_convlstm_backward(const LnConvLstmArguments& args, const LnConvLstmB
     parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
         ladderfast::cpu::ln_convlstm_finish<T>(in, grad, sp, shape, begin, end);
     });
-    parallel_items(ladderfast::cpu::ln_convlstm_reduce_items(shape), workspace.numel(), [&](int64_t begin, int64_t end) {
+    parallel_items(ladderfast::cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4, [&](int64_t begin, int64_t end) {
         ladderfast::cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end);
     });
 }

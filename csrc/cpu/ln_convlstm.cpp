@@ -35,7 +35,7 @@ static const int64_t kSplit = 65536;     // gates of a sample, from which on it 
 static const int64_t kItems = 8;         // samples enough to leave them whole
 static const int64_t kMostSamples = 64;  // of an item
 static const int64_t kReduceBlock = 64;  // channels of one item of the final sums
-static const int64_t kAhead = 1024;      // bytes to prefetch ahead in runs
+static const int64_t kAhead = 1024;      // bytes to prefetch ahead in runs; in columns it is the next tile
 
 // How a shape is cut; compiled once, before any instruction set is chosen. An item is one of `groups` groups of samples
 // of a seed, and one of `chunks` chunks of them: rows, or channels where the walk is by runs. One of the two is whole.
@@ -193,6 +193,17 @@ struct Stat {
     LF_HD static Stat load(const T* stats) { return {Vec<T>::broadcast(stats[0]), Vec<T>::broadcast(stats[1])}; }
 };
 
+// How far ahead of a vector of cells to prefetch, in elements of gates and of cells.
+struct Ahead {
+    int64_t gates, cells;
+
+    Ahead(const LnPlan& plan, int64_t size) {
+        const int64_t rows = plan.rows > 1 ? kTile : 1;
+        gates = plan.columns ? rows * 4 * plan.width : kAhead / size;
+        cells = plan.columns ? rows * plan.width : kAhead / size;
+    }
+};
+
 // Parameters of a vector of cells.
 template <int K, class T>
 struct CellParams {
@@ -219,9 +230,19 @@ static LF_HD void load_gates(const T* const (&x)[2], const T* rec, int64_t at, i
 
 template <int K, bool whole, class T>
 static LF_HD void forward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, int64_t gates,
-                                int64_t stride, int64_t cells, int64_t n, const Stat<T> (&stat)[2],
-                                const CellParams<K, T>& p) {
+                                int64_t stride, int64_t cells, int64_t n, const Ahead& ahead,
+                                const Stat<T> (&stat)[2], const CellParams<K, T>& p) {
     using V = Vec<T>;
+    if (whole) {
+        for (int gate = 0; gate < 4; ++gate) {
+            const int64_t i = gates + gate * stride + ahead.gates;
+            __builtin_prefetch(in.rec + i);
+            if (K == 0) __builtin_prefetch(in.x[0] + i);
+        }
+        __builtin_prefetch(in.c + cells + ahead.cells);
+        __builtin_prefetch(out.h + cells + ahead.cells, 1);
+        __builtin_prefetch(out.c_new + cells + ahead.cells, 1);
+    }
     V x_hat[K > 0 ? K : 1][4], a[4], c_new, h;
     load_gates<K, whole>(in.x, in.rec, gates, stride, n, stat, p, x_hat, a);
     lstm_forward(a, whole ? V::load(in.c + cells) : V::load(in.c + cells, n), c_new, h);
@@ -237,9 +258,21 @@ static LF_HD void forward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmO
 // sums[0]: of grad_a; sums[1 + k]: of grad_a x_hat of input k.
 template <int K, bool whole, class T>
 static LF_HD void backward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, int64_t gates,
-                                 int64_t stride, int64_t cells, int64_t n, const Stat<T> (&stat)[2],
-                                 const CellParams<K, T>& p, Vec<T> (&sums)[1 + K][4]) {
+                                 int64_t stride, int64_t cells, int64_t n, const Ahead& ahead,
+                                 const Stat<T> (&stat)[2], const CellParams<K, T>& p, Vec<T> (&sums)[1 + K][4]) {
     using V = Vec<T>;
+    if (whole) {
+        for (int gate = 0; gate < 4; ++gate) {
+            const int64_t i = gates + gate * stride + ahead.gates;
+            for (int k = 0; k < (K > 0 ? K : 1); ++k) __builtin_prefetch(in.x[k] + i);
+            __builtin_prefetch(in.rec + i);
+            __builtin_prefetch(grad.rec + i, 1);
+        }
+        __builtin_prefetch(in.c + cells + ahead.cells);
+        __builtin_prefetch(grad.h + cells + ahead.cells);
+        __builtin_prefetch(grad.c_new + cells + ahead.cells);
+        __builtin_prefetch(grad.c + cells + ahead.cells, 1);
+    }
     V x_hat[K > 0 ? K : 1][4], a[4], grad_a[4], grad_c;
     load_gates<K, whole>(in.x, in.rec, gates, stride, n, stat, p, x_hat, a);
     lstm_backward(whole ? V::load(grad.h + cells) : V::load(grad.h + cells, n),
@@ -280,13 +313,10 @@ struct Table {
               int64_t count) {
         for (int j = 0; j < (1 + K) * 4; ++j) {
             const T* from = (j < 4 ? in.bias : in.weight[j / 4 - 1]) + (seed * 4 + j % 4) * s.channels;
-            int64_t channel = first / plan.inner, left = plan.inner - first % plan.inner;
-            for (int64_t i = 0; i < count; ++i) {
-                at[j][i] = from[channel];
-                if (--left == 0) {
-                    ++channel;
-                    left = plan.inner;
-                }
+            if (plan.inner == 1) {
+                memcpy(at[j], from + first, count * sizeof(T));
+            } else {
+                for (int64_t i = 0; i < count; ++i) at[j][i] = from[(first + i) / plan.inner];
             }
             for (int64_t i = count; i % Vec<T>::width != 0; ++i) at[j][i] = 0;
         }
@@ -334,6 +364,7 @@ template <int K, class T>
 static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split,
                            double eps, const LnConvLstmShape& s, const LnPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
+    const Ahead ahead(plan, sizeof(T));
     T stats[kMostSamples][2][2] = {};
     for (int64_t i = begin; i < end; ++i) {
         const LnItem item(plan, s, i);
@@ -350,9 +381,9 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
                         const int64_t gates = 4 * at + block, cells = at + block;
                         int64_t e = 0;
                         for (; e + V::width <= count; e += V::width)
-                            forward_cells<K, true>(in, out, gates + e, plan.width, cells + e, 0, stat, table.load(e));
+                            forward_cells<K, true>(in, out, gates + e, plan.width, cells + e, 0, ahead, stat, table.load(e));
                         if (e < count)
-                            forward_cells<K, false>(in, out, gates + e, plan.width, cells + e, count - e, stat,
+                            forward_cells<K, false>(in, out, gates + e, plan.width, cells + e, count - e, ahead, stat,
                                                     table.load(e));
                     }
                 }
@@ -366,9 +397,9 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
                     const int64_t cells = (item.first + n) * plan.cells + channel * s.positions;
                     int64_t e = 0;
                     for (; e + V::width <= s.positions; e += V::width)
-                        forward_cells<K, true>(in, out, gates + e, plan.cells, cells + e, 0, stat, p);
+                        forward_cells<K, true>(in, out, gates + e, plan.cells, cells + e, 0, ahead, stat, p);
                     if (e < s.positions)
-                        forward_cells<K, false>(in, out, gates + e, plan.cells, cells + e, s.positions - e, stat, p);
+                        forward_cells<K, false>(in, out, gates + e, plan.cells, cells + e, s.positions - e, ahead, stat, p);
                 }
             }
         }
@@ -421,6 +452,7 @@ static inline void finish_item(const LnConvLstmInputs<T>& in, const LnConvLstmGr
                         int64_t e = 0;
                         for (; e + V::width <= length; e += V::width) {
                             if (plan.columns) weight = V::load(row + e);
+                            __builtin_prefetch(grad_x + e + kAhead / sizeof(T), 1);
                             finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, stat, weight, mean, projection);
                         }
                         if (e < length) {
@@ -451,6 +483,7 @@ static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvL
                                     const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
                                     double (&projections)[kMostSamples][2][2]) {
     using V = Vec<T>;
+    const Ahead ahead(plan, sizeof(T));
     const V zero = V::broadcast(0);
     Table<K, T> table, totals;
     for (int64_t block = 0; block < plan.width; block += kBlock) {
@@ -472,9 +505,9 @@ static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvL
                         const int64_t at = (item.first + n) * plan.cells + row * plan.width;
                         const int64_t gates = 4 * at + block + e, cells = at + block + e;
                         if (e + V::width <= count)
-                            backward_cells<K, true>(in, grad, gates, plan.width, cells, 0, stat, p, sums);
+                            backward_cells<K, true>(in, grad, gates, plan.width, cells, 0, ahead, stat, p, sums);
                         else
-                            backward_cells<K, false>(in, grad, gates, plan.width, cells, count - e, stat, p, sums);
+                            backward_cells<K, false>(in, grad, gates, plan.width, cells, count - e, ahead, stat, p, sums);
                     }
                     for (int j = 0; j < 4 * (1 + K); ++j) {
                         T* total = totals.at[j] + e;
@@ -496,6 +529,7 @@ static inline void backward_runs(const LnConvLstmInputs<T>& in, const LnConvLstm
                                  const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
                                  double (&projections)[kMostSamples][2][2]) {
     using V = Vec<T>;
+    const Ahead ahead(plan, sizeof(T));
     const V zero = V::broadcast(0);
     for (int64_t channel = item.unit; channel < item.unit_end; ++channel) {
         const auto p = broadcast_params<K>(in, s, item.seed, channel);
@@ -511,9 +545,9 @@ static inline void backward_runs(const LnConvLstmInputs<T>& in, const LnConvLstm
                 for (int j = 0; j < 4 * (1 + K); ++j) sums[j / 4][j % 4] = zero;
                 const int64_t tile_end = min_of(e + kRunTile * V::width, s.positions);
                 for (; e + V::width <= tile_end; e += V::width)
-                    backward_cells<K, true>(in, grad, gates + e, plan.cells, cells + e, 0, stat, p, sums);
+                    backward_cells<K, true>(in, grad, gates + e, plan.cells, cells + e, 0, ahead, stat, p, sums);
                 if (e < tile_end) {
-                    backward_cells<K, false>(in, grad, gates + e, plan.cells, cells + e, tile_end - e, stat, p, sums);
+                    backward_cells<K, false>(in, grad, gates + e, plan.cells, cells + e, tile_end - e, ahead, stat, p, sums);
                     e = tile_end;
                 }
                 V projection[2][2] = {{zero, zero}, {zero, zero}};

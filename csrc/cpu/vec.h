@@ -148,6 +148,20 @@ LF_HD Vec<T> exp_minus(Vec<T> x) {
     return {e.scaled(e.fraction(1))};
 }
 
+// 1 / x for x from 1 to 2^126. A Newton step takes the approximation's error of 2^-14 away, and is faster than dividing.
+template <class T>
+LF_HD Vec<T> inverse(Vec<T> x) {
+#if LF_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+        using V = typename VecTraits<T>::Raw;
+        const V r = (V)_mm512_rcp14_ps((__m512)x.raw);
+        const V error = 1 - x.raw * r;
+        return {error * r + r};
+    }
+#endif
+    return {1 / x.raw};
+}
+
 template <class V>
 struct Sigmoid {
     V value, slope;
@@ -158,7 +172,7 @@ template <class T>
 LF_HD Sigmoid<Vec<T>> sigmoid(Vec<T> x) {
     const Vec<T> e = exp_minus(x);
     const Vec<T> one = Vec<T>::broadcast(1);
-    const Vec<T> s = one / (one + e);
+    const Vec<T> s = inverse(one + e);
     return {s, e * s * s};
 }
 
@@ -171,6 +185,6 @@ LF_HD Sigmoid<Vec<T>> tangent(Vec<T> x) {
     const auto exponential = Exponential<T>::of(x.raw < lowest ? lowest : x.raw, 2);
     const V scale = exponential.scaled(V{} + 1), p = exponential.fraction(0);
     const V e = p * scale + scale, e_minus_1 = p * scale + (scale - 1);
-    const V q = 1 / (e_minus_1 + 2);
+    const V q = inverse(Vec<T>{e_minus_1 + 2}).raw;
     return {{e_minus_1 * q}, {(4 * e * q) * q}};
 }

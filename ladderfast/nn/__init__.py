@@ -9,12 +9,16 @@ from ladderfast.nn.combinator import (
     SigmoidNoProductCombinator,
     make_combinator,
 )
+from ladderfast.nn.ln_convlstm import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM
 
 __all__ = [
     "COMBINATORS",
     "AdditiveCombinator",
     "BilinearCombinator",
     "GaussianCombinator",
+    "LayerNormConvLSTM",
+    "LayerNormConvLSTMCell",
+    "LayerNormLSTM",
     "SigmoidCombinator",
     "SigmoidNoProductCombinator",
     "make_combinator",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.function import batch_first, known_signature
+from ladderfast.ops.function import batch_first, known_signature, plain_backward
 from ladderfast.reference import ln_convlstm as reference
 
 OP = "ln_convlstm_step"
@@ -30,6 +30,8 @@ def stats_like(x: Tensor, bias: Tensor, inputs: int) -> Tensor:
 
 
 if _extension.module is not None:
+    _forward = torch.ops.ladderfast.ln_convlstm.default
+    _backward = torch.ops.ladderfast.ln_convlstm_backward.default
 
     @torch.library.register_fake("ladderfast::ln_convlstm")
     def _ln_convlstm_fake(
@@ -116,7 +118,7 @@ class _Step(torch.autograd.Function):
             from ladderfast.triton.ln_convlstm import ln_convlstm_triton
 
             return ln_convlstm_triton(x, y, rec, c, weight, weight_y, bias, eps)
-        return torch.ops.ladderfast.ln_convlstm(x, y, rec, c, weight, weight_y, bias, eps)
+        return _forward(x, y, rec, c, weight, weight_y, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -128,7 +130,9 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor, grad_c_new: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         x, y, weight = tensors[0], tensors[1], tensors[4]
-        grads = _StepBackward.apply(grad_h, grad_c_new, *tensors, ctx.eps, ctx.name)
+        # Where nobody asks for gradients of gradients, a second autograd function would only cost its 25 us.
+        backward = _StepBackward.forward if plain_backward() else _StepBackward.apply
+        grads = backward(grad_h, grad_c_new, *tensors, ctx.eps, ctx.name)
         grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias = grads
         if weight is None:
             return grad_rec, None, grad_rec, grad_c, None, None, grad_bias, None, None
@@ -177,9 +181,7 @@ class _StepBackward(torch.autograd.Function):
             return ln_convlstm_backward_triton(
                 grad_h, grad_c_new, x, y, rec, c, weight, weight_y, bias, stats
             )
-        return torch.ops.ladderfast.ln_convlstm_backward(
-            grad_h, grad_c_new, x, y, rec, c, weight, weight_y, bias, stats
-        )
+        return _backward(grad_h, grad_c_new, x, y, rec, c, weight, weight_y, bias, stats)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -298,11 +300,11 @@ def ln_convlstm_step(
 
     Args:
         gates_in: (N, 4C, *) convolved input. Two inputs are a pair; each is normalised for itself, with its own weight
-            and bias (pairs as well), and all is added.
+            and bias (pairs as well), and all are added.
         gates_rec: (N, 4C, *) convolved hidden state, added without normalisation.
         c: (N, C, *) cell state.
         weight: (4C,) gain of the normalisation, or None: gates_in is not normalised (a plain LSTM).
-        bias: (4C,) added to the gates, or None. With an axis of seeds, weight and bias are (S, 4C), all others have
+        bias: (4C,) added to the gates, a pair of which both are added, or None. With an axis of seeds, weight and bias are (S, 4C), all others have
             it in front, and each seed has its own parameters.
         eps: added to the variance, which is that of the population.
 
@@ -325,7 +327,7 @@ def ln_convlstm_step(
     check_dtype(OP, "gates_rec", gates_rec)
     check_dtype(OP, "c", c)
     weights = () if weight is None else _several("weight", weight, len(xs))
-    biases = () if bias is None else _several("bias", bias, len(xs) if weights else None)
+    biases = () if bias is None else _several("bias", bias, None)
     named = [
         (name if len(group) == 1 else f"{name}[{k}]", t)
         for name, group in (("weight", weights), ("bias", biases))

@@ -49,14 +49,14 @@ def ln_convlstm_step(
     16-bit inputs are computed in float32 and rounded once, at the end.
     """
     dtype = c.dtype
-    xs, biases = several(gates_in), () if bias is None else several(bias)
-    channel = next((t.dim() for t in biases or several(weight or ())), 1)
+    xs, weights, biases = (() if t is None else several(t) for t in (gates_in, weight, bias))
+    channel = next((t.dim() for t in (*weights, *biases)), 1)
     a, c, *xs = _wide(gates_rec, c, *xs)  # type: ignore[assignment]
-    if weight is None:
-        a = sum(xs, a)
-    else:
-        for x, w in zip(xs, _wide(*several(weight)), strict=True):
+    if weights:
+        for x, w in zip(xs, _wide(*weights), strict=True):
             a = a + _normalised(x, channel, eps)[0] * per_channel(w, x.dim())
+    else:
+        a = sum(xs, a)
     for b in _wide(*biases):
         a = a + per_channel(b, a.dim())
     i, f, g, o = a.chunk(4, channel)
