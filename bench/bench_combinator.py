@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, record, sync_timer
+from conftest import DEVICES, bytes_kept, record, sync_timer
 
 import ladderfast
 from ladderfast.ops import backend, gaussian_combinator
@@ -34,19 +34,6 @@ def function_of(variant: str):
     if variant == "compile":
         return torch.compile(reference.gaussian_combinator)
     return reference.gaussian_combinator if variant == "plain" else gaussian_combinator
-
-
-def bytes_kept(function, inputs) -> int:
-    """Bytes that autograd keeps between forward and backward."""
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function(*inputs)
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -75,3 +75,18 @@ void ln_convlstm_reduce(const T* workspace, const LnConvLstmGradients<T>& grad, 
                         int64_t begin, int64_t end);
 
 }  // namespace ladderfast::cpu
+
+// CUDA. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16; weight and bias, and their gradients, have a code of
+// their own (that of x, or float32); stats are float64 where x is, else float32. `workspace` is
+// ladderfast_ln_convlstm_workspace_cuda bytes of scratch, aligned to 16. Each returns a cudaError_t.
+extern "C" {
+int64_t ladderfast_ln_convlstm_workspace_cuda(const LnConvLstmShape* shape);
+
+int ladderfast_ln_convlstm_forward_cuda(const LnConvLstmInputs<void>* in, const LnConvLstmOutputs<void>* out,
+                                        void* workspace, double eps, int dtype, int params_dtype,
+                                        const LnConvLstmShape* shape, void* stream);
+
+int ladderfast_ln_convlstm_backward_cuda(const LnConvLstmInputs<void>* in, const LnConvLstmGradients<void>* grad,
+                                         void* workspace, int dtype, int params_dtype, const LnConvLstmShape* shape,
+                                         void* stream);
+}

@@ -428,6 +428,40 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cuda(Tensor grad, Tensor 
     return {grad_z, grad_u, grad_params};
 }
 
+std::tuple<Tensor, Tensor, Tensor> ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
+                                                    std::optional<Tensor> weight, std::optional<Tensor> weight_y,
+                                                    Tensor bias, double eps) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias);
+    Tensor h = args.empty_cells(), c_new = args.empty_cells(), stats = args.new_stats();
+    Tensor workspace =
+        torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
+    const auto in = args.pointers<void>();
+    const LnConvLstmOutputs<void> out = {h.data_ptr(), c_new.data_ptr(), stats.data_ptr()};
+    STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_forward_cuda(
+        &in, &out, workspace.data_ptr(), eps, dtype_code("ln_convlstm", x.scalar_type()),
+        dtype_code("ln_convlstm", bias.scalar_type()), &args.shape, current_stream(x)));
+    return {h, c_new, stats};
+}
+
+LnConvLstmGrads ln_convlstm_backward_cuda(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,
+                                          Tensor rec, Tensor c, std::optional<Tensor> weight,
+                                          std::optional<Tensor> weight_y, Tensor bias, Tensor stats) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias);
+    STD_TORCH_CHECK(stats.scalar_type() == args.new_stats().scalar_type(),
+                    "ln_convlstm_backward: stats must be float64 where x is, else float32");
+    const LnConvLstmBackward results(args, grad_h, grad_c_new, stats);
+    Tensor workspace =
+        torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
+    const auto in = args.pointers<void>();
+    const auto grad = results.pointers<void>();
+    STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_backward_cuda(
+        &in, &grad, workspace.data_ptr(), dtype_code("ln_convlstm_backward", x.scalar_type()),
+        dtype_code("ln_convlstm_backward", bias.scalar_type()), &args.shape, current_stream(x)));
+    return results.results();
+}
+
 #endif
 
 }  // namespace
@@ -457,5 +491,7 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("combinator", TORCH_BOX(&combinator_cuda));
     m.impl("combinator_backward", TORCH_BOX(&combinator_backward_cuda));
+    m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cuda));
+    m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cuda));
 }
 #endif
