@@ -232,7 +232,9 @@ struct LnConvLstmArguments {
 
     template <class T>
     LnConvLstmInputs<T> pointers() const {
-        const auto of = [](const std::optional<Tensor>& t) { return t.has_value() ? (const T*)t->data_ptr() : nullptr; };
+        const auto of = [](const std::optional<Tensor>& t) {
+            return t.has_value() ? (const T*)t->data_ptr() : nullptr;
+        };
         return {{(const T*)x.data_ptr(), of(y)},
                 (const T*)rec.data_ptr(),
                 (const T*)c.data_ptr(),
@@ -242,9 +244,7 @@ struct LnConvLstmArguments {
 
     int64_t elements() const { return shape.seeds * shape.samples * 4 * shape.channels * shape.positions; }
     Tensor none() const { return torch::stable::new_empty(x, {0}); }
-    Tensor like(const std::optional<Tensor>& t) const {
-        return t.has_value() ? torch::stable::empty_like(*t) : none();
-    }
+    Tensor like(const std::optional<Tensor>& t) const { return t.has_value() ? torch::stable::empty_like(*t) : none(); }
     Tensor new_stats() const {
         const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
         return torch::stable::new_empty(x, {shape.seeds, shape.samples, shape.inputs, 2}, dtype);
@@ -259,8 +259,8 @@ void run_ln_convlstm(const LnConvLstmArguments& args, Tensor& h, Tensor& c_new, 
     const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
     Tensor split;
     if (splits > 0) {
-        split = torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)},
-                                         ScalarType::Double);
+        split =
+            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
     }
     double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
     parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
@@ -339,8 +339,8 @@ void run_ln_convlstm_backward(const LnConvLstmArguments& args, const LnConvLstmB
     const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
     Tensor split, workspace = torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_reduce_workspace(shape)});
     if (splits > 0) {
-        split = torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)},
-                                         ScalarType::Double);
+        split =
+            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
     }
     double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
     T* ws = (T*)workspace.data_ptr();
@@ -350,9 +350,9 @@ void run_ln_convlstm_backward(const LnConvLstmArguments& args, const LnConvLstmB
     parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
         ladderfast::cpu::ln_convlstm_finish<T>(in, grad, sp, shape, begin, end);
     });
-    parallel_items(ladderfast::cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4, [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end);
-    });
+    parallel_items(
+        ladderfast::cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4,
+        [&](int64_t begin, int64_t end) { ladderfast::cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end); });
 }
 
 LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,

@@ -6,7 +6,8 @@
 //
 // Two ways through a sample:
 //
-//   columns  channels-last, dense, or fewer than 16 positions: a row is `width` cells, each gate of which is contiguous.
+//   columns  channels-last, dense, or fewer than 16 positions: a row is `width` cells, each gate of which is
+//   contiguous.
 //            A vector covers neighbouring cells, each with its own parameters.
 //   runs     a vector runs along the positions of a channel, whose parameters are broadcast.
 //
@@ -175,8 +176,7 @@ static inline void statistics(const LnConvLstmInputs<T>& in, double* split, cons
     for (int64_t i = begin; i < end; ++i) {
         const LnItem item(plan, s, i);
         for (int64_t k = 0; k < s.inputs; ++k) {
-            const Moments all =
-                moments_of(in.x[k] + item.first * 4 * plan.cells, plan, s, item.unit, item.unit_end);
+            const Moments all = moments_of(in.x[k] + item.first * 4 * plan.cells, plan, s, item.unit, item.unit_end);
             double* to = split + ((item.first * plan.chunks + i % plan.chunks) * s.inputs + k) * 3;
             to[0] = all.n;
             to[1] = all.mean;
@@ -230,8 +230,8 @@ static LF_HD void load_gates(const T* const (&x)[2], const T* rec, int64_t at, i
 
 template <int K, bool whole, class T>
 static LF_HD void forward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, int64_t gates,
-                                int64_t stride, int64_t cells, int64_t n, const Ahead& ahead,
-                                const Stat<T> (&stat)[2], const CellParams<K, T>& p) {
+                                int64_t stride, int64_t cells, int64_t n, const Ahead& ahead, const Stat<T> (&stat)[2],
+                                const CellParams<K, T>& p) {
     using V = Vec<T>;
     if (whole) {
         for (int gate = 0; gate < 4; ++gate) {
@@ -255,11 +255,12 @@ static LF_HD void forward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmO
     }
 }
 
-// sums[0]: of grad_a; sums[1 + k]: of grad_a x_hat of input k.
-template <int K, bool whole, class T>
+// sums[0]: of grad_a; sums[1 + k]: of grad_a x_hat of input k. With `project` the same weighted, over the four gates:
+// projection[k].
+template <int K, bool whole, bool project, class T>
 static LF_HD void backward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, int64_t gates,
-                                 int64_t stride, int64_t cells, int64_t n, const Ahead& ahead,
-                                 const Stat<T> (&stat)[2], const CellParams<K, T>& p, Vec<T> (&sums)[1 + K][4]) {
+                                 int64_t stride, int64_t cells, int64_t n, const Ahead& ahead, const Stat<T> (&stat)[2],
+                                 const CellParams<K, T>& p, Vec<T> (&sums)[1 + K][4], Vec<T> (&projection)[2][2]) {
     using V = Vec<T>;
     if (whole) {
         for (int gate = 0; gate < 4; ++gate) {
@@ -288,7 +289,14 @@ static LF_HD void backward_cells(const LnConvLstmInputs<T>& in, const LnConvLstm
         else
             grad_a[gate].store(grad.rec + gates + gate * stride, n);
         sums[0][gate] = sums[0][gate] + grad_a[gate];
-        for (int k = 0; k < K; ++k) sums[1 + k][gate] = sums[1 + k][gate] + grad_a[gate] * x_hat[k][gate];
+        for (int k = 0; k < K; ++k) {
+            sums[1 + k][gate] = sums[1 + k][gate] + grad_a[gate] * x_hat[k][gate];
+            if (project) {
+                const V weighted = p.weight[k][gate] * grad_a[gate];
+                projection[k][0] = projection[k][0] + weighted;
+                projection[k][1] = projection[k][1] + weighted * x_hat[k][gate];
+            }
+        }
     }
 }
 
@@ -381,7 +389,8 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
                         const int64_t gates = 4 * at + block, cells = at + block;
                         int64_t e = 0;
                         for (; e + V::width <= count; e += V::width)
-                            forward_cells<K, true>(in, out, gates + e, plan.width, cells + e, 0, ahead, stat, table.load(e));
+                            forward_cells<K, true>(in, out, gates + e, plan.width, cells + e, 0, ahead, stat,
+                                                   table.load(e));
                         if (e < count)
                             forward_cells<K, false>(in, out, gates + e, plan.width, cells + e, count - e, ahead, stat,
                                                     table.load(e));
@@ -399,7 +408,8 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
                     for (; e + V::width <= s.positions; e += V::width)
                         forward_cells<K, true>(in, out, gates + e, plan.cells, cells + e, 0, ahead, stat, p);
                     if (e < s.positions)
-                        forward_cells<K, false>(in, out, gates + e, plan.cells, cells + e, s.positions - e, ahead, stat, p);
+                        forward_cells<K, false>(in, out, gates + e, plan.cells, cells + e, s.positions - e, ahead, stat,
+                                                p);
                 }
             }
         }
@@ -479,6 +489,19 @@ static LF_HD void add_projections(const CellParams<K, T>& p, const Vec<T> (&sums
 }
 
 template <int K, class T>
+static LF_HD void add_to_totals(Table<K, T>& totals, int64_t e, const Vec<T> (&sums)[1 + K][4]) {
+    for (int j = 0; j < 4 * (1 + K); ++j) {
+        T* total = totals.at[j] + e;
+        (Vec<T>::load(total) + sums[j / 4][j % 4]).store(total);
+    }
+}
+
+template <int K, class T>
+static LF_HD void load_stats(const LnConvLstmGradients<T>& grad, int64_t sample, Stat<T> (&stat)[2]) {
+    for (int k = 0; k < K; ++k) stat[k] = Stat<T>::load(grad.stats + (sample * K + k) * 2);
+}
+
+template <int K, class T>
 static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, T* out,
                                     const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
                                     double (&projections)[kMostSamples][2][2]) {
@@ -491,9 +514,8 @@ static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvL
         table.fill(in, plan, s, item.seed, block, count);
         memset(totals.at, 0, sizeof(totals.at));
         for (int64_t n = 0; n < item.count; ++n) {
-            const T* stats = grad.stats + (item.first + n) * s.inputs * 2;
             Stat<T> stat[2] = {};
-            for (int k = 0; k < K; ++k) stat[k] = Stat<T>::load(stats + 2 * k);
+            load_stats<K>(grad, item.first + n, stat);
             for (int64_t tile = item.unit; tile < item.unit_end; tile += kTile) {
                 const int64_t tile_end = min_of(tile + kTile, item.unit_end);
                 V projection[2][2] = {{zero, zero}, {zero, zero}};
@@ -505,22 +527,62 @@ static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvL
                         const int64_t at = (item.first + n) * plan.cells + row * plan.width;
                         const int64_t gates = 4 * at + block + e, cells = at + block + e;
                         if (e + V::width <= count)
-                            backward_cells<K, true>(in, grad, gates, plan.width, cells, 0, ahead, stat, p, sums);
+                            backward_cells<K, true, false>(in, grad, gates, plan.width, cells, 0, ahead, stat, p, sums,
+                                                           projection);
                         else
-                            backward_cells<K, false>(in, grad, gates, plan.width, cells, count - e, ahead, stat, p, sums);
+                            backward_cells<K, false, false>(in, grad, gates, plan.width, cells, count - e, ahead, stat,
+                                                            p, sums, projection);
                     }
-                    for (int j = 0; j < 4 * (1 + K); ++j) {
-                        T* total = totals.at[j] + e;
-                        (V::load(total) + sums[j / 4][j % 4]).store(total);
-                    }
+                    add_to_totals<K>(totals, e, sums);
                     add_projections<K>(p, sums, projection);
                 }
                 for (int k = 0; k < K; ++k)
                     for (int j = 0; j < 2; ++j) projections[n][k][j] += projection[k][j].sum();
             }
         }
-        for (int j = 0; j < 4 * (1 + K); ++j)
-            memcpy(out + j * plan.width + block, totals.at[j], count * sizeof(T));
+        for (int j = 0; j < 4 * (1 + K); ++j) memcpy(out + j * plan.width + block, totals.at[j], count * sizeof(T));
+    }
+}
+
+// A sample that is a single row: what is summed in registers goes down the samples of the item instead.
+template <int K, class T>
+static inline void backward_samples(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, T* out,
+                                    const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
+                                    double (&projections)[kMostSamples][2][2]) {
+    using V = Vec<T>;
+    const Ahead ahead(plan, sizeof(T));
+    const V zero = V::broadcast(0);
+    Table<K, T> table, totals;
+    V projection[kMostSamples][2][2];
+    for (int64_t block = 0; block < plan.width; block += kBlock) {
+        const int64_t count = min_of(kBlock, plan.width - block);
+        table.fill(in, plan, s, item.seed, block, count);
+        memset(totals.at, 0, sizeof(totals.at));
+        for (int64_t n = 0; n < item.count; ++n)
+            for (int j = 0; j < 2 * K; ++j) projection[n][j / 2][j % 2] = zero;
+        for (int64_t e = 0; e < count; e += V::width) {
+            const auto p = table.load(e);
+            for (int64_t tile = 0; tile < item.count; tile += kTile) {
+                V sums[1 + K][4];
+                for (int j = 0; j < 4 * (1 + K); ++j) sums[j / 4][j % 4] = zero;
+                for (int64_t n = tile; n < min_of(tile + kTile, item.count); ++n) {
+                    Stat<T> stat[2] = {};
+                    load_stats<K>(grad, item.first + n, stat);
+                    const int64_t cells = (item.first + n) * plan.cells + block + e;
+                    const int64_t gates = cells + (item.first + n) * 3 * plan.cells;
+                    if (e + V::width <= count)
+                        backward_cells<K, true, true>(in, grad, gates, plan.width, cells, 0, ahead, stat, p, sums,
+                                                      projection[n]);
+                    else
+                        backward_cells<K, false, true>(in, grad, gates, plan.width, cells, count - e, ahead, stat, p,
+                                                       sums, projection[n]);
+                }
+                add_to_totals<K>(totals, e, sums);
+            }
+        }
+        for (int64_t n = 0; n < item.count; ++n)
+            for (int j = 0; j < 2 * K; ++j) projections[n][j / 2][j % 2] += projection[n][j / 2][j % 2].sum();
+        for (int j = 0; j < 4 * (1 + K); ++j) memcpy(out + j * plan.width + block, totals.at[j], count * sizeof(T));
     }
 }
 
@@ -535,22 +597,22 @@ static inline void backward_runs(const LnConvLstmInputs<T>& in, const LnConvLstm
         const auto p = broadcast_params<K>(in, s, item.seed, channel);
         double totals[1 + K][4] = {};
         for (int64_t n = 0; n < item.count; ++n) {
-            const T* stats = grad.stats + (item.first + n) * s.inputs * 2;
             Stat<T> stat[2] = {};
-            for (int k = 0; k < K; ++k) stat[k] = Stat<T>::load(stats + 2 * k);
+            load_stats<K>(grad, item.first + n, stat);
             const int64_t gates = (item.first + n) * 4 * plan.cells + channel * s.positions;
             const int64_t cells = (item.first + n) * plan.cells + channel * s.positions;
             for (int64_t e = 0; e < s.positions;) {
-                V sums[1 + K][4];
+                V sums[1 + K][4], projection[2][2] = {{zero, zero}, {zero, zero}};
                 for (int j = 0; j < 4 * (1 + K); ++j) sums[j / 4][j % 4] = zero;
                 const int64_t tile_end = min_of(e + kRunTile * V::width, s.positions);
                 for (; e + V::width <= tile_end; e += V::width)
-                    backward_cells<K, true>(in, grad, gates + e, plan.cells, cells + e, 0, ahead, stat, p, sums);
+                    backward_cells<K, true, false>(in, grad, gates + e, plan.cells, cells + e, 0, ahead, stat, p, sums,
+                                                   projection);
                 if (e < tile_end) {
-                    backward_cells<K, false>(in, grad, gates + e, plan.cells, cells + e, tile_end - e, ahead, stat, p, sums);
+                    backward_cells<K, false, false>(in, grad, gates + e, plan.cells, cells + e, tile_end - e, ahead,
+                                                    stat, p, sums, projection);
                     e = tile_end;
                 }
-                V projection[2][2] = {{zero, zero}, {zero, zero}};
                 add_projections<K>(p, sums, projection);
                 for (int k = 0; k < K; ++k)
                     for (int j = 0; j < 2; ++j) projections[n][k][j] += projection[k][j].sum();
@@ -568,7 +630,9 @@ static inline void backward(const LnConvLstmInputs<T>& in, const LnConvLstmGradi
         const LnItem item(plan, s, i);
         double projections[kMostSamples][2][2] = {};
         T* out = workspace + i * LnPlan::sums(s) * plan.width;
-        if (plan.columns)
+        if (plan.columns && plan.rows == 1)
+            backward_samples<K>(in, grad, out, s, plan, item, projections);
+        else if (plan.columns)
             backward_columns<K>(in, grad, out, s, plan, item, projections);
         else
             backward_runs<K>(in, grad, out, s, plan, item, projections);
@@ -624,32 +688,32 @@ static inline void reduce(const T* workspace, const LnConvLstmGradients<T>& grad
     }
 }
 
-#define LF_LN_CONVLSTM_BY_INPUTS(function, ...)       \
-    const LnPlan plan(s);                             \
-    if (s.inputs == 0) function<0>(__VA_ARGS__);      \
-    if (s.inputs == 1) function<1>(__VA_ARGS__);      \
+#define LF_LN_CONVLSTM_BY_INPUTS(function, ...)  \
+    const LnPlan plan(s);                        \
+    if (s.inputs == 0) function<0>(__VA_ARGS__); \
+    if (s.inputs == 1) function<1>(__VA_ARGS__); \
     if (s.inputs == 2) function<2>(__VA_ARGS__);
 
-#define LF_LN_CONVLSTM_INSTANCES(T, suffix)                                                                          \
-    static void statistics_##suffix(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,          \
-                                    int64_t begin, int64_t end) {                                                    \
-        statistics(in, split, s, LnPlan(s), begin, end);                                                             \
-    }                                                                                                                \
+#define LF_LN_CONVLSTM_INSTANCES(T, suffix)                                                                           \
+    static void statistics_##suffix(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,           \
+                                    int64_t begin, int64_t end) {                                                     \
+        statistics(in, split, s, LnPlan(s), begin, end);                                                              \
+    }                                                                                                                 \
     static void forward_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split, \
-                                 double eps, const LnConvLstmShape& s, int64_t begin, int64_t end) {                 \
-        LF_LN_CONVLSTM_BY_INPUTS(forward, in, out, split, eps, s, plan, begin, end)                                  \
-    }                                                                                                                \
-    static void backward_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,  \
-                                  T* workspace, const LnConvLstmShape& s, int64_t begin, int64_t end) {              \
-        LF_LN_CONVLSTM_BY_INPUTS(backward, in, grad, split, workspace, s, plan, begin, end)                          \
-    }                                                                                                                \
-    static void finish_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,                   \
-                                const double* split, const LnConvLstmShape& s, int64_t begin, int64_t end) {         \
-        LF_LN_CONVLSTM_BY_INPUTS(finish, in, grad, split, s, plan, begin, end)                                       \
-    }                                                                                                                \
-    static void reduce_##suffix(const T* workspace, const LnConvLstmGradients<T>& grad, const LnConvLstmShape& s,    \
-                                int64_t begin, int64_t end) {                                                        \
-        reduce(workspace, grad, s, LnPlan(s), begin, end);                                                           \
+                                 double eps, const LnConvLstmShape& s, int64_t begin, int64_t end) {                  \
+        LF_LN_CONVLSTM_BY_INPUTS(forward, in, out, split, eps, s, plan, begin, end)                                   \
+    }                                                                                                                 \
+    static void backward_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,   \
+                                  T* workspace, const LnConvLstmShape& s, int64_t begin, int64_t end) {               \
+        LF_LN_CONVLSTM_BY_INPUTS(backward, in, grad, split, workspace, s, plan, begin, end)                           \
+    }                                                                                                                 \
+    static void finish_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,                    \
+                                const double* split, const LnConvLstmShape& s, int64_t begin, int64_t end) {          \
+        LF_LN_CONVLSTM_BY_INPUTS(finish, in, grad, split, s, plan, begin, end)                                        \
+    }                                                                                                                 \
+    static void reduce_##suffix(const T* workspace, const LnConvLstmGradients<T>& grad, const LnConvLstmShape& s,     \
+                                int64_t begin, int64_t end) {                                                         \
+        reduce(workspace, grad, s, LnPlan(s), begin, end);                                                            \
     }
 
 LF_LN_CONVLSTM_INSTANCES(float, f32)
@@ -681,36 +745,36 @@ int64_t ln_convlstm_reduce_workspace(const LnConvLstmShape& s) {
     return plan.items(s) * LnPlan::sums(s) * plan.width;
 }
 
-#define LF_LN_CONVLSTM_DISPATCH(T, suffix)                                                                           \
-    template <>                                                                                                      \
-    void ln_convlstm_statistics<T>(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,           \
-                                   int64_t begin, int64_t end) {                                                     \
-        static const auto kernel = LF_SELECT(statistics_##suffix);                                                   \
-        kernel(in, split, s, begin, end);                                                                            \
-    }                                                                                                                \
-    template <>                                                                                                      \
-    void ln_convlstm_forward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split, \
-                                double eps, const LnConvLstmShape& s, int64_t begin, int64_t end) {                  \
-        static const auto kernel = LF_SELECT(forward_##suffix);                                                      \
-        kernel(in, out, split, eps, s, begin, end);                                                                  \
-    }                                                                                                                \
-    template <>                                                                                                      \
-    void ln_convlstm_backward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,   \
-                                 T* workspace, const LnConvLstmShape& s, int64_t begin, int64_t end) {               \
-        static const auto kernel = LF_SELECT(backward_##suffix);                                                     \
-        kernel(in, grad, split, workspace, s, begin, end);                                                           \
-    }                                                                                                                \
-    template <>                                                                                                      \
-    void ln_convlstm_finish<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,                    \
-                               const double* split, const LnConvLstmShape& s, int64_t begin, int64_t end) {          \
-        static const auto kernel = LF_SELECT(finish_##suffix);                                                       \
-        kernel(in, grad, split, s, begin, end);                                                                      \
-    }                                                                                                                \
-    template <>                                                                                                      \
-    void ln_convlstm_reduce<T>(const T* workspace, const LnConvLstmGradients<T>& grad, const LnConvLstmShape& s,     \
-                               int64_t begin, int64_t end) {                                                         \
-        static const auto kernel = LF_SELECT(reduce_##suffix);                                                       \
-        kernel(workspace, grad, s, begin, end);                                                                      \
+#define LF_LN_CONVLSTM_DISPATCH(T, suffix)                                                                             \
+    template <>                                                                                                        \
+    void ln_convlstm_statistics<T>(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,             \
+                                   int64_t begin, int64_t end) {                                                       \
+        static const auto kernel = LF_SELECT(statistics_##suffix);                                                     \
+        kernel(in, split, s, begin, end);                                                                              \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void ln_convlstm_forward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split,   \
+                                double eps, const LnConvLstmShape& s, int64_t begin, int64_t end) {                    \
+        static const auto kernel = LF_SELECT(forward_##suffix);                                                        \
+        kernel(in, out, split, eps, s, begin, end);                                                                    \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void ln_convlstm_backward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,     \
+                                 T* workspace, const LnConvLstmShape& s, int64_t begin, int64_t end) {                 \
+        static const auto kernel = LF_SELECT(backward_##suffix);                                                       \
+        kernel(in, grad, split, workspace, s, begin, end);                                                             \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void ln_convlstm_finish<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, const double* split, \
+                               const LnConvLstmShape& s, int64_t begin, int64_t end) {                                 \
+        static const auto kernel = LF_SELECT(finish_##suffix);                                                         \
+        kernel(in, grad, split, s, begin, end);                                                                        \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void ln_convlstm_reduce<T>(const T* workspace, const LnConvLstmGradients<T>& grad, const LnConvLstmShape& s,       \
+                               int64_t begin, int64_t end) {                                                           \
+        static const auto kernel = LF_SELECT(reduce_##suffix);                                                         \
+        kernel(workspace, grad, s, begin, end);                                                                        \
     }
 
 LF_LN_CONVLSTM_DISPATCH(float, f32)

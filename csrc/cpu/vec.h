@@ -148,7 +148,8 @@ LF_HD Vec<T> exp_minus(Vec<T> x) {
     return {e.scaled(e.fraction(1))};
 }
 
-// 1 / x for x from 1 to 2^126. A Newton step takes the approximation's error of 2^-14 away, and is faster than dividing.
+// 1 / x for x from 1 to 2^126. A Newton step takes the approximation's error of 2^-14 away, and is faster than
+// dividing.
 template <class T>
 LF_HD Vec<T> inverse(Vec<T> x) {
 #if LF_VECTOR_BYTES == 64

@@ -9,9 +9,9 @@
 // weight and bias, a thread staying with its channel. How the work is cut depends on the shape and the element type
 // alone: sums have the same bits everywhere.
 //
-// Floor with one input, in numbers for each cell: forward reads 9 and writes 2, and moments reads 4 more, which L2 keeps
-// where a few samples fit it; backward reads 11 and writes 5, finish reads 8 and writes 4. Nothing of this has been
-// measured on a GPU yet.
+// Floor with one input, in numbers for each cell: forward reads 9 and writes 2, and moments reads 4 more, which L2
+// keeps where a few samples fit it; backward reads 11 and writes 5, finish reads 8 and writes 4. Nothing of this has
+// been measured on a GPU yet.
 #include "../ln_convlstm.h"
 
 #include "../math/host_device.h"
@@ -57,16 +57,16 @@ constexpr int kFinishColumns = sizeof(T) == 2 ? 2 : 1;
 // slice stays within the run of P positions of a channel.
 struct Plan {
     bool columns;
-    int64_t samples;           // of all seeds
-    int64_t per_seed;          // samples of a seed
-    int64_t cells;             // of a sample
+    int64_t samples;   // of all seeds
+    int64_t per_seed;  // samples of a seed
+    int64_t cells;     // of a sample
     int channels, rows, width, run;
-    int slices;                // columns: of a row; runs: of a run
-    int chunk, chunks;         // columns: rows of a block; runs: slices of a block
-    int moments;               // chunks of a sample in `moments`
-    int across;                // columns: threads side by side
-    int finish_tiles;          // columns: tiles of 4C gates
-    int64_t finish_chunks;     // blocks that share a tile or channel
+    int slices;             // columns: of a row; runs: of a run
+    int chunk, chunks;      // columns: rows of a block; runs: slices of a block
+    int moments;            // chunks of a sample in `moments`
+    int across;             // columns: threads side by side
+    int finish_tiles;       // columns: tiles of 4C gates
+    int64_t finish_chunks;  // blocks that share a tile or channel
 };
 
 // Sums of `count` values over the block, in a fixed order; every thread receives them.
@@ -229,8 +229,7 @@ __device__ __forceinline__ void load_gates(const LnConvLstmInputs<void>& in, int
 template <int K, bool whole, int own, int N, class T>
 __device__ __forceinline__ void forward_cells(const LnConvLstmInputs<void>& in, const LnConvLstmOutputs<void>& out,
                                               int64_t gates, int64_t stride, int64_t cells, int count,
-                                              const SampleStats<K, Compute<T>>& stats,
-                                              const CellParams<K, own, T>& p) {
+                                              const SampleStats<K, Compute<T>>& stats, const CellParams<K, own, T>& p) {
     using C = Compute<T>;
     C x_hat[K > 0 ? K : 1][4][N], a[4][N], c[N], h[N];
     load_gates<K, whole, own, N, T>(in, gates, stride, count, stats, p, x_hat, a);
@@ -253,8 +252,7 @@ __device__ __forceinline__ void forward_cells(const LnConvLstmInputs<void>& in, 
 template <int K, bool whole, int own, int N, class T>
 __device__ __forceinline__ void backward_cells(const LnConvLstmInputs<void>& in, const LnConvLstmGradients<void>& grad,
                                                int64_t gates, int64_t stride, int64_t cells, int count,
-                                               const SampleStats<K, Compute<T>>& stats,
-                                               const CellParams<K, own, T>& p,
+                                               const SampleStats<K, Compute<T>>& stats, const CellParams<K, own, T>& p,
                                                Compute<T> (&projections)[K > 0 ? 2 * K : 1]) {
     using C = Compute<T>;
     C x_hat[K > 0 ? K : 1][4][N], a[4][N], c[N], grad_h[N], grad_c[N];
@@ -342,11 +340,11 @@ __global__ void __launch_bounds__(kThreads, resident<T>)
     constexpr int N = columns ? kColumns : kRun<T>;
     const SampleStats<K, Compute<T>> stats(static_cast<const Compute<T>*>(grad.stats), blockIdx.x / plan.chunks);
     Compute<T> projections[K > 0 ? 2 * K : 1] = {};
-    for_slices<K, columns, N, T>(
-        in, float_params, plan, [&](int64_t gates, int64_t cells, int count, int64_t, const auto& p) {
-            backward_cells<K, whole, columns ? N : 1, N, T>(in, grad, gates, plan.width, cells, count, stats, p,
-                                                            projections);
-        });
+    for_slices<K, columns, N, T>(in, float_params, plan,
+                                 [&](int64_t gates, int64_t cells, int count, int64_t, const auto& p) {
+                                     backward_cells<K, whole, columns ? N : 1, N, T>(in, grad, gates, plan.width, cells,
+                                                                                     count, stats, p, projections);
+                                 });
     if constexpr (K > 0) {
         block_sum(projections);
         if (threadIdx.x == 0) {
@@ -629,8 +627,8 @@ cudaError_t run_backward(const LnConvLstmInputs<void>& in, const LnConvLstmGradi
     if (!none) {
         int n = plan.columns ? kColumns : kRun<T>;
         const int64_t line = plan.columns ? plan.width : plan.run;
-        bool whole = line % n == 0 && aligned_to(n * sizeof(T), in.x[0], in.x[1], in.rec, in.c, grad.h, grad.c_new,
-                                                 grad.rec, grad.c);
+        bool whole = line % n == 0 &&
+                     aligned_to(n * sizeof(T), in.x[0], in.x[1], in.rec, in.c, grad.h, grad.c_new, grad.rec, grad.c);
         auto kernel = plan.columns ? backward<T, K, true, false> : backward<T, K, false, false>;
         if constexpr (sizeof(T) < 8) {
             if (whole) kernel = plan.columns ? backward<T, K, true, true> : backward<T, K, false, true>;

@@ -1,5 +1,5 @@
-// One step of the LSTM with normalised inputs (Ba et al. 2016, with the input alone normalised), one cell at a time. a = the four
-// gates before their activation, in the order i, f, g, o:
+// One step of the LSTM with normalised inputs (Ba et al. 2016, with the input alone normalised), one cell at a time. a
+// = the four gates before their activation, in the order i, f, g, o:
 //
 //   a  = w (x - mean) rstd + b + rec             mean, rstd over all 4C channels and all positions of a sample
 //   c' = s(f) c + s(i) tanh(g)
