@@ -144,7 +144,11 @@ def peak(variant: str, device: str) -> int:
         run()
         return torch.cuda.max_memory_allocated() - held
     done = subprocess.run(
-        [sys.executable, __file__, variant], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        [sys.executable, __file__, variant],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
     )
     return int(done.stdout.split()[-1])
 
@@ -192,7 +196,9 @@ def bench_dense_sequence(benchmark, device, shape, variant):
             outputs.append(h)
         return (torch.stack(outputs),)
 
-    function = {"ladderfast": ours, "torch.nn.LSTM": theirs, "plain": plain}.get(variant) or torch.compile(plain)
+    function = {"ladderfast": ours, "torch.nn.LSTM": theirs, "plain": plain}.get(variant) or torch.compile(
+        plain
+    )
     wanted = list((theirs if variant == "torch.nn.LSTM" else ours).parameters())
 
     def run():

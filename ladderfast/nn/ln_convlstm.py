@@ -61,11 +61,14 @@ class _Cell(nn.Module):
         self.bias = nn.Parameter(torch.empty(vector, device=device, dtype=dtype)) if bias else None
 
     def _reset_vectors(self) -> None:
-        for weight in self.norm_weight or ():
-            nn.init.ones_(weight)
-        for module in self.batch_norm or ():
-            module.reset_running_stats()
-            nn.init.ones_(module.weight)
+        if self.norm_weight is not None:
+            for weight in self.norm_weight:
+                nn.init.ones_(weight)
+        if self.batch_norm is not None:
+            for module in self.batch_norm.children():
+                assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+                module.reset_running_stats()
+                nn.init.ones_(module.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
             nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], self.forget_bias)
@@ -190,14 +193,16 @@ class LayerNormConvLSTMCell(_Cell):
             raise ValueError(f"in_channels must be one number or a pair, got {in_channels}")
         if spatial not in _CONVOLUTIONS:
             raise ValueError(f"spatial must be 1 or 2, got {spatial}")
-        super().__init__(
-            hidden_channels, len(channels), spatial, norm, bias, forget_bias, eps, device, dtype
-        )
+        super().__init__(hidden_channels, len(channels), spatial, norm, bias, forget_bias, eps, device, dtype)
         self.in_channels, self.hidden_channels, self.groups = channels, hidden_channels, groups
         self.kernel_size = _sizes("kernel_size", kernel_size, spatial, 1)
         self.stride = _sizes("stride", stride, spatial, 1)
         self.dilation = _sizes("dilation", dilation, spatial, 1)
-        for name, count in (("in_channels", channels[0]), ("in_channels", channels[-1]), ("hidden_channels", hidden_channels)):
+        for name, count in (
+            ("in_channels", channels[0]),
+            ("in_channels", channels[-1]),
+            ("hidden_channels", hidden_channels),
+        ):
             if count < 1 or count % _positive("groups", groups) != 0:
                 raise ValueError(f"{name} must be a positive multiple of groups, {groups}; got {count}")
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
@@ -263,8 +268,19 @@ class LayerNormConvLSTMCell(_Cell):
 class _Sequence(nn.Module):
     """A cell over time."""
 
-    cell: _Cell
     batch_first: bool
+
+    def __init__(self, cell: _DenseCell | LayerNormConvLSTMCell, batch_first: bool) -> None:
+        super().__init__()
+        self.cell, self.batch_first = cell, batch_first
+
+    def reset_parameters(self) -> None:
+        self.cell.reset_parameters()
+
+    def forward(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return self._run(x, state, mask)
 
     def _run(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
         axes = "(N, T, C, *)" if self.batch_first else "(T, N, C, *)"
@@ -338,9 +354,7 @@ class LayerNormConvLSTM(_Sequence):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.batch_first = batch_first
-        self.cell = LayerNormConvLSTMCell(
+        cell = LayerNormConvLSTMCell(
             in_channels,
             hidden_channels,
             kernel_size,
@@ -356,14 +370,7 @@ class LayerNormConvLSTM(_Sequence):
             device=device,
             dtype=dtype,
         )
-
-    def reset_parameters(self) -> None:
-        self.cell.reset_parameters()
-
-    def forward(
-        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        return self._run(x, state, mask)
+        super().__init__(cell, batch_first)
 
 
 class LayerNormLSTM(_Sequence):
@@ -404,17 +411,9 @@ class LayerNormLSTM(_Sequence):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
-        self.cell = _DenseCell(input_size, hidden_size, norm, bias, forget_bias, eps, device, dtype)
-
-    def reset_parameters(self) -> None:
-        self.cell.reset_parameters()
-
-    def forward(
-        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        return self._run(x, state, mask)
+        cell = _DenseCell(input_size, hidden_size, norm, bias, forget_bias, eps, device, dtype)
+        super().__init__(cell, batch_first)
+        self.input_size, self.hidden_size = input_size, hidden_size
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, norm={self.cell.norm}"

@@ -129,9 +129,9 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_c_new: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        x, y, weight = tensors[0], tensors[1], tensors[4]
+        y, weight = tensors[1], tensors[4]
         # Where nobody asks for gradients of gradients, a second autograd function would only cost its 25 us.
-        backward = _StepBackward.forward if plain_backward() else _StepBackward.apply
+        backward: Any = _StepBackward.forward if plain_backward() else _StepBackward.apply
         grads = backward(grad_h, grad_c_new, *tensors, ctx.eps, ctx.name)
         grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias = grads
         if weight is None:
@@ -235,7 +235,9 @@ def _several(name: str, value: Any, count: int | None) -> tuple[Tensor, ...]:
     if not isinstance(value, (tuple, list)) or len(value) not in (1, 2):
         raise TypeError(f"{OP}: {name} must be a tensor or a pair of tensors; got {type(value).__name__}")
     if count is not None and len(value) != count:
-        raise ValueError(f"{OP}: {name} must have one tensor for each of the {count} gates_in; got {len(value)}")
+        raise ValueError(
+            f"{OP}: {name} must have one tensor for each of the {count} gates_in; got {len(value)}"
+        )
     for k, t in enumerate(value):
         check_dtype(OP, name if len(value) == 1 else f"{name}[{k}]", t)
     return tuple(value)
@@ -258,9 +260,13 @@ def _check(
     gates = [("gates_in[1]", xs[1])] if len(xs) == 2 else []
     for name, t in (*gates, ("gates_rec", rec)):
         if t.shape != x.shape:
-            raise ValueError(f"{OP}: {name} must have the shape of gates_in, {shape_text(x)}; got {shape_text(t)}")
+            raise ValueError(
+                f"{OP}: {name} must have the shape of gates_in, {shape_text(x)}; got {shape_text(t)}"
+            )
     if c.shape != cells:
-        raise ValueError(f"{OP}: c must have shape {cells} for gates_in of {shape_text(x)}; got {shape_text(c)}")
+        raise ValueError(
+            f"{OP}: c must have shape {cells} for gates_in of {shape_text(x)}; got {shape_text(c)}"
+        )
     fitting = (*x.shape[: channel - 1], x.shape[channel])
     for name, t in vectors:
         if t.shape != fitting:
@@ -283,11 +289,11 @@ def _check(
 
 
 def ln_convlstm_step(
-    gates_in: Tensor | tuple[Tensor, Tensor],
+    gates_in: Tensor | Sequence[Tensor],
     gates_rec: Tensor,
     c: Tensor,
-    weight: Tensor | tuple[Tensor, Tensor] | None,
-    bias: Tensor | tuple[Tensor, Tensor] | None,
+    weight: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | Sequence[Tensor] | None,
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
@@ -304,8 +310,8 @@ def ln_convlstm_step(
         gates_rec: (N, 4C, *) convolved hidden state, added without normalisation.
         c: (N, C, *) cell state.
         weight: (4C,) gain of the normalisation, or None: gates_in is not normalised (a plain LSTM).
-        bias: (4C,) added to the gates, a pair of which both are added, or None. With an axis of seeds, weight and bias are (S, 4C), all others have
-            it in front, and each seed has its own parameters.
+        bias: (4C,) added to the gates, or a pair, or None. With an axis of seeds, weight and bias are (S, 4C), all
+            others have it in front, and each seed has its own parameters.
         eps: added to the variance, which is that of the population.
 
     Returns:

@@ -278,7 +278,9 @@ def _backward_kernel(
 
 
 @triton.jit
-def _merge_projections_kernel(partial_ptr, means_ptr, length, chunks, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+def _merge_projections_kernel(
+    partial_ptr, means_ptr, length, chunks, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
+):
     """means (samples, inputs, 2); program (sample, which of them)."""
     sample = tl.program_id(0).to(tl.int64)
     which = tl.program_id(1)

@@ -104,7 +104,10 @@ def test_dense_with_norm():
     cell = module.cell
     h = c = x.new_zeros(2, 4)
     for step, found in zip(x, module(x)[0], strict=True):
-        a = F.layer_norm(step @ cell.weight_ih.t(), (16,), cell.norm_weight[0], cell.bias) + h @ cell.weight_hh.t()
+        a = (
+            F.layer_norm(step @ cell.weight_ih.t(), (16,), cell.norm_weight[0], cell.bias)
+            + h @ cell.weight_hh.t()
+        )
         i, f, g, o = a.chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
@@ -193,7 +196,9 @@ def test_batch_norm_in_the_place_of_layer_norm(spatial):
 
     axes = (0, *range(2, gates.dim()))
     trained = module(x)[0][0]
-    torch.testing.assert_close(trained, activated(F.batch_norm(gates, None, None, weight, module.cell.bias, True)))
+    torch.testing.assert_close(
+        trained, activated(F.batch_norm(gates, None, None, weight, module.cell.bias, True))
+    )
     running = module.cell.batch_norm[0]
     torch.testing.assert_close(running.running_mean, 0.1 * gates.mean(axes))
     found = module.eval()(x)[0][0]
@@ -217,7 +222,9 @@ def test_channels_last_in_and_out():
     module = LayerNormConvLSTMCell(3, 4, 3)
     x = torch.randn(2, 3, 6, 5)
     expected = module(x)
-    h, c = copy.deepcopy(module).to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    h, c = copy.deepcopy(module).to(memory_format=torch.channels_last)(
+        x.contiguous(memory_format=torch.channels_last)
+    )
     torch.testing.assert_close((h, c), expected)
     assert h.is_contiguous(memory_format=torch.channels_last)
 
@@ -261,9 +268,18 @@ def test_gradcheck():
     [
         (lambda: LayerNormConvLSTM(3, 4, 2), r"kernel_size \(2, 2\).*must be even"),
         (lambda: LayerNormConvLSTM(3, 4, (3, 3, 3)), "kernel_size must be one number or 2"),
-        (lambda: LayerNormConvLSTM(3, 4, 3, stride=0), "stride must be one number or 2, each at least 1; got 0"),
-        (lambda: LayerNormConvLSTM(3, 4, 3, groups=2), "in_channels must be a positive multiple of groups, 2; got 3"),
-        (lambda: LayerNormConvLSTM(3, 4, 3, norm="group"), "norm must be one of layer, batch, none, got 'group'"),
+        (
+            lambda: LayerNormConvLSTM(3, 4, 3, stride=0),
+            "stride must be one number or 2, each at least 1; got 0",
+        ),
+        (
+            lambda: LayerNormConvLSTM(3, 4, 3, groups=2),
+            "in_channels must be a positive multiple of groups, 2; got 3",
+        ),
+        (
+            lambda: LayerNormConvLSTM(3, 4, 3, norm="group"),
+            "norm must be one of layer, batch, none, got 'group'",
+        ),
         (lambda: LayerNormConvLSTM(3, 4, 3, spatial=3), "spatial must be 1 or 2, got 3"),
         (lambda: LayerNormConvLSTM(3, 0, 3), "hidden size must be at least 1, got 0"),
         (lambda: LayerNormLSTM(0, 3), "input_size must be at least 1, got 0"),

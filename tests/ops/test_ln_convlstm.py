@@ -119,10 +119,9 @@ def plain_step(gates_in, rec, c, weight, bias, *, eps=1e-5):
     several = reference.several
     a = rec
     for k, x in enumerate(several(gates_in)):
-        if weight is None:
-            a = a + x
-        else:
-            a = a + torch.nn.functional.group_norm(x, 1, several(weight)[k], eps=eps)
+        if weight is not None:
+            x = torch.nn.functional.group_norm(x, 1, several(weight)[k], eps=eps)
+        a = a + x
     for b in several(bias):
         a = a + b.view(-1, *[1] * (c.dim() - 2))
     i, f, g, o = a.chunk(4, 1)
@@ -392,7 +391,9 @@ def test_extremes_stay_where_they_are(target, shape, bad):
     calm = run(ln_convlstm_step, case)
     where = (2, 1, *([1] * (len(shape) - 2)))
     for name in ("xs", "rec", "c"):
-        struck = replace(case, **{name: [case.xs[0].clone()] if name == "xs" else getattr(case, name).clone()})
+        struck = replace(
+            case, **{name: [case.xs[0].clone()] if name == "xs" else getattr(case, name).clone()}
+        )
         (struck.xs[0] if name == "xs" else getattr(struck, name))[where] = bad
         results = run(ln_convlstm_step, struck)
         for a, b in zip(results[:5], calm[:5], strict=True):
@@ -553,9 +554,7 @@ def test_half_on_the_cpu_is_the_reference_rounded_once():
     for a, b in zip(run(ln_convlstm_step, case), exact, strict=True):
         torch.testing.assert_close(a, b.bfloat16(), rtol=0.01, atol=0.01)
     wide = [t.float() for t in (*case.weights, *case.biases)]
-    assert (
-        ln_convlstm_step(case.xs, case.rec, case.c, wide[:2], wide[2:])[0].dtype == torch.bfloat16
-    )
+    assert ln_convlstm_step(case.xs, case.rec, case.c, wide[:2], wide[2:])[0].dtype == torch.bfloat16
 
 
 BAD = [

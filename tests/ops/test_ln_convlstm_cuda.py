@@ -181,7 +181,11 @@ def run(lib: cuda_shim.Library, case: Case, misalignment: int = 0) -> list[Tenso
 
     grad_h, grad_c_new = give(case.grad_h, "grad_h"), give(case.grad_c, "grad_c_new")
     grad_xs = [take(t, f"grad_x{k}") for k, t in enumerate(case.xs[:inputs])]
-    grad_rec, grad_c, grad_bias = take(case.rec, "grad_rec"), take(case.c, "grad_c"), take(case.bias, "grad_bias")
+    grad_rec, grad_c, grad_bias = (
+        take(case.rec, "grad_rec"),
+        take(case.c, "grad_c"),
+        take(case.bias, "grad_bias"),
+    )
     grad_weights = [take(t, f"grad_weight{k}") for k, t in enumerate(case.weights)]
     gradients = Gradients(
         grad_h.data_ptr(),
@@ -195,7 +199,11 @@ def run(lib: cuda_shim.Library, case: Case, misalignment: int = 0) -> list[Tenso
     )
     workspace = lib.empty((size,), torch.uint8, name="workspace")
     status = lib.call(
-        "ladderfast_ln_convlstm_backward_cuda", ctypes.byref(given), ctypes.byref(gradients), workspace, *codes
+        "ladderfast_ln_convlstm_backward_cuda",
+        ctypes.byref(given),
+        ctypes.byref(gradients),
+        workspace,
+        *codes,
     )
     assert status == 0
     results = [h, c_new, *grad_xs, grad_rec, grad_c, *grad_weights, grad_bias]
@@ -237,18 +245,20 @@ def check(lib: cuda_shim.Library, case: Case) -> None:
     """Error at most twice that of plain arithmetic in the type of computation, and one rounding to storage.
 
     As plain arithmetic may be right by luck, a rounding of the largest term is allowed as well (four in float64, whose
-    yardstick is rounded itself). In 16 bits, grad_x is made from gates' gradients that were rounded once, and so are the
-    sums for the parameters.
+    yardstick is rounded itself). In 16 bits, grad_x and the sums for the parameters are made from gates' gradients that
+    were rounded once.
     """
     compute = torch.float64 if case.c.dtype == torch.float64 else torch.float32
     half = case.c.dtype in (torch.bfloat16, torch.float16)
     exact, plain = reference(case.to(torch.float64)), reference(case.to(compute))
-    for index, (a, e, p, terms) in enumerate(zip(run(lib, case), exact, plain, magnitudes(case), strict=True)):
+    for index, (a, e, p, terms) in enumerate(
+        zip(run(lib, case), exact, plain, magnitudes(case), strict=True)
+    ):
         assert a.shape == e.shape
         roundings = 4 if compute == torch.float64 else 1
         allowed = 2 * (p.double() - e).abs().max() + roundings * torch.finfo(compute).eps * terms.max()
         if half:
-            from_gates = index >= 2 and not (index in (2 + len(case.weights), 3 + len(case.weights)))
+            from_gates = index >= 2 and index not in (2 + len(case.weights), 3 + len(case.weights))
             size = terms if from_gates else e.abs()
             allowed = 4 * allowed + torch.finfo(case.c.dtype).eps / 2 * size
             if a.dtype != torch.float32:
