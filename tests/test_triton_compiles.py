@@ -65,7 +65,7 @@ for element in ("*fp32", "*bf16"):
     tensors = {f"{n}_ptr": element for n in names}
     tensors |= {f"{n}_ptr": "*fp32" for n in ("weight", "weight_y", "bias", "stats", "partial", "means", "sums", "out")}
     tensors["eps"] = "fp32"
-    for inputs in (0, 1, 2):
+    for inputs in (0, 1, 2) if element == "*fp32" else (2,):
         for last in (0, 1):
             constants = {"INPUTS": inputs, "LAST": last, "BLOCK": c.CELLS}
             compile(c._forward_kernel, tensors, constants)
@@ -82,7 +82,7 @@ compile(c._sum_kernel, tensors, {"SLOTS": c.SLOTS, "COLUMNS": 128})
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("code", "kernels"), [(COMBINATOR, 41), (LN_CONVLSTM, 53)], ids=["combinator", "ln_convlstm"]
+    ("code", "kernels"), [(COMBINATOR, 41), (LN_CONVLSTM, 37)], ids=["combinator", "ln_convlstm"]
 )
 def test_triton_compiles_ahead_of_time(code: str, kernels: int, arch: int, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
