@@ -430,12 +430,42 @@ static LF_HD void finish_gates(const T* x, const T* grad_a, T* grad_x, int64_t n
         grad.store(grad_x, n);
 }
 
+// grad_x of an item whose rows hold each gate's channels once: whole rows, as the weights lie beside each other too.
+template <int K, class T>
+static inline void finish_rows(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, const LnPlan& plan,
+                               const LnItem& item, const double (&means)[kMostSamples][2][2]) {
+    using V = Vec<T>;
+    const int64_t width = 4 * plan.width;
+    for (int64_t n = 0; n < item.count; ++n) {
+        for (int k = 0; k < K; ++k) {
+            const int64_t sample = item.first + n;
+            const auto stat = Stat<T>::load(grad.stats + (sample * K + k) * 2);
+            const V mean = V::broadcast((T)means[n][k][0]), projection = V::broadcast((T)means[n][k][1]);
+            const T* weight = in.weight[k] + item.seed * width;
+            for (int64_t row = item.unit; row < item.unit_end; ++row) {
+                const int64_t at = sample * 4 * plan.cells + row * width;
+                const T *x = in.x[k] + at, *grad_a = grad.rec + at;
+                T* grad_x = grad.x[k] + at;
+                int64_t e = 0;
+                for (; e + V::width <= width; e += V::width) {
+                    __builtin_prefetch(grad_x + e + kAhead / sizeof(T), 1);
+                    finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, stat, V::load(weight + e), mean, projection);
+                }
+                if (e < width)
+                    finish_gates<false>(x + e, grad_a + e, grad_x + e, width - e, stat, V::load(weight + e, width - e),
+                                        mean, projection);
+            }
+        }
+    }
+}
+
 // grad_x of an item; `means` of w grad_a and of w grad_a x_hat for each of its samples and inputs.
 template <int K, class T>
 static inline void finish_item(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,
                                const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
                                const double (&means)[kMostSamples][2][2]) {
     using V = Vec<T>;
+    if (plan.columns && plan.inner == 1) return finish_rows<K>(in, grad, plan, item, means);
     Table<K, T> table;
     for (int64_t block = 0; block < (plan.columns ? plan.width : 1); block += kBlock) {
         const int64_t count = min_of(kBlock, plan.width - block);
