@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def peak_memory(function: Callable[[], object]) -> int:
     return peak
 
 
-def bytes_kept(function, inputs) -> int:
+def bytes_kept(function: Callable[..., object], inputs: Sequence[torch.Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward."""
     kept: dict[int, int] = {}
 
@@ -73,14 +73,24 @@ def bytes_kept(function, inputs) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function(*inputs)
+        result = function(*inputs)
+    del result  # alive until here: memory must not be freed and taken again in between
     return sum(kept.values())
 
 
 def record(
-    benchmark, *, op: str, shape: str, phase: str, variant: str, device: str, moved: int, kept: int
+    benchmark,
+    *,
+    op: str,
+    shape: str,
+    phase: str,
+    variant: str,
+    device: str,
+    moved: int,
+    kept: int,
+    peak: int | None = None,
 ) -> None:
-    """What bench/table.py needs beside the times."""
+    """What bench/table.py needs beside the times; `peak` is the memory of a whole pass."""
     benchmark.extra_info.update(
         op=op,
         shape=shape,
@@ -89,6 +99,7 @@ def record(
         device=device,
         bytes_moved=moved,
         bytes_kept=kept,
+        bytes_peak=peak,
         copy_seconds=copy_seconds(moved, device),
     )
 

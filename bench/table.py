@@ -21,6 +21,12 @@ STEP_COLUMNS = (
 )
 
 
+NETWORKS = (
+    "| network | shape | ms | its convolutions alone, ms | times those | peak, MiB | plain peak, MiB |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
+)
+
+
 def machine_line(run: dict) -> str:
     info = run["machine_info"]
     where = info.get("gpu") or info.get("cpu", {}).get("brand_raw", info.get("machine", "?"))
@@ -28,8 +34,7 @@ def machine_line(run: dict) -> str:
     return f"Measured {run['datetime'][:10]} on {where}{threads}, torch {info['torch']}; medians."
 
 
-def table(run: dict) -> str:
-    """One row for each op, shape and pass; losing cases stay in."""
+def cases_of(run: dict) -> dict[tuple[str, ...], dict[str, dict]]:
     cases: dict[tuple[str, ...], dict[str, dict]] = {}
     for bench in run["benchmarks"]:
         info = bench["extra_info"]
@@ -37,8 +42,13 @@ def table(run: dict) -> str:
             continue
         key = (info["op"], info["device"], info["shape"], info["phase"])
         cases.setdefault(key, {})[info["variant"]] = bench
+    return cases
+
+
+def table(run: dict) -> str:
+    """One row for each op, shape and pass; losing cases stay in."""
     lines = []
-    for (op, _, shape, phase), variants in cases.items():
+    for (op, _, shape, phase), variants in cases_of(run).items():
         plain, compiled = (variants[name]["stats"]["median"] * 1e3 for name in ("plain", "compile"))
         for name in OURS:
             if name not in variants:
@@ -51,7 +61,23 @@ def table(run: dict) -> str:
                 f"| {compiled / ours / 1e3:.1f} | {info['bytes_moved'] / ours / 1e9:.0f} "
                 f"| {info['copy_seconds'] / ours:.0%} | {kept[0]:.3g} | {kept[1]:.3g} |"
             )
-    return COLUMNS + "\n".join(lines) + "\n"
+        if "torch.nn.LSTM" in variants:
+            theirs = variants["torch.nn.LSTM"]["stats"]["median"] * 1e3
+            lines.append(f"| torch.nn.LSTM | {shape} | {phase} | {theirs:.3g} |" + " |" * 7)
+    return COLUMNS + "\n".join(lines) + "\n" + networks(run)
+
+
+def networks(run: dict) -> str:
+    """Networks beside their convolutions alone, and the memory at the height of a pass."""
+    lines = []
+    for (op, _, shape, _), variants in cases_of(run).items():
+        if "convolutions" not in variants:
+            continue
+        ours, alone = (variants[name]["stats"]["median"] * 1e3 for name in ("ladderfast", "convolutions"))
+        peaks = [variants[name]["extra_info"]["bytes_peak"] for name in ("ladderfast", "plain")]
+        shown = " | ".join("-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
+        lines.append(f"| {op} | {shape} | {ours:.3g} | {alone:.3g} | {ours / alone:.2f} | {shown} |")
+    return "\n" + NETWORKS + "\n".join(lines) + "\n" if lines else ""
 
 
 def step_table(run: dict) -> str:

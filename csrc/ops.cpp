@@ -18,6 +18,7 @@
 #include "ladder_decoder.h"
 #include "what_where.h"
 #include "tagger.h"
+#include "ln_convlstm.h"
 
 #include <optional>
 #include <tuple>
@@ -1174,8 +1175,259 @@ struct TaggerOps {
 };
 
 using TaggerCpu = TaggerOps<tagger_inputs_cpu, tagger_nll_cpu, tagger_backward_cpu>;
+// The arguments of an ln_convlstm pass, laid out alike: gates (N, 4C, *) and cells (N, C, *) with vectors (4C), or with
+// an axis of seeds in front of each.
+struct LnConvLstmArguments {
+    const char* op;
+    int64_t axis;  // of the channels
+    LnConvLstmShape shape;
+    Tensor x, rec, c, bias;
+    std::optional<Tensor> y, weight, weight_y;
+
+    LnConvLstmArguments(const char* op, Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
+                        std::optional<Tensor> weight, std::optional<Tensor> weight_y, Tensor bias)
+        : op(op), axis(bias.dim()), x(x), rec(rec), c(c), bias(bias), y(y), weight(weight), weight_y(weight_y) {
+        STD_TORCH_CHECK(axis == 1 || axis == 2, op, ": bias must be (4C) or (S, 4C)");
+        STD_TORCH_CHECK(x.dim() > axis && c.dim() == x.dim() && bias.size(axis - 1) == x.size(axis) &&
+                            x.size(axis) == 4 * c.size(axis) && (axis == 1 || bias.size(0) == x.size(0)),
+                        op, ": the shapes of x, c and bias do not fit");
+        STD_TORCH_CHECK(y.has_value() == weight_y.has_value() && (weight.has_value() || !y.has_value()), op,
+                        ": a second input needs weights for both");
+        check_like("rec", rec, x);
+        check_cells("c", c);
+        if (y.has_value()) check_like("y", *y, x);
+        for (const auto& w : {weight, weight_y})
+            if (w.has_value()) check_like("weight", *w, bias);
+        STD_TORCH_CHECK(bias.device() == x.device(), op, ": bias must be on the device of x");
+
+        shape = {axis == 2 ? x.size(0) : 1, x.size(axis - 1), c.size(axis), 1, weight.has_value() + y.has_value(), 0};
+        for (int64_t k = axis + 1; k < x.dim(); ++k) shape.positions *= x.size(k);
+        if (!packed(x, [](int64_t k) { return k; })) {
+            STD_TORCH_CHECK(is_channels_last(x), op, ": x must be contiguous or channels-last");
+            shape.channels_last = 1;
+        }
+        this->rec = laid_out_like(rec, x);
+        if (y.has_value()) this->y = laid_out_like(*y, x);
+        this->c = cells(c);
+        this->bias = torch::stable::contiguous(bias);
+        if (weight.has_value()) this->weight = torch::stable::contiguous(*weight);
+        if (weight_y.has_value()) this->weight_y = torch::stable::contiguous(*weight_y);
+    }
+
+    void check_like(const char* name, const Tensor& t, const Tensor& other) const {
+        bool same = t.dim() == other.dim();
+        for (int64_t k = 0; same && k < t.dim(); ++k) same = t.size(k) == other.size(k);
+        STD_TORCH_CHECK(same && t.scalar_type() == other.scalar_type() && t.device() == other.device(), op, ": ", name,
+                        " does not fit the others");
+    }
+
+    void check_cells(const char* name, const Tensor& t) const {
+        bool same = t.dim() == x.dim();
+        for (int64_t k = 0; same && k < t.dim(); ++k) same = t.size(k) == (k == axis ? x.size(k) / 4 : x.size(k));
+        STD_TORCH_CHECK(same && t.scalar_type() == x.scalar_type() && t.device() == x.device(), op, ": ", name,
+                        " does not fit x");
+    }
+
+    bool is_channels_last(const Tensor& t) const {
+        const int64_t last = t.dim() - 1, channel = axis;
+        return packed(t, [=](int64_t k) { return k < channel ? k : k == last ? channel : k + 1; });
+    }
+
+    Tensor empty_cells() const {
+        if (!shape.channels_last) return torch::stable::new_empty(x, c.sizes());
+        // The order of the axes of a part of x, packed.
+        Tensor of_x = x;
+        return torch::stable::empty_like(torch::stable::narrow(of_x, axis, 0, shape.channels));
+    }
+
+    // t itself if it lies in memory as x does, else a copy that does.
+    Tensor cells(const Tensor& t) const {
+        if (!shape.channels_last) return torch::stable::contiguous(t);
+        if (is_channels_last(t)) return t;
+        Tensor copy = empty_cells();
+        torch::stable::copy_(copy, t);
+        return copy;
+    }
+
+    template <class T>
+    LnConvLstmInputs<T> pointers() const {
+        const auto of = [](const std::optional<Tensor>& t) {
+            return t.has_value() ? (const T*)t->data_ptr() : nullptr;
+        };
+        return {{(const T*)x.data_ptr(), of(y)},
+                (const T*)rec.data_ptr(),
+                (const T*)c.data_ptr(),
+                {of(weight), of(weight_y)},
+                (const T*)bias.data_ptr()};
+    }
+
+    int64_t elements() const { return shape.seeds * shape.samples * 4 * shape.channels * shape.positions; }
+    Tensor none() const { return torch::stable::new_empty(x, {0}); }
+    Tensor like(const std::optional<Tensor>& t) const { return t.has_value() ? torch::stable::empty_like(*t) : none(); }
+    Tensor new_stats() const {
+        const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+        return torch::stable::new_empty(x, {shape.seeds, shape.samples, shape.inputs, 2}, dtype);
+    }
+};
+
+template <class T>
+void run_ln_convlstm(const LnConvLstmArguments& args, Tensor& h, Tensor& c_new, Tensor& stats, double eps) {
+    const LnConvLstmShape& shape = args.shape;
+    const LnConvLstmInputs<T> in = args.pointers<T>();
+    const LnConvLstmOutputs<T> out = {(T*)h.data_ptr(), (T*)c_new.data_ptr(), (T*)stats.data_ptr()};
+    const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
+    Tensor split;
+    if (splits > 0) {
+        split =
+            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
+    }
+    double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
+    parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
+        ladderfast::cpu::ln_convlstm_statistics<T>(in, sp, shape, begin, end);
+    });
+    parallel_items(ladderfast::cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        ladderfast::cpu::ln_convlstm_forward<T>(in, out, sp, eps, shape, begin, end);
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor> ln_convlstm_cpu(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
+                                                   std::optional<Tensor> weight, std::optional<Tensor> weight_y,
+                                                   Tensor bias, double eps) {
+    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias);
+    Tensor h = args.empty_cells(), c_new = args.empty_cells(), stats = args.new_stats();
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(bias.scalar_type() == dtype, "ln_convlstm: bias must have the dtype of x on the CPU");
+    if (dtype == ScalarType::Float) {
+        run_ln_convlstm<float>(args, h, c_new, stats, eps);
+    } else if (dtype == ScalarType::Double) {
+        run_ln_convlstm<double>(args, h, c_new, stats, eps);
+    } else {
+        STD_TORCH_CHECK(false, "ln_convlstm: the CPU kernel takes float32 and float64");
+    }
+    return {h, c_new, stats};
+}
+
+// The gradients of x, y, rec, c, weight, weight_y and bias. Those of what is not there are empty; so is that of an x
+// that is not normalised, which is that of rec.
+using LnConvLstmGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct LnConvLstmBackward {
+    Tensor grad_h, grad_c_new, stats;
+    Tensor grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias;
+
+    LnConvLstmBackward(const LnConvLstmArguments& args, Tensor grad_h, Tensor grad_c_new, Tensor stats)
+        : stats(torch::stable::contiguous(stats)) {
+        args.check_cells("grad_h", grad_h);
+        args.check_cells("grad_c_new", grad_c_new);
+        STD_TORCH_CHECK(stats.numel() == args.shape.seeds * args.shape.samples * args.shape.inputs * 2 &&
+                            stats.device() == args.x.device(),
+                        args.op, ": stats does not fit x");
+        this->grad_h = args.cells(grad_h);
+        this->grad_c_new = args.cells(grad_c_new);
+        grad_x = args.weight.has_value() ? torch::stable::empty_like(args.x) : args.none();
+        grad_y = args.like(args.y);
+        grad_rec = torch::stable::empty_like(args.x);
+        grad_c = args.empty_cells();
+        grad_weight = args.like(args.weight);
+        grad_weight_y = args.like(args.weight_y);
+        grad_bias = torch::stable::empty_like(args.bias);
+    }
+
+    template <class T>
+    LnConvLstmGradients<T> pointers() const {
+        return {(const T*)grad_h.data_ptr(),
+                (const T*)grad_c_new.data_ptr(),
+                (const T*)stats.data_ptr(),
+                {(T*)grad_x.data_ptr(), (T*)grad_y.data_ptr()},
+                (T*)grad_rec.data_ptr(),
+                (T*)grad_c.data_ptr(),
+                {(T*)grad_weight.data_ptr(), (T*)grad_weight_y.data_ptr()},
+                (T*)grad_bias.data_ptr()};
+    }
+
+    LnConvLstmGrads results() const {
+        return {grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias};
+    }
+};
+
+template <class T>
+void run_ln_convlstm_backward(const LnConvLstmArguments& args, const LnConvLstmBackward& out) {
+    const LnConvLstmShape& shape = args.shape;
+    const LnConvLstmInputs<T> in = args.pointers<T>();
+    const LnConvLstmGradients<T> grad = out.pointers<T>();
+    const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
+    Tensor split, workspace = torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_reduce_workspace(shape)});
+    if (splits > 0) {
+        split =
+            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
+    }
+    double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
+    T* ws = (T*)workspace.data_ptr();
+    parallel_items(ladderfast::cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        ladderfast::cpu::ln_convlstm_backward<T>(in, grad, sp, ws, shape, begin, end);
+    });
+    parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
+        ladderfast::cpu::ln_convlstm_finish<T>(in, grad, sp, shape, begin, end);
+    });
+    parallel_items(
+        ladderfast::cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4,
+        [&](int64_t begin, int64_t end) { ladderfast::cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end); });
+}
+
+LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,
+                                         Tensor rec, Tensor c, std::optional<Tensor> weight,
+                                         std::optional<Tensor> weight_y, Tensor bias, Tensor stats) {
+    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias);
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(bias.scalar_type() == dtype && stats.scalar_type() == dtype,
+                    "ln_convlstm_backward: bias and stats must have the dtype of x on the CPU");
+    const LnConvLstmBackward out(args, grad_h, grad_c_new, stats);
+    if (dtype == ScalarType::Float) {
+        run_ln_convlstm_backward<float>(args, out);
+    } else if (dtype == ScalarType::Double) {
+        run_ln_convlstm_backward<double>(args, out);
+    } else {
+        STD_TORCH_CHECK(false, "ln_convlstm_backward: the CPU kernel takes float32 and float64");
+    }
+    return out.results();
+}
+
 #ifdef LADDERFAST_WITH_CUDA
-using TaggerCuda = TaggerOps<tagger_inputs_cuda, tagger_nll_cuda, tagger_backward_cuda>;
+
+std::tuple<Tensor, Tensor, Tensor> ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
+                                                    std::optional<Tensor> weight, std::optional<Tensor> weight_y,
+                                                    Tensor bias, double eps) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias);
+    Tensor h = args.empty_cells(), c_new = args.empty_cells(), stats = args.new_stats();
+    Tensor workspace =
+        torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
+    const auto in = args.pointers<void>();
+    const LnConvLstmOutputs<void> out = {h.data_ptr(), c_new.data_ptr(), stats.data_ptr()};
+    STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_forward_cuda(
+        &in, &out, workspace.data_ptr(), eps, dtype_code("ln_convlstm", x.scalar_type()),
+        dtype_code("ln_convlstm", bias.scalar_type()), &args.shape, current_stream(x)));
+    return {h, c_new, stats};
+}
+
+LnConvLstmGrads ln_convlstm_backward_cuda(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,
+                                          Tensor rec, Tensor c, std::optional<Tensor> weight,
+                                          std::optional<Tensor> weight_y, Tensor bias, Tensor stats) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias);
+    STD_TORCH_CHECK(stats.scalar_type() == args.new_stats().scalar_type(),
+                    "ln_convlstm_backward: stats must be float64 where x is, else float32");
+    const LnConvLstmBackward results(args, grad_h, grad_c_new, stats);
+    Tensor workspace =
+        torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
+    const auto in = args.pointers<void>();
+    const auto grad = results.pointers<void>();
+    STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_backward_cuda(
+        &in, &grad, workspace.data_ptr(), dtype_code("ln_convlstm_backward", x.scalar_type()),
+        dtype_code("ln_convlstm_backward", bias.scalar_type()), &args.shape, current_stream(x)));
+    return results.results();
+}
+
 #endif
 
 }  // namespace
@@ -1226,6 +1478,13 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "Tensor, Tensor)");
     m.def("bernoulli_mixture_nll(Tensor x, Tensor z, Tensor m) -> Tensor");
     m.def("bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "ln_convlstm(Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? weight, Tensor? weight_y, Tensor bias, float "
+        "eps) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "ln_convlstm_backward(Tensor grad_h, Tensor grad_c_new, Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? "
+        "weight, Tensor? weight_y, Tensor bias, Tensor stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
@@ -1247,6 +1506,8 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCpu::gaussian_nll_backward));
     m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCpu::bernoulli_nll));
     m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCpu::bernoulli_nll_backward));
+    m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cpu));
+    m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cpu));
 }
 
 #ifdef LADDERFAST_WITH_CUDA
@@ -1269,5 +1530,7 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCuda::gaussian_nll_backward));
     m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCuda::bernoulli_nll));
     m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCuda::bernoulli_nll_backward));
+    m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cuda));
+    m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cuda));
 }
 #endif

@@ -23,6 +23,7 @@ OPS = (
     "bernoulli_group_inputs",
     "gaussian_mixture_nll",
     "bernoulli_mixture_nll",
+    "ln_convlstm_step",
 )
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),

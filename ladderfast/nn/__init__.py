@@ -12,6 +12,7 @@ from ladderfast.nn.combinator import (
 from ladderfast.nn.gamma_head import GammaHead, GammaOutput
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
+from ladderfast.nn.ln_convlstm import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM
 from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "GaussianCombinator",
     "LadderDecoderLayer",
     "LadderEncoderLayer",
+    "LayerNormConvLSTM",
+    "LayerNormConvLSTMCell",
+    "LayerNormLSTM",
     "SigmoidCombinator",
     "SigmoidNoProductCombinator",
     "SoftPool2d",

@@ -3,6 +3,7 @@
 from ladderfast.ops.combinator import gaussian_combinator
 from ladderfast.ops.ladder_decoder import ladder_decoder
 from ladderfast.ops.ladder_encoder import ladder_encoder
+from ladderfast.ops.ln_convlstm import ln_convlstm_step
 from ladderfast.ops.tagger import (
     bernoulli_group_inputs,
     bernoulli_mixture_nll,
@@ -19,6 +20,7 @@ __all__ = [
     "gaussian_mixture_nll",
     "ladder_decoder",
     "ladder_encoder",
+    "ln_convlstm_step",
     "soft_pool2d",
     "soft_unpool2d",
 ]

@@ -1,0 +1,419 @@
+"""Layer-normalised LSTMs, convolutional and dense."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ladderfast.ops import ln_convlstm_step
+
+State = tuple[Tensor, Tensor]
+NORMS = ("layer", "batch", "none")
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
+_BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+class _Cell(nn.Module):
+    """What the dense and the convolutional cell share: the norm, the bias, the step, the state."""
+
+    def __init__(
+        self,
+        hidden: int,
+        inputs: int,
+        spatial: int,
+        norm: str,
+        bias: bool,
+        forget_bias: float,
+        eps: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        self.hidden, self.inputs, self.spatial = _positive("hidden size", hidden), inputs, spatial
+        self.norm, self.forget_bias, self.eps = norm, forget_bias, eps
+        vector = 4 * hidden
+        self.norm_weight: nn.ParameterList | None = None
+        self.batch_norm: nn.ModuleList | None = None
+        if norm == "layer":
+            self.norm_weight = nn.ParameterList(
+                nn.Parameter(torch.empty(vector, device=device, dtype=dtype)) for _ in range(inputs)
+            )
+        if norm == "batch":
+            # The bias is the cell's.
+            self.batch_norm = nn.ModuleList(
+                _BATCH_NORMS[spatial](vector, eps=eps, device=device, dtype=dtype) for _ in range(inputs)
+            )
+            for module in self.batch_norm:
+                module.register_parameter("bias", None)
+        self.bias = nn.Parameter(torch.empty(vector, device=device, dtype=dtype)) if bias else None
+
+    def _reset_vectors(self) -> None:
+        if self.norm_weight is not None:
+            for weight in self.norm_weight:
+                nn.init.ones_(weight)
+        if self.batch_norm is not None:
+            for module in self.batch_norm.children():
+                assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+                module.reset_running_stats()
+                nn.init.ones_(module.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+            nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], self.forget_bias)
+
+    @abstractmethod
+    def project(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gates of each input, before their normalisation."""
+
+    def project_all(self, x: Tensor) -> Tensor | None:
+        """The gates of all time steps (T, N, ...) at once, or None where step by step is better.
+
+        It is for convolutions on a CPU, which take longer on all steps at once.
+        """
+        return None
+
+    @abstractmethod
+    def project_state(self, h: Tensor) -> Tensor:
+        """The gates of the hidden state."""
+
+    def step(self, gates: Sequence[Tensor], state: State | None) -> State:
+        """(h, c) from the inputs' gates and the state before; None is a state of zeros, which needs no convolution."""
+        first = gates[0]
+        if state is None:
+            rec = torch.zeros_like(first)
+            c = first.new_zeros((first.shape[0], self.hidden, *first.shape[2:]))
+        else:
+            rec, c = self.project_state(state[0]), state[1]
+        if self.batch_norm is not None:
+            gates = [module(g) for module, g in zip(self.batch_norm, gates, strict=True)]
+        weight = None if self.norm_weight is None else tuple(self.norm_weight)
+        return ln_convlstm_step(tuple(gates), rec, c, weight, self.bias, eps=self.eps)
+
+    def check_state(self, state: State, shape: tuple[int, ...]) -> None:
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise TypeError(f"state must be a pair (h, c), got {type(state).__name__}")
+        for name, t in zip(("h", "c"), state, strict=True):
+            if tuple(t.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+
+
+class _DenseCell(_Cell):
+    def __init__(self, input_size: int, hidden: int, norm, bias, forget_bias, eps, device, dtype) -> None:
+        super().__init__(hidden, 1, 0, norm, bias, forget_bias, eps, device, dtype)
+        self.weight_ih = nn.Parameter(
+            torch.empty(4 * hidden, _positive("input_size", input_size), device=device, dtype=dtype)
+        )
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden, hidden, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.hidden)
+        for weight in (self.weight_ih, self.weight_hh):
+            nn.init.uniform_(weight, -bound, bound)
+        self._reset_vectors()
+
+    def project(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (F.linear(inputs[0], self.weight_ih),)
+
+    def project_all(self, x: Tensor) -> Tensor | None:
+        return F.linear(x, self.weight_ih)
+
+    def project_state(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight_hh)
+
+
+def _sizes(name: str, value: int | Sequence[int], spatial: int, least: int) -> tuple[int, ...]:
+    sizes = (value,) * spatial if isinstance(value, int) else tuple(value)
+    if len(sizes) != spatial or any(size < least for size in sizes):
+        raise ValueError(f"{name} must be one number or {spatial}, each at least {least}; got {value}")
+    return sizes
+
+
+class LayerNormConvLSTMCell(_Cell):
+    """One step of a convolutional LSTM whose input gates are layer-normalised, the recurrent ones not.
+
+        a = LN(W_x * x) + W_h * h + b            LN over all 4C channels and all positions of a sample
+        i, f, g, o = split(a);  c' = s(f) c + s(i) tanh(g);  h' = s(o) tanh(c')
+
+    A second input, such as the feedback of a recurrent Ladder, is convolved and normalised for itself and added.
+
+    Args:
+        in_channels: channels of x; a pair for two inputs.
+        hidden_channels: C, channels of h and c.
+        kernel_size: of all convolutions; one number or one for each spatial axis.
+        stride, padding: of the convolution of x. Padding None keeps the size where the stride is 1. The state, and a
+            second input, have the size of that convolution's result, and are convolved with stride 1 and kept in size.
+        dilation, groups: of all convolutions.
+        bias: whether b is there. It starts at 0, and at `forget_bias` for the forget gate.
+        norm: "layer"; "batch", batch normalisation over the batch and all positions of a step in the place of LN; or
+            "none".
+        spatial: 1 or 2, the number of spatial axes.
+
+    Shape:
+        x (N, in_channels, *), state (h, c) of (N, C, *) each or None for zeros -> (h', c').
+
+    Raises:
+        ValueError: sizes, channels or shapes that do not fit.
+
+    Source: Shi et al., "Convolutional LSTM Network", 2015; Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        hidden_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        norm: str = "layer",
+        forget_bias: float = 1.0,
+        eps: float = 1e-5,
+        spatial: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        channels = (in_channels,) if isinstance(in_channels, int) else tuple(in_channels)
+        if len(channels) not in (1, 2):
+            raise ValueError(f"in_channels must be one number or a pair, got {in_channels}")
+        if spatial not in _CONVOLUTIONS:
+            raise ValueError(f"spatial must be 1 or 2, got {spatial}")
+        super().__init__(hidden_channels, len(channels), spatial, norm, bias, forget_bias, eps, device, dtype)
+        self.in_channels, self.hidden_channels, self.groups = channels, hidden_channels, groups
+        self.kernel_size = _sizes("kernel_size", kernel_size, spatial, 1)
+        self.stride = _sizes("stride", stride, spatial, 1)
+        self.dilation = _sizes("dilation", dilation, spatial, 1)
+        for name, count in (
+            ("in_channels", channels[0]),
+            ("in_channels", channels[-1]),
+            ("hidden_channels", hidden_channels),
+        ):
+            if count < 1 or count % _positive("groups", groups) != 0:
+                raise ValueError(f"{name} must be a positive multiple of groups, {groups}; got {count}")
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if any(r % 2 for r in reach):
+            raise ValueError(
+                f"kernel_size {self.kernel_size} with dilation {self.dilation} cannot keep the size of the state: "
+                "dilation * (kernel_size - 1) must be even"
+            )
+        self.state_padding = tuple(r // 2 for r in reach)
+        self.padding = self.state_padding if padding is None else _sizes("padding", padding, spatial, 0)
+
+        def kernel(count: int) -> nn.Parameter:
+            size = (4 * hidden_channels, count // groups, *self.kernel_size)
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        self.weight_ih = nn.ParameterList(kernel(count) for count in channels)
+        self.weight_hh = kernel(hidden_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Convolutions start as torch.nn.Conv2d's do, uniform within 1 / sqrt(fan in)."""
+        for weight in (*self.weight_ih, self.weight_hh):
+            bound = 1 / math.sqrt(weight[0].numel())
+            nn.init.uniform_(weight, -bound, bound)
+        self._reset_vectors()
+
+    def _convolve_state(self, t: Tensor, weight: Tensor) -> Tensor:
+        convolve = _CONVOLUTIONS[self.spatial]
+        return convolve(t, weight, None, 1, self.state_padding, self.dilation, self.groups)
+
+    def project(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if len(inputs) != self.inputs:
+            raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
+        for t, channels in zip(inputs, self.in_channels, strict=True):
+            if t.dim() != 2 + self.spatial or t.shape[1] != channels:
+                axes = ", H, W" if self.spatial == 2 else ", L"
+                raise ValueError(f"an input must have shape (N, {channels}{axes}), got {tuple(t.shape)}")
+        convolve = _CONVOLUTIONS[self.spatial]
+        gates = convolve(
+            inputs[0], self.weight_ih[0], None, self.stride, self.padding, self.dilation, self.groups
+        )
+        return gates, *(
+            self._convolve_state(t, w) for t, w in zip(inputs[1:], list(self.weight_ih)[1:], strict=True)
+        )
+
+    def project_state(self, h: Tensor) -> Tensor:
+        return self._convolve_state(h, self.weight_hh)
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], state: State | None = None) -> State:
+        gates = self.project((x,) if isinstance(x, Tensor) else x)
+        if state is not None:
+            self.check_state(state, (gates[0].shape[0], self.hidden, *gates[0].shape[2:]))
+        return self.step(gates, state)
+
+    def extra_repr(self) -> str:
+        channels = self.in_channels[0] if self.inputs == 1 else self.in_channels
+        return (
+            f"{channels}, {self.hidden_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"norm={self.norm}"
+        )
+
+
+class _Sequence(nn.Module):
+    """A cell over time."""
+
+    batch_first: bool
+
+    def __init__(self, cell: _DenseCell | LayerNormConvLSTMCell, batch_first: bool) -> None:
+        super().__init__()
+        self.cell, self.batch_first = cell, batch_first
+
+    def reset_parameters(self) -> None:
+        self.cell.reset_parameters()
+
+    def forward(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return self._run(x, state, mask)
+
+    def _run(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
+        axes = "(N, T, C, *)" if self.batch_first else "(T, N, C, *)"
+        if x.dim() != 3 + self.cell.spatial:
+            raise ValueError(f"x must have {3 + self.cell.spatial} axes, {axes}; got shape {tuple(x.shape)}")
+        if mask is not None:
+            if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"mask must be bool of shape {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}"
+                )
+            mask = mask.transpose(0, 1) if self.batch_first else mask
+        if self.batch_first:
+            x = x.transpose(0, 1)
+        if x.shape[0] == 0:
+            raise ValueError("x must have at least one time step")
+
+        outputs: list[Tensor] = []
+        now: State | None = None
+        projected = self.cell.project_all(x)
+        for t in range(x.shape[0]):
+            gates = self.cell.project((x[t],)) if projected is None else (projected[t],)
+            if t == 0 and state is not None:
+                shape = (gates[0].shape[0], self.cell.hidden, *gates[0].shape[2:])
+                self.cell.check_state(state, (1, *shape))
+                now = (state[0][0], state[1][0])
+            new = self.cell.step(gates, now)
+            if mask is None:
+                now = new
+                outputs.append(new[0])
+                continue
+            here = mask[t].view(-1, *[1] * (new[0].dim() - 1))
+            before = now if now is not None else (torch.zeros_like(new[0]), torch.zeros_like(new[1]))
+            now = (torch.where(here, new[0], before[0]), torch.where(here, new[1], before[1]))
+            outputs.append(torch.where(here, new[0], 0))
+        assert now is not None  # there is a time step
+        return torch.stack(outputs, 1 if self.batch_first else 0), (now[0][None], now[1][None])
+
+
+class LayerNormConvLSTM(_Sequence):
+    """`LayerNormConvLSTMCell` over a sequence, with the arguments of the cell for one input.
+
+    Args:
+        batch_first: x, the output and the mask are (N, T, ...) rather than (T, N, ...).
+
+    Shape:
+        x (T, N, in_channels, *) -> output (T, N, C, *), (h, c). The state that goes in, None for zeros, and the state
+        after the last step are pairs of (1, N, C, *), as torch.nn.LSTM has them.
+        mask (T, N) bool, for sequences of different lengths: where it is False the state stays as it is and the
+        output is 0.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        norm: str = "layer",
+        forget_bias: float = 1.0,
+        eps: float = 1e-5,
+        spatial: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        cell = LayerNormConvLSTMCell(
+            in_channels,
+            hidden_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            norm=norm,
+            forget_bias=forget_bias,
+            eps=eps,
+            spatial=spatial,
+            device=device,
+            dtype=dtype,
+        )
+        super().__init__(cell, batch_first)
+
+
+class LayerNormLSTM(_Sequence):
+    """A dense LSTM whose input gates are layer-normalised, the recurrent ones not; on the kernel of the ConvLSTM.
+
+        a = LN(W_x x) + W_h h + b                LN over the 4C gates of a sample
+
+    Gates are in the order of torch.nn.LSTM: with norm "none" and the weights of a torch.nn.LSTM of one layer (its two
+    biases added up) the results are its own.
+
+    Args:
+        input_size, hidden_size: features of x, and C, those of h and c.
+        bias: whether b is there. It starts at 0, and at `forget_bias` for the forget gate.
+        batch_first: x, the output and the mask are (N, T, ...) rather than (T, N, ...).
+        norm: "layer", "batch" (over the batch of a step) or "none".
+
+    Shape:
+        x (T, N, input_size) -> output (T, N, C), (h, c); the state, in and out, is a pair of (1, N, C). mask (T, N)
+        bool: where it is False the state stays as it is and the output is 0.
+
+    Raises:
+        ValueError: sizes or shapes that do not fit.
+
+    Source: Ba et al., "Layer Normalization", 2016; Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, for
+    normalising the input alone.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        norm: str = "layer",
+        forget_bias: float = 1.0,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        cell = _DenseCell(input_size, hidden_size, norm, bias, forget_bias, eps, device, dtype)
+        super().__init__(cell, batch_first)
+        self.input_size, self.hidden_size = input_size, hidden_size
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, norm={self.cell.norm}"

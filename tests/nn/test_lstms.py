@@ -1,0 +1,321 @@
+"""The layer-normalised LSTMs against plain networks written here, torch.nn.LSTM, and each other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ladderfast.nn import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM
+
+OPTIONS = [
+    {},
+    {"stride": 2},
+    {"padding": 0},
+    {"dilation": 2, "padding": 3},
+    {"groups": 2, "bias": False},
+    {"stride": (2, 1), "padding": (0, 2), "kernel_size": (1, 5)},
+]
+
+
+def double(module):
+    """Start values drawn anew, so that every parameter counts."""
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def plain_cell(cell, x, state, *, stride=1, padding=None, dilation=1, groups=1):
+    """One step, written with torch's functions alone; the window is 3 where the test says nothing else."""
+    convolve = {1: F.conv1d, 2: F.conv2d}[x.dim() - 2]
+    kernel = cell.weight_hh.shape[2:]
+    same = [dilation * (k - 1) // 2 for k in kernel]
+    a = convolve(x, cell.weight_ih[0], None, stride, same if padding is None else padding, dilation, groups)
+    if cell.norm == "layer":
+        a = F.layer_norm(a, a.shape[1:], eps=cell.eps)
+        a = a * cell.norm_weight[0].view(-1, *[1] * (x.dim() - 2))
+    if cell.bias is not None:
+        a = a + cell.bias.view(-1, *[1] * (x.dim() - 2))
+    if state is None:
+        c = a.new_zeros(a.shape[0], a.shape[1] // 4, *a.shape[2:])
+    else:
+        c = state[1]
+        a = a + convolve(state[0], cell.weight_hh, None, 1, same, dilation, groups)
+    i, f, g, o = a.chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def plain_sequence(module, x, state=None, **options):
+    outputs = []
+    for step in x:
+        state = plain_cell(module.cell, step, state, **options)
+        outputs.append(state[0])
+    return torch.stack(outputs), state
+
+
+@pytest.mark.parametrize("norm", ["layer", "none"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_sequence_is_the_plain_network(options, norm):
+    for axes in [2] if "kernel_size" in options else [1, 2]:
+        arguments = {"kernel_size": 3, **options}
+        module = double(LayerNormConvLSTM(4, 6, norm=norm, spatial=axes, **arguments))
+        x = torch.randn(3, 2, 4, *(7, 8)[:axes], dtype=torch.float64, requires_grad=True)
+        plain = {k: v for k, v in options.items() if k not in ("bias", "kernel_size")}
+        expected, (h, c) = plain_sequence(module, x, **plain)
+        output, state = module(x)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(state, (h[None], c[None]))
+        wanted = [x, *module.parameters()]
+        weights = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(output, wanted, weights), torch.autograd.grad(expected, wanted, weights)
+        )
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dense_without_norm_is_torch_lstm(bias, batch_first):
+    theirs = torch.nn.LSTM(5, 7, bias=bias, batch_first=batch_first)
+    ours = LayerNormLSTM(5, 7, bias=bias, batch_first=batch_first, norm="none")
+    with torch.no_grad():
+        ours.cell.weight_ih.copy_(theirs.weight_ih_l0)
+        ours.cell.weight_hh.copy_(theirs.weight_hh_l0)
+        if bias:
+            ours.cell.bias.copy_(theirs.bias_ih_l0 + theirs.bias_hh_l0)
+    x = torch.randn(3, 4, 5)
+    state = tuple(torch.randn(1, 3 if batch_first else 4, 7) for _ in range(2))
+    for given in (None, state):
+        torch.testing.assert_close(ours(x, given), theirs(x, given))
+    a, b = ours(x, state)[0].square().sum(), theirs(x, state)[0].square().sum()
+    torch.testing.assert_close(
+        torch.autograd.grad(a, [ours.cell.weight_ih, ours.cell.weight_hh]),
+        torch.autograd.grad(b, [theirs.weight_ih_l0, theirs.weight_hh_l0]),
+    )
+
+
+def test_dense_with_norm():
+    module = double(LayerNormLSTM(3, 4))
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    cell = module.cell
+    h = c = x.new_zeros(2, 4)
+    for step, found in zip(x, module(x)[0], strict=True):
+        a = (
+            F.layer_norm(step @ cell.weight_ih.t(), (16,), cell.norm_weight[0], cell.bias)
+            + h @ cell.weight_hh.t()
+        )
+        i, f, g, o = a.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        torch.testing.assert_close(found, h)
+
+
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_a_sequence_in_two_halves(spatial):
+    module = LayerNormConvLSTM(2, 3, 3, spatial=spatial)
+    x = torch.randn(6, 2, 2, *(5, 4)[:spatial])
+    whole, end = module(x)
+    first, state = module(x[:2])
+    second, state = module(x[2:], state)
+    torch.testing.assert_close(torch.cat((first, second)), whole)
+    torch.testing.assert_close(state, end)
+
+
+def test_batch_first_is_the_same_transposed():
+    module = LayerNormConvLSTM(2, 3, 3)
+    first = LayerNormConvLSTM(2, 3, 3, batch_first=True)
+    first.load_state_dict(module.state_dict())
+    x = torch.randn(4, 2, 2, 5, 5)
+    mask = torch.rand(4, 2) < 0.7
+    output, state = module(x, mask=mask)
+    by_batch, by_batch_state = first(x.transpose(0, 1), mask=mask.t())
+    torch.testing.assert_close(by_batch, output.transpose(0, 1))
+    torch.testing.assert_close(by_batch_state, state)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_mask_is_each_sequence_alone(dense):
+    """Lengths 5, 2 and 0 in one batch: outputs are 0 after the end, the state is that at the end."""
+    module = LayerNormLSTM(2, 3) if dense else LayerNormConvLSTM(2, 3, 3, spatial=1)
+    x = torch.randn(5, 3, 2) if dense else torch.randn(5, 3, 2, 4)
+    state = tuple(torch.randn(1, 3, 3, *x.shape[3:]) for _ in range(2))
+    lengths = torch.tensor([5, 2, 0])
+    mask = torch.arange(5)[:, None] < lengths
+    for given in (state, None):
+        output, end = module(x, given, mask)
+        for n, length in enumerate(lengths.tolist()):
+            one = None if given is None else tuple(t[:, n : n + 1] for t in given)
+            if length == 0:
+                expected = [torch.zeros_like(t[:, n]) for t in end] if one is None else [t[:, 0] for t in one]
+                torch.testing.assert_close([t[:, n] for t in end], expected)
+            else:
+                alone, alone_end = module(x[:length, n : n + 1], one)
+                torch.testing.assert_close(output[:length, n : n + 1], alone)
+                torch.testing.assert_close([t[:, n : n + 1] for t in end], list(alone_end))
+            assert not output[length:, n].any()
+    x.requires_grad_()
+    module(x, state, mask)[0].square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[2:, 1].any()
+
+
+def test_two_inputs():
+    cell = double(LayerNormConvLSTMCell((3, 5), 4, 3, stride=2, padding=1))
+    x, feedback = torch.randn(2, 3, 8, 6).double(), torch.randn(2, 5, 4, 3).double()
+    state = tuple(torch.randn(2, 4, 4, 3).double() for _ in range(2))
+    a = F.group_norm(F.conv2d(x, cell.weight_ih[0], None, 2, 1), 1, cell.norm_weight[0], cell.bias)
+    a = a + F.group_norm(F.conv2d(feedback, cell.weight_ih[1], None, 1, 1), 1, cell.norm_weight[1])
+    a = a + F.conv2d(state[0], cell.weight_hh, None, 1, 1)
+    i, f, g, o = a.chunk(4, 1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    torch.testing.assert_close(cell((x, feedback), state), (o.sigmoid() * c.tanh(), c))
+
+
+@pytest.mark.parametrize("spatial", [0, 1, 2])
+def test_batch_norm_in_the_place_of_layer_norm(spatial):
+    if spatial:
+        module = LayerNormConvLSTM(2, 3, 3, norm="batch", spatial=spatial)
+        x = torch.randn(1, 6, 2, *(5, 4)[:spatial])
+    else:
+        module, x = LayerNormLSTM(2, 3, norm="batch"), torch.randn(1, 6, 2)
+    module = double(module)
+    x = x.double()
+    gates = module.cell.project((x[0],))[0]
+    weight = module.cell.batch_norm[0].weight
+
+    def shaped(vector):
+        return vector.view(-1, *[1] * spatial)
+
+    def activated(a):
+        i, _, g, o = a.chunk(4, 1)
+        return o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()
+
+    axes = (0, *range(2, gates.dim()))
+    trained = module(x)[0][0]
+    torch.testing.assert_close(
+        trained, activated(F.batch_norm(gates, None, None, weight, module.cell.bias, True))
+    )
+    running = module.cell.batch_norm[0]
+    torch.testing.assert_close(running.running_mean, 0.1 * gates.mean(axes))
+    found = module.eval()(x)[0][0]
+    a = (gates - shaped(running.running_mean)) / (shaped(running.running_var) + 1e-5).sqrt()
+    torch.testing.assert_close(found, activated(a * shaped(weight) + shaped(module.cell.bias)))
+
+
+def test_start_values():
+    module = LayerNormConvLSTM(8, 4, 3, forget_bias=2.0)
+    cell = module.cell
+    assert cell.bias.tolist() == [0.0] * 4 + [2.0] * 4 + [0.0] * 8
+    assert (cell.norm_weight[0] == 1).all()
+    bound = (8 * 9) ** -0.5
+    assert 0.9 * bound < cell.weight_ih[0].abs().max() <= bound
+    dense = LayerNormLSTM(8, 4).cell
+    assert 0.9 * 4**-0.5 < dense.weight_ih.abs().max() <= 4**-0.5
+    assert dense.bias[4:8].eq(1).all()
+
+
+def test_channels_last_in_and_out():
+    module = LayerNormConvLSTMCell(3, 4, 3)
+    x = torch.randn(2, 3, 6, 5)
+    expected = module(x)
+    h, c = copy.deepcopy(module).to(memory_format=torch.channels_last)(
+        x.contiguous(memory_format=torch.channels_last)
+    )
+    torch.testing.assert_close((h, c), expected)
+    assert h.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compile_fullgraph():
+    module = LayerNormConvLSTM(2, 3, 3)
+    x = torch.randn(2, 2, 2, 5, 5)
+    compiled = torch.compile(module, fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    wanted = list(module.parameters())
+    for a, b in zip(
+        torch.autograd.grad(compiled(x)[0].sum(), wanted),
+        torch.autograd.grad(module(x)[0].sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_runs_and_stays_near():
+    module = LayerNormConvLSTM(2, 3, 3)
+    x = torch.randn(3, 2, 2, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(x)[0]
+    torch.testing.assert_close(output.float(), module(x)[0], rtol=0.05, atol=0.05)
+
+
+def test_gradcheck():
+    module = double(LayerNormConvLSTM(1, 2, 3, spatial=1))
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def call(x, *values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))[0]
+
+    x = torch.randn(3, 2, 1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LayerNormConvLSTM(3, 4, 2), r"kernel_size \(2, 2\).*must be even"),
+        (lambda: LayerNormConvLSTM(3, 4, (3, 3, 3)), "kernel_size must be one number or 2"),
+        (
+            lambda: LayerNormConvLSTM(3, 4, 3, stride=0),
+            "stride must be one number or 2, each at least 1; got 0",
+        ),
+        (
+            lambda: LayerNormConvLSTM(3, 4, 3, groups=2),
+            "in_channels must be a positive multiple of groups, 2; got 3",
+        ),
+        (
+            lambda: LayerNormConvLSTM(3, 4, 3, norm="group"),
+            "norm must be one of layer, batch, none, got 'group'",
+        ),
+        (lambda: LayerNormConvLSTM(3, 4, 3, spatial=3), "spatial must be 1 or 2, got 3"),
+        (lambda: LayerNormConvLSTM(3, 0, 3), "hidden size must be at least 1, got 0"),
+        (lambda: LayerNormLSTM(0, 3), "input_size must be at least 1, got 0"),
+        (lambda: LayerNormConvLSTMCell((1, 2, 3), 4, 3), "in_channels must be one number or a pair"),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_wrong_inputs():
+    module, cell = LayerNormConvLSTM(3, 4, 3), LayerNormConvLSTMCell(3, 4, 3)
+    x = torch.zeros(2, 2, 3, 5, 5)
+    with pytest.raises(ValueError, match=r"x must have 5 axes, \(T, N, C, \*\); got shape \(2, 3, 5, 5\)"):
+        module(x[0])
+    with pytest.raises(ValueError, match="at least one time step"):
+        module(x[:0])
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \(2, 2\); got torch.float32 \(2, 2\)"):
+        module(x, mask=torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"an input must have shape \(N, 3, H, W\), got \(2, 2, 5, 5\)"):
+        module(x[:, :, :2])
+    with pytest.raises(ValueError, match=r"h must have shape \(1, 2, 4, 5, 5\), got \(2, 4, 5, 5\)"):
+        module(x, (torch.zeros(2, 4, 5, 5), torch.zeros(2, 4, 5, 5)))
+    with pytest.raises(ValueError, match=r"c must have shape \(2, 4, 5, 5\), got \(2, 3, 5, 5\)"):
+        cell(x[0], (torch.zeros(2, 4, 5, 5), torch.zeros(2, 3, 5, 5)))
+    with pytest.raises(TypeError, match=r"state must be a pair \(h, c\), got Tensor"):
+        cell(x[0], torch.zeros(2, 4, 5, 5))
+    with pytest.raises(ValueError, match="the cell takes 1 inputs, got 2"):
+        cell((x[0], x[0]))
+
+
+def test_state_dict_and_repr():
+    module, other = LayerNormConvLSTM(3, 4, 3), LayerNormConvLSTM(3, 4, 3)
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(2, 2, 3, 5, 5)
+    torch.testing.assert_close(other(x), module(x))
+    assert "3, 4, kernel_size=(3, 3)" in repr(module)
+    assert "5, 6, norm=layer" in repr(LayerNormLSTM(5, 6))
