@@ -1428,6 +1428,8 @@ LnConvLstmGrads ln_convlstm_backward_cuda(Tensor grad_h, Tensor grad_c_new, Tens
     return results.results();
 }
 
+using TaggerCuda = TaggerOps<tagger_inputs_cuda, tagger_nll_cuda, tagger_backward_cuda>;
+
 #endif
 
 }  // namespace
