@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("folder", metavar="RUN_FOLDER", help="what `train` left")
     evaluate.add_argument("--data-dir", metavar="FOLDER", help="where the data's files are now")
     evaluate.add_argument("--accelerator", metavar="NAME", default="auto", help="cpu, cuda, mps or auto")
+    evaluate.add_argument(
+        "--adversarial",
+        metavar="TAU",
+        type=float,
+        help="measure under adversarial noise of this size on the input too, and under random signs of that size",
+    )
     evaluate.set_defaults(command=_evaluate)
 
     recipes = commands.add_parser("recipes", help="list the recipes and the published figures")
@@ -195,8 +201,14 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         run = Run.load(arguments.folder, data_dir=arguments.data_dir, accelerator=arguments.accelerator)
     with _errors(1):
         figures = run.evaluate()
+        robust = None if arguments.adversarial is None else run.robustness(arguments.adversarial)
     published = {"published": run.recipe.published, "title": run.recipe.title}
     print(_summary({**published, **figures, "epochs": run.epoch, "seconds": run.seconds}))
+    if robust is not None:
+        print(
+            f"test error without noise {robust['test_error']:.2f} %, with {robust['tau']:g} times random signs "
+            f"{robust['random_sign_error']:.2f} %, times the gradient's signs {robust['adversarial_error']:.2f} %"
+        )
     if not run.finished:
         print(f"not finished: {run.epoch} of {run.recipe.epochs} epochs are done")
 

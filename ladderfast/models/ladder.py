@@ -179,6 +179,7 @@ class LadderNetwork(nn.Module):
         *,
         costs: Sequence[bool] | None = None,
         clean_gradients: bool = True,
+        extra_noise: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> LadderOutput:
         """Both encoder passes and the decoder; in training mode the statistics for evaluation follow.
 
@@ -194,6 +195,8 @@ class LadderNetwork(nn.Module):
             costs: for each layer 0..L whether its cost is wanted; by default wherever there is a
                 combinator. What only the costs not wanted would need is not computed.
             clean_gradients: whether clean_logits can be differentiated. Without, less is kept for backward.
+            extra_noise: for the labelled and the unlabelled samples, in their shape, what the corrupted pass adds to
+                its input beside the Gaussian noise; the clean passes and the target of layer 0 stay without.
 
         Raises:
             TypeError, ValueError: an input of the wrong kind or shape, or a cost where no combinator is.
@@ -211,16 +214,25 @@ class LadderNetwork(nn.Module):
         state = take_noise(self.noise_state, len(self.layers))
         denoising: list[Tensor | None] = [None] * len(self.layers)
         if not wanted:
-            (logits,), _, _ = self._encode([x_labelled], len(self.layers), state)
+            (logits,), _, _ = self._encode([x_labelled], len(self.layers), state, extra=extra_noise[:1])
             return LadderOutput(logits, clean_logits, tuple(denoising))
         lowest, highest = min(wanted), max(wanted)
         (logits, logits_u), laterals, targets = self._encode(
-            [x_labelled, x_unlabelled], lowest, state, clean_layers=highest
+            [x_labelled, x_unlabelled], lowest, state, clean_layers=highest, extra=extra_noise
         )
         targets = [target if index in wanted else () for index, target in enumerate(targets)]
         for index, _, cost in self._decode(logits_u, laterals, targets, lowest):
             denoising[index] = cost
         return LadderOutput(logits, clean_logits, tuple(denoising))
+
+    def clean_logits(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of the clean pass over x (N, *) with the batch's own statistics, in either mode.
+
+        The statistics for evaluation and the noise stay as they are.
+
+        Raises TypeError and ValueError as the call does.
+        """
+        return self._clean_pass(_check_input("x", x, self.shapes[0], at_least=1))[0]
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,7 +294,14 @@ class LadderNetwork(nn.Module):
         return h, [*means, *unbiased(variances, counts)]
 
     def _encode(
-        self, halves: list[Tensor], lowest: int, state: Tensor, stream: int = 0, *, clean_layers: int = -1
+        self,
+        halves: list[Tensor],
+        lowest: int,
+        state: Tensor,
+        stream: int = 0,
+        *,
+        clean_layers: int = -1,
+        extra: Sequence[Tensor | None] = (),
     ) -> tuple[tuple[Tensor, ...], list[Any], list[Any]]:
         """The corrupted pass over one or both halves, and beside it the clean pass over the last of them.
 
@@ -302,6 +321,9 @@ class LadderNetwork(nn.Module):
         clean = len(halves[-1]) if clean_layers > 0 else 0
         h = torch.cat([*halves, halves[-1]] if clean else halves)
         _add_noise(h[:noisy], self.noise_std[0], state, stream)
+        for rows, noise in zip(h.split([*sizes, clean]), extra, strict=False):
+            if noise is not None:
+                rows.add_(noise.reshape(rows.shape))
         if lowest == 0:
             laterals[0], targets[0] = h[noisy - sizes[-1] : noisy], (halves[-1],)
         for index, layer in enumerate(self.encoder, 1):

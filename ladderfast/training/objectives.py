@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ladderfast.data import Batch, Batches
 
+from .adversarial import adversarial_noise, check_kind, input_gradient
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -44,22 +46,54 @@ class LadderObjective(Objective):
     Args:
         denoising_weights: lambda of the layers 0..L, the input first. A cost of weight 0 is not computed; with all
             of them 0 this is the objective of the baseline.
+        adversarial_labelled: tau of the adversarial noise that the labelled samples get beside the Gaussian one, from
+            the gradient of their cross-entropy at the clean input; 0: none.
+        adversarial_unlabelled: tau of that of the unlabelled samples, with the network's own answer as their label.
+        labelled_kind: of the labelled samples' noise: sign, raw, unit_norm or q_norm.
+        unlabelled_kind: of the unlabelled samples'.
 
-    Raises ValueError for a weight that is negative or not finite, or if their number is not the model's.
+    Raises ValueError for a weight or tau that is negative or not finite, an unknown kind, or if the number of weights
+    is not the model's.
     """
 
-    forward_methods = ("training_pass",)
+    forward_methods = ("training_pass", "clean_logits")
 
-    def __init__(self, denoising_weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        denoising_weights: Sequence[float],
+        adversarial_labelled: float = 0.0,
+        adversarial_unlabelled: float = 0.0,
+        labelled_kind: str = "sign",
+        unlabelled_kind: str = "q_norm",
+    ) -> None:
         weights = [float(weight) for weight in denoising_weights]
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(f"denoising_weights must be finite and not negative, got {weights}")
         self.denoising_weights = weights
         self._wanted = [weight > 0 for weight in weights]
+        for name, tau in (
+            ("adversarial_labelled", adversarial_labelled),
+            ("adversarial_unlabelled", adversarial_unlabelled),
+        ):
+            if not (math.isfinite(tau) and tau >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {tau}")
+        check_kind("labelled_kind", labelled_kind)
+        check_kind("unlabelled_kind", unlabelled_kind)
+        self._taus = (adversarial_labelled, adversarial_unlabelled)
+        self._kinds = (labelled_kind, unlabelled_kind)
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        samples = ((batch.x_labelled, batch.y_labelled), (batch.x_unlabelled, None))
+        adversarial = [
+            adversarial_noise(input_gradient(model.clean_logits, x, y), kind, tau) if tau else None
+            for (x, y), kind, tau in zip(samples, self._kinds, self._taus, strict=True)
+        ]
         out = model.training_pass(
-            batch.x_labelled, batch.x_unlabelled, costs=self._wanted, clean_gradients=False
+            batch.x_labelled,
+            batch.x_unlabelled,
+            costs=self._wanted,
+            clean_gradients=False,
+            extra_noise=(adversarial[0], adversarial[1]),
         )
         terms = {"cross_entropy": F.cross_entropy(out.logits, batch.y_labelled)}
         for layer, (weight, cost) in enumerate(zip(self.denoising_weights, out.denoising, strict=True)):

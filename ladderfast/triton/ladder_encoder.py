@@ -233,8 +233,9 @@ def _forward_held_kernel(
     inverse = 1.0 / tl.maximum((end - begin).to(tl.float32) * inner, 1.0)
     middle = _total(tl.where(mask, x - shift, 0.0), PER_COLUMN) * inverse
     d = tl.where(mask, (x - shift) - middle, 0.0)
-    var = _total(d * d, PER_COLUMN) * inverse
-    mean = shift + middle
+    rest = _total(d, PER_COLUMN) * inverse  # what rounding left in the mean
+    var = _total(d * d, PER_COLUMN) * inverse - rest * rest
+    mean = shift + (middle + rest)
     index = (seed * parts + part) * channels + c
     tl.store(mean_ptr + index, mean, mask=c < channels)
     tl.store(var_ptr + index, var, mask=c < channels)
