@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from conftest import DEVICES, record, sync_timer
 
 import ladderfast
@@ -66,13 +67,18 @@ def bytes_kept(function, inputs) -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(("device", "shape", "num_labelled", "num_clean", "dtype"), CASES)
-def bench_ladder_encoder(
-    benchmark, monkeypatch, device, shape, num_labelled, num_clean, dtype, phase, variant
-):
+def bench_ladder_encoder(benchmark, device, shape, num_labelled, num_clean, dtype, phase, variant):
     if variant == "ladderfast-triton" and (reason := backend.unavailable("triton", device, dtype)):
         pytest.skip(reason)
     # Backward alone is timed on one graph, which torch.compile would otherwise use up.
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+    with (
+        functorch_config.patch(donated_buffer=False),
+        ladderfast.use_backend("triton" if variant == "ladderfast-triton" else None),
+    ):
+        measure_layer(benchmark, device, shape, num_labelled, num_clean, dtype, phase, variant)
+
+
+def measure_layer(benchmark, device, shape, num_labelled, num_clean, dtype, phase, variant):
     torch.manual_seed(0)
     z_pre, grad_z, grad_h = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
     beta = torch.randn(shape[1], device=device, dtype=dtype)
@@ -100,22 +106,21 @@ def bench_ladder_encoder(
     def both():
         return torch.autograd.grad(function(*inputs), inputs, (grad_z, grad_h))
 
-    with ladderfast.use_backend("triton" if variant == "ladderfast-triton" else None):
-        out = function(*inputs)
+    out = function(*inputs)
 
-        def backward():
-            return torch.autograd.grad(out, inputs, (grad_z, grad_h), retain_graph=True)
+    def backward():
+        return torch.autograd.grad(out, inputs, (grad_z, grad_h), retain_graph=True)
 
-        record(
-            benchmark,
-            op="ladder_encoder",
-            shape=f"{shape} {str(dtype)[6:]}",
-            phase=phase,
-            variant=variant,
-            device=device,
-            moved=PHASES[phase] * z_pre.numel() * z_pre.element_size(),
-            kept=bytes_kept(function, inputs),
-        )
-        benchmark._timer = sync_timer
-        run = {"forward": forward, "backward": backward, "both": both}[phase]
-        benchmark.pedantic(run, rounds=40, warmup_rounds=5)
+    record(
+        benchmark,
+        op="ladder_encoder",
+        shape=f"{shape} {str(dtype)[6:]}",
+        phase=phase,
+        variant=variant,
+        device=device,
+        moved=PHASES[phase] * z_pre.numel() * z_pre.element_size(),
+        kept=bytes_kept(function, inputs),
+    )
+    benchmark._timer = sync_timer
+    run = {"forward": forward, "backward": backward, "both": both}[phase]
+    benchmark.pedantic(run, rounds=40, warmup_rounds=5)
