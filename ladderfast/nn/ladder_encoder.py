@@ -148,7 +148,10 @@ class LadderEncoderLayer(nn.Module):
 
 def unbiased(variances: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """n / (n - 1) times each biased variance of n values; a single value keeps its 0."""
-    return list(torch._foreach_mul(list(variances), [n / max(n - 1, 1) for n in counts]))
+    factors = [n / max(n - 1, 1) for n in counts]
+    if _under_vmap(variances[0]):
+        return [var * factor for var, factor in zip(variances, factors, strict=True)]
+    return list(torch._foreach_mul(list(variances), factors))
 
 
 def running_statistics(layers: Sequence[LadderEncoderLayer]) -> list[Tensor]:
@@ -164,13 +167,17 @@ def follow(
 
     The k-th batch has the weight 1/k, never below 1 / MAX_COUNT; num_batches_tracked is k - 1 before and k after.
     """
-    num_batches_tracked += 1
+    num_batches_tracked.add_(1)
     # A tensor, so that neither a GPU is waited for nor a captured graph keeps one step's value.
     weight = num_batches_tracked.clamp(max=MAX_COUNT).to(statistics[0].dtype).reciprocal()
     running = running_statistics(layers)
-    wide = running
-    if running[0].dtype != weight.dtype:
-        wide = [old.to(weight.dtype) for old in running]
-    torch._foreach_lerp_(wide, list(statistics), [weight] * len(statistics))
-    if wide is not running:
-        torch._foreach_copy_(running, wide)
+    if _under_vmap(statistics[0]) or running[0].dtype != weight.dtype:
+        for old, new in zip(running, statistics, strict=True):
+            old.copy_(torch.lerp(old.to(new.dtype), new, weight))
+    else:
+        torch._foreach_lerp_(running, list(statistics), [weight] * len(running))
+
+
+def _under_vmap(x: Tensor) -> bool:
+    """Whether x stands for many tensors: vmap has no rule for calls on lists."""
+    return torch._C._functorch.is_batchedtensor(x)
