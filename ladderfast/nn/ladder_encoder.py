@@ -168,7 +168,7 @@ def follow(
 
     The k-th batch has the weight 1/k, never below 1 / MAX_COUNT; num_batches_tracked is k - 1 before and k after.
     """
-    num_batches_tracked += 1
+    num_batches_tracked.add_(1)
     # A tensor, so that neither a GPU is waited for nor a captured graph keeps one step's value.
     weight = num_batches_tracked.clamp(max=MAX_COUNT).to(statistics[0].dtype).reciprocal()
     running = running_statistics(layers)

@@ -648,6 +648,38 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(output.logits, expected.logits)
 
 
+def test_many_networks_at_once_are_each_what_they_are_alone():
+    """vmap over a leading axis of seeds: parameters, statistics and noise of their own."""
+    networks = [make(seed=seed) for seed in range(3)]
+    parameters, buffers = torch.func.stack_module_state(networks)
+    x_l, x_u = torch.rand(3, 4, 6, dtype=torch.float64), torch.rand(3, 5, 6, dtype=torch.float64)
+
+    class Pass(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = networks[0]
+
+        def forward(self, x_l, x_u):
+            output = self.model.training_pass(x_l, x_u)
+            return output.logits.square().mean() + sum(output.denoising)
+
+    def cost(parameters, buffers, x_l, x_u):
+        state = {f"model.{name}": value for name, value in (*parameters.items(), *buffers.items())}
+        return torch.func.functional_call(Pass(), state, (x_l, x_u))
+
+    together = torch.func.vmap(cost)(parameters, buffers, x_l, x_u)
+    together.sum().backward()
+    for index, network in enumerate(networks):
+        output = network.training_pass(x_l[index], x_u[index])
+        alone = output.logits.square().mean() + sum(output.denoising)
+        torch.testing.assert_close(together[index], alone)
+        alone.backward()
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(parameters[name].grad[index], parameter.grad)
+        for name, buffer in network.named_buffers():
+            torch.testing.assert_close(buffers[name][index], buffer)
+
+
 def test_reconstruct_is_the_decoder_of_the_training_pass():
     model = make()
     _, x = halves()

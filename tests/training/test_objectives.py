@@ -70,6 +70,7 @@ def test_finish_averages_over_the_labelled_samples():
     assert torch.equal(torch.cat(seen), data.x_labelled)
 
 
+@pytest.mark.parametrize("layers", [[64, 5, 10], ["1x8x8", "conv 3 4x4", 10]])
 @pytest.mark.parametrize(
     ("weights", "combinator", "expected"),
     [
@@ -78,9 +79,9 @@ def test_finish_averages_over_the_labelled_samples():
         ([0, 0, 0], "none", []),
     ],
 )
-def test_pictures_of_what_the_objective_trains(weights, combinator, expected):
+def test_pictures_of_what_the_objective_trains(layers, weights, combinator, expected):
     data = Batches(Digits(50), 20, 100, seed=1)
-    model = LadderNetwork([64, 5, 10], combinator=combinator)
+    model = LadderNetwork(layers, combinator=combinator)
     figures = LadderObjective(weights).figures(model, data)
     assert len(figures) == len(expected)
     for title, start in zip(figures, expected, strict=True):
