@@ -177,26 +177,37 @@ LF_HD void merge(Vec<T>* v) {
     }
 }
 
-// `width` vectors: lane k of the result is the largest lane of vector k.
+// Over all lanes, in all lanes: the largest.
 template <class T>
-LF_HD Vec<T> max_of_each(Vec<T>* v) {
-    for (int n = Vec<T>::width / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) {
-            Vec<T> even, odd;
-            unzip(v[2 * i], v[2 * i + 1], even, odd);
-            v[i] = max_of(even, odd);
-        }
-    return v[0];
+LF_HD Vec<T> max_over_lanes(Vec<T> v) {
+    for (int lanes = Vec<T>::width; lanes > 1; lanes /= 2) {
+        Vec<T> even, odd;
+        unzip(v, v, even, odd);
+        v = max_of(even, odd);
+    }
+    return v;
 }
 
-// And the sum of its lanes.
 template <class T>
-LF_HD Vec<T> sum_of_each(Vec<T>* v) {
-    for (int n = Vec<T>::width / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) {
-            Vec<T> even, odd;
-            unzip(v[2 * i], v[2 * i + 1], even, odd);
-            v[i] = even + odd;
-        }
-    return v[0];
+LF_HD Vec<T> add_pairs(Vec<T> a, Vec<T> b) {
+    Vec<T> even, odd;
+    unzip(a, b, even, odd);
+    return even + odd;
+}
+
+// And the sums of four vectors.
+template <class T>
+LF_HD void sum_over_lanes(Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
+    Vec<T> ab = add_pairs(a, b), cd = add_pairs(c, d);
+    int first_of_c = 0;
+    if constexpr (Vec<T>::width > 2) {
+        ab = add_pairs(ab, cd);
+        for (int lanes = Vec<T>::width; lanes > 4; lanes /= 2) ab = add_pairs(ab, ab);
+        cd = ab;
+        first_of_c = 2;
+    }
+    a = Vec<T>::broadcast(ab.raw[0]);
+    b = Vec<T>::broadcast(ab.raw[1]);
+    c = Vec<T>::broadcast(cd.raw[first_of_c]);
+    d = Vec<T>::broadcast(cd.raw[first_of_c + 1]);
 }

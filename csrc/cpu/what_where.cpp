@@ -24,7 +24,6 @@
 namespace ladderfast::cpu {
 
 static const int kMostTaps = 16 * 16;
-static const int64_t kAhead = 1024;  // bytes to prefetch ahead in rows that are split among lanes
 static const int kMostLanes = 64 / sizeof(float);
 
 // How a shape is cut; compiled once, before any instruction set is chosen. A band is a row of windows.
@@ -220,10 +219,7 @@ static LF_HD void load_row(const T* z, const Block<T>& b, int64_t row, int64_t c
     const T* from = z + row * b.s.width * b.s.inner;
     if constexpr (K > 1) {
 #pragma GCC unroll 16
-        for (int j = 0; j < K; ++j) {
-            __builtin_prefetch(from + b.origin[j] + kAhead / sizeof(T));
-            taps[j] = V::load(from + b.origin[j]);
-        }
+        for (int j = 0; j < K; ++j) taps[j] = V::load(from + b.origin[j]);
         split<K>(taps);
     } else if constexpr (K == 1) {
         for (int64_t j = 0; j < columns; ++j) taps[j] = V::load(from + b.origin[0] + j * b.s.inner);
@@ -278,61 +274,43 @@ static LF_HD Vec<T> load_windows(const T* z, const Block<T>& b, Vec<T>* taps) {
     return most;
 }
 
-// A block whose windows have rows of R vectors, a lane being a column. What is added up down the columns becomes one
-// lane a window for all windows of the block at once.
+// A window whose rows are R vectors.
 template <class T, int R>
 struct Columns {
     using V = Vec<T>;
-    const T* z;
-    const Block<T>& b;
+    const T* first;
+    const WindowShape& s;
     const Axis<T>& y;
     V x[R];
 
-    LF_HD Columns(const T* from, const Block<T>& block, const Axis<T>& rows) : z(from), b(block), y(rows) {
+    LF_HD Columns(const T* from, const WindowShape& shape, const Axis<T>& rows) : first(from), s(shape), y(rows) {
         constexpr int columns = R * V::width;
         for (int r = 0; r < R; ++r)
             for (int lane = 0; lane < V::width; ++lane)
                 x[r].raw[lane] = (T)(2 * (r * V::width + lane) - (columns - 1)) / (T)(columns - 1);
     }
 
-    LF_HD V at(int window, int64_t row, int r) const {
-        return V::load(z + b.origin[window * R] + row * b.s.width + r * V::width);
-    }
+    LF_HD V at(int64_t i, int r) const { return V::load(first + i * s.width + r * V::width); }
 
-    LF_HD V maxima() const {
-        V most[V::width];
-        for (int w = 0; w < V::width; ++w) {
-            V column = at(w, 0, 0);
-            for (int64_t i = 0; i < b.s.kernel_h; ++i)
-                for (int r = 0; r < R; ++r) column = max_of(column, at(w, i, r));
-            most[w] = column;
-        }
-        return max_of_each(most);
-    }
-
-    // The exponentials go to `e`, 16 R vectors a window, unless it is null.
-    LF_HD SoftPooled<V> pool(const T* most, V scale, V* e) const {
+    // Every lane has the result. `e` keeps the exponentials, unless it is null.
+    LF_HD SoftPooled<V> pool(V scale, V* e) const {
+        V most = at(0, 0);
+        for (int64_t i = 0; i < s.kernel_h; ++i)
+            for (int r = 0; r < R; ++r) most = max_of(most, at(i, r));
+        most = max_over_lanes(most);
         // x and y change places: what is added up first are columns.
         const V zero = V::broadcast(0);
-        V total[V::width], values[V::width], across[V::width], down[V::width];
-        for (int w = 0; w < V::width; ++w) {
-            SoftSums<V> sums = {zero, zero, zero, zero}, column[R];
-            const V largest = V::broadcast(most[w]);
-            for (int r = 0; r < R; ++r) column[r] = sums;
-            for (int64_t i = 0; i < b.s.kernel_h; ++i)
-                for (int r = 0; r < R; ++r) {
-                    const V value = at(w, i, r), power = exp2_below_0((value - largest) * scale);
-                    if (e != nullptr) e[(w * 16 + i) * R + r] = power;
-                    soft_pool_add(value, power, y.at[i], column[r]);
-                }
-            for (int r = 0; r < R; ++r) soft_pool_add_row(column[r], x[r], sums);
-            total[w] = sums.total;
-            values[w] = sums.z;
-            across[w] = sums.y;
-            down[w] = sums.x;
-        }
-        return soft_pool_finish(
-            SoftSums<V>{sum_of_each(total), sum_of_each(values), sum_of_each(across), sum_of_each(down)});
+        SoftSums<V> sums = {zero, zero, zero, zero}, column[R];
+        for (int r = 0; r < R; ++r) column[r] = sums;
+        for (int64_t i = 0; i < s.kernel_h; ++i)
+            for (int r = 0; r < R; ++r) {
+                const V z = at(i, r), power = exp2_below_0((z - most) * scale);
+                if (e != nullptr) e[i * R + r] = power;
+                soft_pool_add(z, power, y.at[i], column[r]);
+            }
+        for (int r = 0; r < R; ++r) soft_pool_add_row(column[r], x[r], sums);
+        sum_over_lanes(sums.total, sums.z, sums.y, sums.x);
+        return soft_pool_finish(SoftSums<V>{sums.total, sums.z, sums.y, sums.x});
     }
 };
 
@@ -368,12 +346,16 @@ struct PoolForward {
     template <int R>
     LF_HD void run_columns(const Block<T>& b) const {
         using V = Vec<T>;
-        const Columns<T, R> windows(z, b, y);
-        alignas(64) T most[V::width];
-        windows.maxima().store(most);
-        const SoftPooled<V> pooled = windows.pool(most, V::broadcast(sharpness), nullptr);
-        store_output(pooled.what, what, b);
-        store_where(pooled.x, pooled.y, where, b);
+        alignas(64) T whats[V::width], xs[V::width], ys[V::width];
+        for (int lane = 0; lane < V::width; ++lane) {
+            const Columns<T, R> window(z + b.origin[lane * R], b.s, y);
+            const SoftPooled<V> pooled = window.pool(V::broadcast(sharpness), nullptr);
+            whats[lane] = pooled.what.raw[0];
+            xs[lane] = pooled.x.raw[0];
+            ys[lane] = pooled.y.raw[0];
+        }
+        store_output(V::load(whats), what, b);
+        store_where(V::load(xs), V::load(ys), where, b);
     }
 };
 
@@ -418,28 +400,23 @@ struct PoolBackward {
     template <int R>
     LF_HD void run_columns(const Block<T>& b) const {
         using V = Vec<T>;
-        const Columns<T, R> windows(z, b, y);
-        alignas(64) T most[V::width];
-        V e[V::width * 16 * R], of_x, of_y;
-        windows.maxima().store(most);
-        const SoftPooled<V> pooled = windows.pool(most, V::broadcast(sharpness), e);
+        V of_x, of_y;
         load_where(grad_where, b, of_x, of_y);
-        const SoftGradient<V> all =
-            soft_pool_gradients(pooled, load_output(grad_what, b), of_x, of_y, V::broadcast(beta));
-        constexpr int kFields = sizeof(all) / sizeof(V);
-        alignas(64) T fields[kFields][V::width];
-        memcpy(fields, &all, sizeof(all));
-        for (int w = 0; w < V::width; ++w) {
-            V field[kFields], of_column[R];
-            for (int k = 0; k < kFields; ++k) field[k] = V::broadcast(fields[k][w]);
-            SoftGradient<V> g;
-            memcpy(&g, field, sizeof(g));
-            for (int r = 0; r < R; ++r) of_column[r] = soft_pool_column(g, windows.x[r]);
-            T* to = grad_z + b.origin[w * R];
+        alignas(64) T xs[V::width], ys[V::width];
+        of_x.store(xs);
+        of_y.store(ys);
+        for (int lane = 0; lane < V::width; ++lane) {
+            V e[16 * R], of_column[R];
+            const Columns<T, R> window(z + b.origin[lane * R], b.s, y);
+            const SoftGradient<V> g =
+                soft_pool_gradients(window.pool(V::broadcast(sharpness), e), V::broadcast(grad_what[b.output + lane]),
+                                    V::broadcast(xs[lane]), V::broadcast(ys[lane]), V::broadcast(beta));
+            for (int r = 0; r < R; ++r) of_column[r] = soft_pool_column(g, window.x[r]);
+            T* to = grad_z + b.origin[lane * R];
             for (int64_t i = 0; i < b.s.kernel_h; ++i) {
                 const V of_row = soft_pool_row(g, y.at[i]);
                 for (int r = 0; r < R; ++r)
-                    soft_pool_gradient(g, windows.at(w, i, r), e[(w * 16 + i) * R + r], of_column[r], of_row)
+                    soft_pool_gradient(g, window.at(i, r), e[i * R + r], of_column[r], of_row)
                         .store(to + i * b.s.width + r * V::width);
             }
         }
