@@ -24,7 +24,6 @@
 namespace ladderfast::cpu {
 
 static const int kMostTaps = 16 * 16;
-static const int64_t kAhead = 1024;  // bytes to prefetch ahead in rows that are split among lanes
 static const int kMostLanes = 64 / sizeof(float);
 
 // How a shape is cut; compiled once, before any instruction set is chosen. A band is a row of windows.
@@ -220,10 +219,7 @@ static LF_HD void load_row(const T* z, const Block<T>& b, int64_t row, int64_t c
     const T* from = z + row * b.s.width * b.s.inner;
     if constexpr (K > 1) {
 #pragma GCC unroll 16
-        for (int j = 0; j < K; ++j) {
-            __builtin_prefetch(from + b.origin[j] + kAhead / sizeof(T));
-            taps[j] = V::load(from + b.origin[j]);
-        }
+        for (int j = 0; j < K; ++j) taps[j] = V::load(from + b.origin[j]);
         split<K>(taps);
     } else if constexpr (K == 1) {
         for (int64_t j = 0; j < columns; ++j) taps[j] = V::load(from + b.origin[0] + j * b.s.inner);
@@ -300,11 +296,7 @@ struct Columns {
     LF_HD SoftPooled<V> pool(V scale, V* e) const {
         V most = at(0, 0);
         for (int64_t i = 0; i < s.kernel_h; ++i)
-            for (int r = 0; r < R; ++r) {
-                // The window below. Rows apart are more streams than the hardware follows by itself.
-                __builtin_prefetch(first + (s.kernel_h + i) * s.width + r * V::width);
-                most = max_of(most, at(i, r));
-            }
+            for (int r = 0; r < R; ++r) most = max_of(most, at(i, r));
         most = max_over_lanes(most);
         // x and y change places: what is added up first are columns.
         const V zero = V::broadcast(0);
@@ -423,11 +415,9 @@ struct PoolBackward {
             T* to = grad_z + b.origin[lane * R];
             for (int64_t i = 0; i < b.s.kernel_h; ++i) {
                 const V of_row = soft_pool_row(g, y.at[i]);
-                for (int r = 0; r < R; ++r) {
-                    __builtin_prefetch(to + (b.s.kernel_h + i) * b.s.width + r * V::width, 1);
+                for (int r = 0; r < R; ++r)
                     soft_pool_gradient(g, window.at(i, r), e[i * R + r], of_column[r], of_row)
                         .store(to + i * b.s.width + r * V::width);
-                }
             }
         }
     }

@@ -114,8 +114,8 @@ class _SoftPoolBackward(torch.autograd.Function):
         # Gradients of gradients come from the reference's backward pass, which is differentiable any number of times.
         kernel_h, kernel_w, beta, _ = ctx.options
 
-        def formula(*tensors: Tensor) -> Tensor:
-            return reference.soft_pool2d_backward(*tensors, (kernel_h, kernel_w), beta)
+        def formula(grad_what: Tensor, grad_where: Tensor, z: Tensor) -> Tensor:
+            return reference.soft_pool2d_backward(grad_what, grad_where, z, (kernel_h, kernel_w), beta)
 
         return *torch.func.vjp(formula, *ctx.saved_tensors)[1](grad), None, None, None, None
 
@@ -170,8 +170,8 @@ class _SoftUnpoolBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kernel_size = ctx.options[:2]
 
-        def formula(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.soft_unpool2d_backward(*tensors, kernel_size)
+        def formula(grad_z: Tensor, what: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.soft_unpool2d_backward(grad_z, what, where, kernel_size)
 
         return *torch.func.vjp(formula, *ctx.saved_tensors)[1](grads), None, None, None
 
