@@ -192,8 +192,9 @@ struct BernoulliMixture {
     // Returns the gradient of p: that of z_k is m_k times it, that of m_k is z_k times it.
     LF_HD V backward(V grad, V x, V& grad_x) const {
         const V one = constant<V>(1), zero = constant<V>(0), c = clipped();
-        grad_x = grad * (log_of(one - c) - log_of(c));
-        const V slope = grad * ((one - x) / (one - c) - x / c);
+        const V inverse = one / c;
+        grad_x = grad * log_of((one - c) * inverse);
+        const V slope = grad * ((one - x) / (one - c) - x * inverse);
         const V low = constant<V>(LF_TAGGER_CLIP), high = constant<V>(1 - LF_TAGGER_CLIP);
         return if_less(p, low, zero, if_less(high, p, zero, slope));
     }

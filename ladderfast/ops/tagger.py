@@ -271,7 +271,7 @@ def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | fl
         TypeError: dtypes that do not fit.
         RuntimeError: a forced backend that cannot serve the call.
 
-    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, equations 15 and 24.
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 15 and 24.
     """
     op = "gaussian_group_inputs"
     x, z, m = _prepare(op, x, z, m)
@@ -314,8 +314,8 @@ def bernoulli_group_inputs(
         TypeError: dtypes that do not fit.
         RuntimeError: a forced backend that cannot serve the call.
 
-    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A; the limit of 1e-4 is that
-    of its published code.
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 12 and 13 and the
+    binary case of A.5; the limit of 1e-4 is that of its published code.
     """
     op = "bernoulli_group_inputs"
     x, z, m = _prepare(op, x, z, m)
