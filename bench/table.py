@@ -45,10 +45,12 @@ def cases_of(run: dict) -> dict[tuple[str, ...], dict[str, dict]]:
     return cases
 
 
-def table(run: dict) -> str:
+def table(run: dict, *, phases: tuple[str, ...] = ("forward", "backward", "both")) -> str:
     """One row for each op, shape and pass; losing cases stay in."""
     lines = []
     for (op, _, shape, phase), variants in cases_of(run).items():
+        if phase not in phases:
+            continue
         plain, compiled = (variants[name]["stats"]["median"] * 1e3 for name in ("plain", "compile"))
         for name in OURS:
             if name not in variants:
@@ -132,19 +134,21 @@ def main() -> None:
     parser.add_argument("--readme", type=Path)
     args = parser.parse_args()
     run = json.loads(args.run.read_text())
-    text = f"{machine_line(run)}\n\n{table(run)}"
-    if steps := step_table(run):
-        text += (
+    steps = step_table(run)
+    if steps:
+        steps = (
             "\nA whole training step of `mnist_100_full`; the floor is its matrix products and Adam alone, and peak is "
             f"what a step holds beyond parameters, optimiser and data.\n\n{steps}"
         )
+    text = f"{machine_line(run)}\n\n{table(run)}{steps}"
     picture = args.out.with_name(f"{args.out.stem}_growth.svg")
     grown = f"\n![Time of a step by its rows]({picture.name})\n" if draw_growth(run, picture) else ""
     args.out.write_text(f"# Speed\n\n{text}{grown}")
     if args.readme:
         readme = args.readme.read_text()
         before, rest = readme.split(START)
-        args.readme.write_text(f"{before}{START}\n{text}{END}{rest.split(END)[1]}")
+        short = f"{machine_line(run)}\n\n{table(run, phases=('both',))}{steps}"  # every pass is in --out
+        args.readme.write_text(f"{before}{START}\n{short}{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":
