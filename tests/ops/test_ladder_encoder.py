@@ -195,8 +195,10 @@ def assert_as_good_as_torch(ours: list[Tensor], data: Data) -> None:
 
     The plain formula may be right by luck where there are few elements, so one rounding of the largest sum of terms is
     allowed as well (four in float64, whose yardstick is rounded itself). The noise is float32 everywhere and may differ
-    by a few units in its last place.
+    by a few units in its last place. Triton's interpreter adds up one after the other, where a GPU adds up in a tree: there
+    four roundings are allowed.
     """
+    in_order = backend.triton_interpreted() and backend._forced == "triton"
     wide = data.wide()
     exact, plain = wide.run(reference.ladder_encoder), data.run(plain_formula)
     terms = term_sizes(wide, exact)
@@ -205,7 +207,7 @@ def assert_as_good_as_torch(ours: list[Tensor], data: Data) -> None:
         assert a.dtype == b.dtype, name
         if c.numel() == 0:
             continue
-        rounding = torch.finfo(a.dtype).eps * size * (4 if a.dtype == torch.float64 else 1)
+        rounding = torch.finfo(a.dtype).eps * size * (4 if a.dtype == torch.float64 or in_order else 1)
         if a.dtype == torch.float64 and data.options.get("noise_std"):
             rounding += torch.finfo(torch.float32).eps * size
         error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max() + rounding
