@@ -46,13 +46,6 @@ def known_signature(function: F) -> F:
     return function
 
 
-def plain_backward() -> bool:
-    """Whether a backward pass runs without create_graph, transforms of torch.func and tracing."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
-
-
 def batch_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """The tensors with the batch axis of vmap in front, given to those that lack it."""
     return [

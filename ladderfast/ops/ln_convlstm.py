@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.function import batch_first, known_signature, plain_backward
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import ln_convlstm as reference
 
 OP = "ln_convlstm_step"
@@ -130,9 +130,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor, grad_c_new: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         y, weight = tensors[1], tensors[4]
-        # Where nobody asks for gradients of gradients, a second autograd function would only cost its 25 us.
-        backward: Any = _StepBackward.forward if plain_backward() else _StepBackward.apply
-        grads = backward(grad_h, grad_c_new, *tensors, ctx.eps, ctx.name)
+        grads = apply_in_backward(_StepBackward, grad_h, grad_c_new, *tensors, ctx.eps, ctx.name)
         grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias = grads
         if weight is None:
             return grad_rec, None, grad_rec, grad_c, None, None, grad_bias, None, None
@@ -354,4 +352,4 @@ def ln_convlstm_step(
     else:
         total = x.new_zeros(x.shape[1])
     first, second = (*weights, None, None)[:2]
-    return _Step.apply(x, y, gates_rec, c, first, second, total, float(eps), name)[:2]
+    return apply(_Step, x, y, gates_rec, c, first, second, total, float(eps), name)[:2]

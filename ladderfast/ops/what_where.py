@@ -10,7 +10,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.function import batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import what_where as reference
 
 LARGEST_WINDOW = 16
@@ -78,7 +78,7 @@ class _SoftPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_what: Tensor, grad_where: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z = _SoftPoolBackward.apply(grad_what, grad_where, *ctx.saved_tensors, *ctx.options)
+        grad_z = apply_in_backward(_SoftPoolBackward, grad_what, grad_where, *ctx.saved_tensors, *ctx.options)
         return grad_z, None, None, None, None
 
     @staticmethod
@@ -140,7 +140,8 @@ class _SoftUnpool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        return *_SoftUnpoolBackward.apply(grad_z, *ctx.saved_tensors, *ctx.options), None, None, None
+        grads = apply_in_backward(_SoftUnpoolBackward, grad_z, *ctx.saved_tensors, *ctx.options)
+        return *grads, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, what: Tensor, where: Tensor, *options: Any) -> Any:
@@ -243,7 +244,7 @@ def soft_pool2d(z: Tensor, kernel_size: int | tuple[int, int], beta: float) -> t
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.soft_pool2d(z, (rows, columns), beta)
-    return _SoftPool.apply(z, rows, columns, beta, name)
+    return apply(_SoftPool, z, rows, columns, beta, name)
 
 
 def soft_unpool2d(what: Tensor, where: Tensor, kernel_size: int | tuple[int, int]) -> Tensor:
@@ -290,4 +291,4 @@ def soft_unpool2d(what: Tensor, where: Tensor, kernel_size: int | tuple[int, int
     name = backend.choose(op, what.device.type, what.dtype)
     if name == "reference":
         return reference.soft_unpool2d(what, where, (rows, columns))
-    return _SoftUnpool.apply(what, where, rows, columns, name)
+    return apply(_SoftUnpool, what, where, rows, columns, name)
