@@ -199,6 +199,8 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         from ladderfast.training import Run
 
         run = Run.load(arguments.folder, data_dir=arguments.data_dir, accelerator=arguments.accelerator)
+        if arguments.adversarial is not None:
+            run.check_robustness(arguments.adversarial)
     with _errors(1):
         figures = run.evaluate()
         robust = None if arguments.adversarial is None else run.robustness(arguments.adversarial)

@@ -205,6 +205,8 @@ class LadderNetwork(nn.Module):
         x_labelled = _check_input("x_labelled", x_labelled, self.shapes[0], at_least=1)
         x_unlabelled = _check_input("x_unlabelled", x_unlabelled, self.shapes[0], at_least=2 if wanted else 0)
 
+        extra_noise = self._check_extra_noise(extra_noise, (len(x_labelled), len(x_unlabelled)))
+
         # Apart from the other rows: nothing flows back through it unless the caller uses its logits.
         with torch.set_grad_enabled(clean_gradients and torch.is_grad_enabled()):
             clean_logits, statistics = self._clean_pass(x_labelled)
@@ -321,9 +323,9 @@ class LadderNetwork(nn.Module):
         clean = len(halves[-1]) if clean_layers > 0 else 0
         h = torch.cat([*halves, halves[-1]] if clean else halves)
         _add_noise(h[:noisy], self.noise_std[0], state, stream)
-        for rows, noise in zip(h.split([*sizes, clean]), extra, strict=False):
+        for first, size, noise in zip((0, labelled), sizes, extra, strict=False):
             if noise is not None:
-                rows.add_(noise.reshape(rows.shape))
+                h[first : first + size].add_(noise)
         if lowest == 0:
             laterals[0], targets[0] = h[noisy - sizes[-1] : noisy], (halves[-1],)
         for index, layer in enumerate(self.encoder, 1):
@@ -353,6 +355,21 @@ class LadderNetwork(nn.Module):
     def _follow(self, statistics: list[Tensor], samples: int) -> None:
         if samples > 1:  # a single one has no variance
             follow(self.encoder, statistics, self.num_batches_tracked)
+
+    def _check_extra_noise(self, extra: Any, rows: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        if not isinstance(extra, (tuple, list)) or len(extra) != 2:
+            raise TypeError(f"extra_noise must be a pair of tensors or None, got {extra!r}")
+        checked: list[Tensor | None] = [None, None]
+        for index, noise in enumerate(extra):
+            if noise is None:
+                continue
+            name = f"extra_noise[{index}]"
+            checked[index] = _check_input(name, noise, self.shapes[0], at_least=0)
+            if len(noise) != rows[index]:
+                raise ValueError(
+                    f"{name} must hold {rows[index]} samples, as the input does, got {len(noise)}"
+                )
+        return checked[0], checked[1]
 
     def _check_costs(self, costs: Sequence[bool] | None) -> list[int]:
         """The layers whose cost is wanted, the lowest first."""

@@ -100,7 +100,7 @@ class LadderEncoderLayer(nn.Module):
         Args:
             x: (N, *) the layer's input: first the labelled samples, then the unlabelled ones, then those of a clean
                 pass. These parts are normalised apart.
-            num_labelled: rows of the first part; all by default.
+            num_labelled: rows of the first part; by default all but those of the clean pass.
             num_clean: rows of the last part, which gets no noise.
             noise_state, noise_stream: (2,) int64 and a number, which say what noise, as in
                 `ladderfast.ops.ladder_encoder`. None: no noise.
@@ -111,7 +111,7 @@ class LadderEncoderLayer(nn.Module):
         z_pre = self._project(x)
         return ladder_encoder(
             z_pre,
-            len(z_pre) if num_labelled is None else num_labelled,
+            len(z_pre) - num_clean if num_labelled is None else num_labelled,
             num_clean=num_clean,
             beta=None if self.beta is None else for_op(self.beta, z_pre),
             gamma=None if self.gamma is None else for_op(self.gamma, z_pre),

@@ -128,6 +128,10 @@ class _DenseCell(_Cell):
         return (F.linear(inputs[0], self.weight_ih),)
 
     def project_all(self, x: Tensor) -> Tensor | None:
+        if x.shape[-1] != self.weight_ih.shape[1]:
+            raise ValueError(
+                f"x must have {self.weight_ih.shape[1]} features in its last axis; got {tuple(x.shape)}"
+            )
         return F.linear(x, self.weight_ih)
 
     def project_state(self, h: Tensor) -> Tensor:

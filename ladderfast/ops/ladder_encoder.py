@@ -14,7 +14,6 @@ from ladderfast.ops.checks import check_dtype, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
-from ladderfast.reference.noise import noise_like
 
 # num_labelled, num_clean, noise_std, noise_stream, activation as its index, negative_slope, eps
 Options = tuple[int, int, float, int, int, float, float]
@@ -233,12 +232,11 @@ def _reference_of(
 
     noise: Tensor | None
     if seeds and state is not None and std > 0:
-        noise = torch.stack(
-            [
-                std * noise_like(x, s, stream)[: len(x) - num_clean].to(dtype)
-                for x, s in zip(z_pre, state, strict=True)
-            ]
-        )
+        each = [
+            reference.scaled_noise(x, s, stream, std, num_clean, dtype)
+            for x, s in zip(z_pre, state, strict=True)
+        ]
+        noise = torch.stack([n for n in each if n is not None])
     else:
         noise = reference.scaled_noise(z_pre, state, stream, std, num_clean, dtype)
 

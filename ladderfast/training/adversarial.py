@@ -6,6 +6,7 @@ that of Goodfellow et al. 2014.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -40,21 +41,26 @@ def adversarial_noise(gradient: Tensor, kind: str, tau: float) -> Tensor:
 
     A sample whose gradient is zero gets no noise. tau in the input's units.
 
-    Raises ValueError for another kind, and for a tau that is negative.
+    Raises ValueError for another kind, and for a tau that is negative or not finite.
     """
     check_kind("kind", kind)
-    if not tau >= 0:
-        raise ValueError(f"tau must not be negative, got {tau}")
+    check_tau("tau", tau)
     if kind == "sign":
         return tau * gradient.sign()
     if kind == "raw":
         return tau * gradient
     flat = gradient.flatten(1)
     # By the largest value first, whose square neither overflows nor vanishes.
-    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    tiny = torch.finfo(flat.dtype).tiny
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(tiny)
     norm = flat.norm(dim=1, keepdim=True)
     factor = tau * (flat.shape[1] ** 0.5 if kind == "q_norm" else 1.0)
-    return (factor * flat / norm.clamp_min(1e-30)).reshape(gradient.shape)
+    return (factor * flat / norm.clamp_min(tiny)).reshape(gradient.shape)
+
+
+def check_tau(name: str, tau: float) -> None:
+    if not (math.isfinite(tau) and tau >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {tau}")
 
 
 def check_kind(name: str, kind: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ladderfast.data import Batch, Batches
 
-from .adversarial import adversarial_noise, check_kind, input_gradient
+from .adversarial import adversarial_noise, check_kind, check_tau, input_gradient
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ class LadderObjective(Objective):
     is not the model's.
     """
 
-    forward_methods = ("training_pass", "clean_logits")
+    forward_methods = ("training_pass",)
 
     def __init__(
         self,
@@ -75,8 +75,7 @@ class LadderObjective(Objective):
             ("adversarial_labelled", adversarial_labelled),
             ("adversarial_unlabelled", adversarial_unlabelled),
         ):
-            if not (math.isfinite(tau) and tau >= 0):
-                raise ValueError(f"{name} must be finite and not negative, got {tau}")
+            check_tau(name, tau)
         check_kind("labelled_kind", labelled_kind)
         check_kind("unlabelled_kind", unlabelled_kind)
         self._taus = (adversarial_labelled, adversarial_unlabelled)
@@ -84,8 +83,9 @@ class LadderObjective(Objective):
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         samples = ((batch.x_labelled, batch.y_labelled), (batch.x_unlabelled, None))
+        bare = getattr(model, "module", model)  # no business of the wrapper that several processes have
         adversarial = [
-            adversarial_noise(input_gradient(model.clean_logits, x, y), kind, tau) if tau else None
+            adversarial_noise(input_gradient(bare.clean_logits, x, y), kind, tau) if tau else None
             for (x, y), kind, tau in zip(samples, self._kinds, self._taus, strict=True)
         ]
         out = model.training_pass(

@@ -23,7 +23,7 @@ from ladderfast.data import Batches, EnsembleBatches
 
 from . import checkpoint
 from . import folder as folders
-from .adversarial import adversarial_noise, input_gradient
+from .adversarial import adversarial_noise, check_tau, input_gradient
 from .ensemble import Ensemble, EnsembleObjective
 from .logs import Log, ProgressBar, Row
 from .objectives import Objective
@@ -291,6 +291,12 @@ class Run:
             "test_cross_entropy": float(nats.mean()) / len(y),
         }
 
+    def check_robustness(self, tau: float) -> None:
+        """Raise the ValueErrors of `robustness`, before anything is computed."""
+        check_tau("tau", tau)
+        if self.recipe.seeds > 1:
+            raise ValueError(f"robustness is measured of one network, this run has {self.recipe.seeds}")
+
     def robustness(self, tau: float, *, seed: int = 1) -> dict[str, Any]:
         """Test errors in percent without noise and under two kinds of noise on the input of the same power.
 
@@ -298,8 +304,7 @@ class Run:
         random_sign_error, under tau times random signs, which `seed` draws. tau in the input's units (0..1 for MNIST).
         Any classifier will do. Raises ValueError for a tau that is negative, or a run of several seeds.
         """
-        if self.recipe.seeds > 1:
-            raise ValueError(f"robustness is measured of one network, this run has {self.recipe.seeds}")
+        self.check_robustness(tau)
         training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(seed)

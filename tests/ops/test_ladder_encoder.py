@@ -195,8 +195,8 @@ def assert_as_good_as_torch(ours: list[Tensor], data: Data) -> None:
 
     The plain formula may be right by luck where there are few elements, so one rounding of the largest sum of terms is
     allowed as well (four in float64, whose yardstick is rounded itself). The noise is float32 everywhere and may differ
-    by a few units in its last place. Triton's interpreter adds up one after the other, where a GPU adds up in a tree: there
-    four roundings are allowed.
+    by a few units in its last place. Triton's interpreter adds up one after the other, where a GPU adds up in a tree:
+    there four roundings are allowed.
     """
     in_order = backend.triton_interpreted() and backend._forced == "triton"
     wide = data.wide()

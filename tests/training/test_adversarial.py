@@ -44,9 +44,11 @@ def test_noise_keeps_the_shape_and_q_norm_the_power_of_sign(kind):
 def test_what_is_refused():
     with pytest.raises(ValueError, match="kind must be one of sign, raw, unit_norm, q_norm, got 'l2'"):
         adversarial_noise(G, "l2", 0.1)
-    with pytest.raises(ValueError, match="tau must not be negative, got -1"):
+    with pytest.raises(ValueError, match="tau must be finite and not negative, got -1"):
         adversarial_noise(G, "sign", -1)
-    with pytest.raises(ValueError, match=r"adversarial_unlabelled must be finite and not negative, got -0\.1"):
+    with pytest.raises(
+        ValueError, match=r"adversarial_unlabelled must be finite and not negative, got -0\.1"
+    ):
         LadderObjective([1, 1], adversarial_unlabelled=-0.1)
     with pytest.raises(ValueError, match="labelled_kind must be one of sign"):
         LadderObjective([1, 1], labelled_kind="signs")
@@ -167,5 +169,27 @@ def test_evaluate_prints_the_three_figures(small, tmp_path, capsys):
         f"{figures['random_sign_error']:.2f} %, times the gradient's signs {figures['adversarial_error']:.2f} %"
     )
     assert math.isfinite(figures["adversarial_error"])
-    assert cli.main(["evaluate", str(tmp_path / "run"), "--adversarial", "-1"]) == 1
-    assert "tau must not be negative, got -1.0" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--adversarial", "-1"]) == 2
+    assert "tau must be finite and not negative, got -1.0" in capsys.readouterr().err
+
+
+def test_a_zero_gradient_gives_no_noise_in_16_bits_either():
+    for dtype in (torch.float16, torch.bfloat16):
+        for kind in KINDS:
+            assert adversarial_noise(torch.zeros(1, 3, dtype=dtype), kind, 1.0).abs().max() == 0
+
+
+def test_extra_noise_is_checked_and_may_need_gradients():
+    model = LadderNetwork([4, 3])
+    x, u = torch.randn(6, 4), torch.randn(8, 4)
+    noise = torch.randn(6, 4, requires_grad=True)
+    out = model.training_pass(x.clone().requires_grad_(), u, extra_noise=(noise, None))
+    assert torch.autograd.grad(out.logits.square().sum(), noise)[0].abs().max() > 0
+    for bad, error, message in (
+        (None, TypeError, "extra_noise must be a pair"),
+        ((0.5, None), TypeError, r"extra_noise\[0\] must be a floating-point tensor, got float"),
+        ((None, noise), ValueError, r"extra_noise\[1\] must hold 8 samples, as the input does, got 6"),
+        ((noise.t(), None), ValueError, r"extra_noise\[0\] must have shape \(N, 4\), got \(4, 6\)"),
+    ):
+        with pytest.raises(error, match=message):
+            model.training_pass(x, u, extra_noise=bad)
