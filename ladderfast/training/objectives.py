@@ -82,18 +82,16 @@ class LadderObjective(Objective):
         self._kinds = (labelled_kind, unlabelled_kind)
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        samples = ((batch.x_labelled, batch.y_labelled), (batch.x_unlabelled, None))
-        bare = getattr(model, "module", model)  # no business of the wrapper that several processes have
-        adversarial = [
-            adversarial_noise(input_gradient(bare.clean_logits, x, y), kind, tau) if tau else None
-            for (x, y), kind, tau in zip(samples, self._kinds, self._taus, strict=True)
-        ]
+        noise = {}
+        if any(self._taus):
+            bare = getattr(model, "module", model)  # no business of the wrapper that several processes have
+            samples = ((batch.x_labelled, batch.y_labelled), (batch.x_unlabelled, None))
+            noise["extra_noise"] = tuple(
+                adversarial_noise(input_gradient(bare.clean_logits, x, y), kind, tau) if tau else None
+                for (x, y), kind, tau in zip(samples, self._kinds, self._taus, strict=True)
+            )
         out = model.training_pass(
-            batch.x_labelled,
-            batch.x_unlabelled,
-            costs=self._wanted,
-            clean_gradients=False,
-            extra_noise=(adversarial[0], adversarial[1]),
+            batch.x_labelled, batch.x_unlabelled, costs=self._wanted, clean_gradients=False, **noise
         )
         terms = {"cross_entropy": F.cross_entropy(out.logits, batch.y_labelled)}
         for layer, (weight, cost) in enumerate(zip(self.denoising_weights, out.denoising, strict=True)):

@@ -371,6 +371,38 @@ def test_the_convolutional_rows(name):
     assert recipe.row
 
 
+# Recipe -> the one it is but for the noise, tau of the labelled and of the unlabelled samples, the published error.
+ADVERSARIAL = {
+    "mnist_all_full_adversarial": ("mnist_all_full", 4.5e-4, 0.0, "0.557 ± 0.041 %"),
+    "mnist_all_full_virtual_adversarial": ("mnist_all_full", 4.5e-4, 4.5e-8, "0.560 ± 0.047 %"),
+    "mnist_100_full_adversarial": ("mnist_100_full", 4.5e-2, 4.5e-4, "1.084 ± 0.406 %"),
+    "mnist_1000_full_adversarial": ("mnist_1000_full", 4.5e-5, 4.5e-5, "0.932 ± 0.070 %"),
+    "mnist_100_conv_small_gamma_adversarial": (
+        "mnist_100_conv_small_gamma",
+        4.5e-4,
+        4.5e-7,
+        "0.796 ± 0.461 %",
+    ),
+    "cifar10_4000_conv_large_gamma_adversarial": (
+        "cifar10_4000_conv_large_gamma",
+        4.5e-4,
+        4.5e-7,
+        "20.02 ± 0.65 %",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_the_rows_with_adversarial_noise(name):
+    base, labelled, unlabelled, published = ADVERSARIAL[name]
+    recipe, plain = read_recipe(name), read_recipe(base)
+    assert recipe.published == published
+    changed = {k for k, v in recipe.flat().items() if plain.flat()[k] != v}
+    taus = {"objective.adversarial_labelled": labelled, "objective.adversarial_unlabelled": unlabelled}
+    assert changed == {"title", "paper", "row", "published", "name", *(k for k, v in taus.items() if v)}
+    assert {k: recipe.flat()[k] for k in taus} == taus
+
+
 def test_every_recipe_of_a_paper_is_a_row():
-    rows = {*MNIST, *CONVOLUTIONAL, "mnist_100_gamma", "mnist_1000_gamma", "mnist_all_gamma"}
+    rows = {*MNIST, *CONVOLUTIONAL, *ADVERSARIAL, "mnist_100_gamma", "mnist_1000_gamma", "mnist_all_gamma"}
     assert {name for name in recipe_names() if not name.startswith("digits")} == rows
