@@ -140,7 +140,7 @@ def bench_training_step(benchmark, device, rows, variant):
         benchmark.pedantic(step, rounds=40 if rows < 1000 else 5, warmup_rounds=5 if rows < 1000 else 1)
         record_step(
             benchmark, variant, device, rows, step, "training step"
-        )  # afterwards: a profiler leaves traces
+        )  # afterwards, so that no profiler runs before what is timed
 
 
 @pytest.mark.parametrize("rows", ROWS)
