@@ -4,6 +4,7 @@ from .cifar10 import CIFAR10
 from .dataset import Batch, Batches, Dataset, DataSource, EnsembleBatches
 from .digits import Digits
 from .mnist import MNIST
+from .occluded_moving_mnist import OccludedMovingDigits, OccludedMovingMNIST, SequenceBatch, SequenceBatches
 from .shuffle import draw_labels
 
 __all__ = [
@@ -15,5 +16,9 @@ __all__ = [
     "Dataset",
     "Digits",
     "EnsembleBatches",
+    "OccludedMovingDigits",
+    "OccludedMovingMNIST",
+    "SequenceBatch",
+    "SequenceBatches",
     "draw_labels",
 ]
