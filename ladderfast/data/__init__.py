@@ -4,6 +4,19 @@ from .cifar10 import CIFAR10
 from .dataset import Batch, Batches, Dataset, EnsembleBatches
 from .digits import Digits
 from .mnist import MNIST
+from .piano_rolls import PianoRollBatch, PianoRollBatches, PianoRolls
 from .shuffle import draw_labels
 
-__all__ = ["CIFAR10", "MNIST", "Batch", "Batches", "Dataset", "Digits", "EnsembleBatches", "draw_labels"]
+__all__ = [
+    "CIFAR10",
+    "MNIST",
+    "Batch",
+    "Batches",
+    "Dataset",
+    "Digits",
+    "EnsembleBatches",
+    "PianoRollBatch",
+    "PianoRollBatches",
+    "PianoRolls",
+    "draw_labels",
+]
