@@ -1,7 +1,7 @@
 """Data readers, the balanced draw of labels, and minibatches in an order that a seed fixes."""
 
 from .cifar10 import CIFAR10
-from .dataset import Batch, Batches, Dataset, EnsembleBatches
+from .dataset import Batch, Batches, Dataset, DataSource, EnsembleBatches
 from .digits import Digits
 from .mnist import MNIST
 from .piano_rolls import PianoRollBatch, PianoRollBatches, PianoRolls
@@ -12,6 +12,7 @@ __all__ = [
     "MNIST",
     "Batch",
     "Batches",
+    "DataSource",
     "Dataset",
     "Digits",
     "EnsembleBatches",

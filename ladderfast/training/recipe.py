@@ -23,14 +23,14 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
-from ladderfast.data import Dataset
+from ladderfast.data import DataSource
 
 from .objectives import Objective
 
 # What each part of a recipe must be, and which of its arguments are not the recipe's to give.
 PARTS: dict[str, tuple[type, set[str]]] = {
     "model": (nn.Module, {"device", "dtype"}),
-    "data": (Dataset, {"seed"}),
+    "data": (DataSource, {"seed"}),
     "objective": (Objective, set()),
 }
 
@@ -67,8 +67,8 @@ class Recipe:
         published: the published figure.
         name: the recipe's name; that of its file by default.
         epochs: passes over the unlabelled samples.
-        batch_labelled: labelled samples of a step, for each process.
-        batch_unlabelled: unlabelled samples of a step, for each process.
+        batch_labelled: labelled samples of a step, for each process; 0 where the data have none.
+        batch_unlabelled: unlabelled samples of a step, for each process; 0 where the data have none.
         learning_rate: Adam's, at the start.
         schedule: of the learning rate, epoch by epoch: linear, constant, or halve, which halves it whenever the
             validation figure is worse than an epoch before.
@@ -130,8 +130,6 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in (
             "epochs",
-            "batch_labelled",
-            "batch_unlabelled",
             "num_nodes",
             "seeds",
             "evaluate_every",
@@ -139,6 +137,9 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("batch_labelled", "batch_unlabelled"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("checkpoint_steps", "threads", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
