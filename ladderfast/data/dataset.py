@@ -50,7 +50,9 @@ class DataSource(ABC):
 
         Raises ValueError where there are none.
         """
-        raise ValueError(f"{type(self).__name__} holds no validation samples that training could have as well")
+        raise ValueError(
+            f"{type(self).__name__} holds no validation samples that training could have as well"
+        )
 
 
 class Dataset(DataSource):

@@ -237,7 +237,9 @@ def read_mat(path: Path) -> tuple[list[np.ndarray], ...]:
         content = loadmat(io.BytesIO(raw), variable_names=names)
     except Exception as error:  # of damaged bytes one can make anything
         said = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} cannot be read as a .mat file: it is damaged or none ({said[0]})") from error
+        raise ValueError(
+            f"{path} cannot be read as a .mat file: it is damaged or none ({said[0]})"
+        ) from error
     missing = [name for name in names if name not in content]
     if missing:
         raise ValueError(f"{path} is no file of piano rolls, or is cut short: it holds no {missing[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from .recipe import Recipe
@@ -57,7 +58,7 @@ class Course:
             return rate * min(1.0, (recipe.epochs - epoch) / (recipe.epochs + 1 - full))
         if recipe.schedule == "halve":
             known = self.figures[:epoch]
-            for before, after in zip(known, known[1:], strict=False):
+            for before, after in pairwise(known):
                 if after < before if self.higher_is_better else after > before:
                     rate = max(rate / 2, recipe.min_learning_rate or 0.0)
         return rate

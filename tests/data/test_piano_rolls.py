@@ -90,9 +90,7 @@ def test_batches_are_a_function_of_seed_epoch_and_step(made, tmp_path):
         for got, want in zip(direct.get(2, step), kept[step], strict=True):
             assert torch.equal(got, want)
     for other in (batches(tmp_path, truncate=10, seed=2).get(2, 0), direct.get(1, 0)):
-        assert not any(
-            torch.equal(other.notes, batch.notes) for batch in (kept[0], direct.get(2, 1))
-        )
+        assert not any(torch.equal(other.notes, batch.notes) for batch in (kept[0], direct.get(2, 1)))
 
 
 @pytest.mark.parametrize(("sequences_of", "steps"), [(1, 5), (2, 100), (32, 256)])
@@ -129,9 +127,18 @@ def broken(rolls, **changes):
     [
         ({"testdata": None}, "holds no testdata"),
         ({"traindata": np.zeros((3, 88))}, "traindata must be a cell array of sequences, got float64"),
-        ({"validdata": cells([np.zeros((4, 87))])}, r"sequence 1 of validdata must have shape \(time steps, 88\)"),
-        ({"validdata": cells([np.full((4, 88), 2)])}, "sequence 1 of validdata must hold zeros and ones only"),
-        ({"validdata": cells([np.zeros((4, 88))])}, "validdata has 1 sequences of 4 time steps in all, expected 2 of 27"),
+        (
+            {"validdata": cells([np.zeros((4, 87))])},
+            r"sequence 1 of validdata must have shape \(time steps, 88\)",
+        ),
+        (
+            {"validdata": cells([np.full((4, 88), 2)])},
+            "sequence 1 of validdata must hold zeros and ones only",
+        ),
+        (
+            {"validdata": cells([np.zeros((4, 88))])},
+            "validdata has 1 sequences of 4 time steps in all, expected 2 of 27",
+        ),
     ],
 )
 def test_a_foreign_file(made, tmp_path, change, said):
@@ -163,7 +170,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_wrong_arguments(made, tmp_path):
-    with pytest.raises(ValueError, match="name must be one of jsb_chorales, .*, got 'bach'"):
+    with pytest.raises(ValueError, match=r"name must be one of jsb_chorales, .*, got 'bach'"):
         PianoRolls("bach")
     with pytest.raises(ValueError, match="truncate must be at least 1 or null, got 0"):
         read(tmp_path, truncate=0)
