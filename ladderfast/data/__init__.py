@@ -4,6 +4,7 @@ from .cifar10 import CIFAR10
 from .dataset import Batch, Batches, Dataset, DataSource, EnsembleBatches
 from .digits import Digits
 from .mnist import MNIST
+from .occluded_moving_mnist import OccludedMovingDigits, OccludedMovingMNIST, SequenceBatch, SequenceBatches
 from .piano_rolls import PianoRollBatch, PianoRollBatches, PianoRolls
 from .shuffle import draw_labels
 
@@ -16,8 +17,12 @@ __all__ = [
     "Dataset",
     "Digits",
     "EnsembleBatches",
+    "OccludedMovingDigits",
+    "OccludedMovingMNIST",
     "PianoRollBatch",
     "PianoRollBatches",
     "PianoRolls",
+    "SequenceBatch",
+    "SequenceBatches",
     "draw_labels",
 ]

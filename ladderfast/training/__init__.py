@@ -25,6 +25,16 @@ _check_installed()
 from .metric import Metric  # noqa: E402
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
+from .rladder_objective import RLadderObjective  # noqa: E402
 from .run import Run  # noqa: E402
 
-__all__ = ["LadderObjective", "Metric", "Objective", "Recipe", "Run", "read_recipe", "recipe_names"]
+__all__ = [
+    "LadderObjective",
+    "Metric",
+    "Objective",
+    "RLadderObjective",
+    "Recipe",
+    "Run",
+    "read_recipe",
+    "recipe_names",
+]
