@@ -5,6 +5,7 @@ from .dataset import Batch, Batches, Dataset, DataSource, EnsembleBatches
 from .digits import Digits
 from .mnist import MNIST
 from .occluded_moving_mnist import OccludedMovingDigits, OccludedMovingMNIST, SequenceBatch, SequenceBatches
+from .piano_rolls import PianoRollBatch, PianoRollBatches, PianoRolls
 from .shuffle import draw_labels
 
 __all__ = [
@@ -18,6 +19,9 @@ __all__ = [
     "EnsembleBatches",
     "OccludedMovingDigits",
     "OccludedMovingMNIST",
+    "PianoRollBatch",
+    "PianoRollBatches",
+    "PianoRolls",
     "SequenceBatch",
     "SequenceBatches",
     "draw_labels",

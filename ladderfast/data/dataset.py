@@ -40,6 +40,20 @@ class DataSource(ABC):
         A source without a labelled or an unlabelled stream refuses a batch size other than 0 for it (ValueError).
         """
 
+    @property
+    def validation_samples(self) -> int:
+        """How many samples are held out of training for validation; none here."""
+        return 0
+
+    def with_validation_in_training(self) -> DataSource:
+        """The same data with the samples for validation among those for training; the source itself stays as it is.
+
+        Raises ValueError where there are none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} holds no validation samples that training could have as well"
+        )
+
 
 class Dataset(DataSource):
     """Training and test samples, some of the training samples with their label.
