@@ -38,6 +38,8 @@ PARTS: dict[str, tuple[type, set[str]]] = {
 SCHEDULES = ("linear", "constant", "halve")
 DECAY_FROM = 0.667  # of the linear one, where none is given
 
+GRAPH = ("auto", "on", "off")
+
 
 @dataclass
 class Part:
@@ -87,6 +89,8 @@ class Recipe:
         num_nodes: machines.
         strategy: Fabric's strategy for several processes; auto takes ddp.
         precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
+        graph: auto captures the training step as a CUDA graph wherever that can be done, on insists on it, off leaves
+            it. A Ladder's numbers are the same, but that the learning rate is then rounded to float32.
         threads: of torch's operations on the CPU; null for as many as torch would take. Sums depend on it, in
             their last bits.
         evaluate_every: epochs from one measurement of the test error to the next; the last one is always
@@ -121,6 +125,7 @@ class Recipe:
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str = "32-true"
+    graph: str = "auto"
     threads: int | None = None
     evaluate_every: int = 1
     log_every: int = 50
@@ -137,6 +142,8 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.graph not in GRAPH:
+            raise ValueError(f"graph must be one of {', '.join(GRAPH)}, got {self.graph!r}")
         for name in ("batch_labelled", "batch_unlabelled"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
