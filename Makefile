@@ -44,7 +44,7 @@ demo: $(VENV)/.train
 	$(BIN)/ladderfast train digits --compare digits_baseline --out runs/demo --overwrite
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest bench -k "not compile"
 
 bench: $(VENV)/.test
