@@ -57,7 +57,7 @@ class PianoRollObjective(Objective):
                 raise ValueError(f"{name} has no effect with {type(model).__name__}, got {self._how[name]}")
         self._state = None
 
-    def __call__(self, model: Any, batch: PianoRollBatch) -> dict[str, Tensor]:
+    def __call__(self, model: Any, batch: Any) -> dict[str, Tensor]:
         state = self._state if batch.continues else None
         logits, state = self._logits(model, batch, state, **self._how)
         self._state = state.detach()
