@@ -65,7 +65,8 @@ class StepBatchNorm(nn.Module):
 
     Shape:
         x (N, C, *), step -> (N, C, *). Buffers running_mean, running_var (steps, C). While `updating` is False the
-        averages stay as they are: where a checkpointed step is computed again.
+        averages stay as they are: where a checkpointed step is computed again. With `counts` (steps) zeros, until it is
+    None again, they become plain averages of the batches that follow.
 
     Source: Cooijmans et al., "Recurrent Batch Normalization", 2017, section 3, for statistics by time step.
     """
@@ -86,6 +87,7 @@ class StepBatchNorm(nn.Module):
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.steps, self.momentum, self.eps = steps, momentum, eps
         self.updating = True
+        self.counts: list[int] | None = None  # batches seen by step, while their plain average is taken
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
         self.running_mean: Tensor
@@ -95,11 +97,14 @@ class StepBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, step: int = 0) -> Tensor:
         row = min(step, self.steps - 1)
-        mean: Tensor | None = self.running_mean[row]
-        var: Tensor | None = self.running_var[row]
+        mean, var = self.running_mean[row], self.running_var[row]
         if self.training and not self.updating:
-            mean = var = None
-        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+            mean, var = mean.clone(), var.clone()  # a checkpoint must save as many tensors as the first time
+        momentum = self.momentum
+        if self.counts is not None:
+            self.counts[row] += 1
+            momentum = 1 / self.counts[row]
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, steps={self.steps}"
@@ -178,7 +183,7 @@ class TopDown(nn.Module):
             return
         padding = kernel_size // 2
         if upsample == "transposed" and above != below:
-            ratios = [b // a for a, b in zip(above, below, strict=True)]
+            ratios = [-(-b // a) for a, b in zip(above, below, strict=True)]
             extra = [
                 b - ((a - 1) * r - 2 * padding + kernel_size)
                 for a, b, r in zip(above, below, ratios, strict=True)

@@ -23,6 +23,7 @@ _check_installed()
 
 # Only now: these import what was looked for.
 from .metric import Metric  # noqa: E402
+from .music_objective import PianoRollObjective  # noqa: E402
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .rladder_objective import RLadderObjective  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "LadderObjective",
     "Metric",
     "Objective",
+    "PianoRollObjective",
     "RLadderObjective",
     "Recipe",
     "Run",

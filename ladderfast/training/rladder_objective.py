@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ladderfast.data import SequenceBatch
 
 from .objectives import Objective
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # sequences in the report
 LOOKED_AT = 200  # test sequences, the first, of which these are taken
+STATISTICS = (500, 4)  # size and number of the training batches that give the statistics for evaluation
 
 
 class RLadderObjective(Objective):
@@ -83,7 +83,7 @@ class RLadderObjective(Objective):
         if self.consistency_weight:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
 
-    def __call__(self, model: Any, batch: SequenceBatch) -> dict[str, Tensor]:
+    def __call__(self, model: Any, batch: Any) -> dict[str, Tensor]:
         x, target = batch.x_labelled, batch.next_labelled
         if len(batch.x_unlabelled):
             x = torch.cat((x, batch.x_unlabelled))
@@ -134,7 +134,7 @@ class RLadderObjective(Objective):
 
         test_error in percent, test_errors, test_samples, test_cross_entropy in nats; test_error_by_step, what the
         error would be after each step; next_frame_cost in nats per frame, where frames are predicted; teacher_error
-        in percent, where there is a teacher.
+        in percent, where there is a teacher. Batch statistics are computed anew, from the first training sequences.
         """
         figures = self._figures(model, data, "test")
         if self.teacher is not None:
@@ -148,6 +148,8 @@ class RLadderObjective(Objective):
         return self._figures(model, data, "validation")["test_error"]
 
     def _figures(self, model: Any, data: Any, split: str) -> dict[str, Any]:
+        size, count = STATISTICS
+        model.recompute_statistics(x for x, _, _ in itertools.islice(data.parts("train", size), count))
         wrong: Any = 0
         nats: Any = 0
         frame: Any = 0
