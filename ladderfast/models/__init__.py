@@ -1,5 +1,6 @@
 """The networks."""
 
 from ladderfast.models.ladder import LadderNetwork, LadderOutput
+from ladderfast.models.swwae import SWWAE, SWWAEOutput
 
-__all__ = ["LadderNetwork", "LadderOutput"]
+__all__ = ["SWWAE", "LadderNetwork", "LadderOutput", "SWWAEOutput"]
