@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from .download import cache_folder
 from .images import ImageDataset
 
 SIDE = 96
@@ -23,7 +24,7 @@ class STL10(ImageDataset):
 
     Args:
         data_dir: folder with train_X.bin, train_y.bin, unlabeled_X.bin, test_X.bin, test_y.bin and fold_indices.txt, or
-            with a folder stl10_binary of them.
+            with a folder stl10_binary of them. Default: ladderfast/stl10 in the user's cache.
         fold: which of the ten published folds, 0 to 9, of 1,000 samples has the labels; null: the seed's, so that the
             seeds 1 to 10 are the folds 0 to 9.
         seed: chooses the fold, where `fold` does not.
@@ -40,7 +41,7 @@ class STL10(ImageDataset):
 
     def __init__(
         self,
-        data_dir: str,
+        data_dir: str | None = None,
         fold: int | None = None,
         *,
         seed: int = 1,
@@ -50,7 +51,7 @@ class STL10(ImageDataset):
     ) -> None:
         if fold is not None and not 0 <= fold < FOLDS:
             raise ValueError(f"fold must be from 0 to {FOLDS - 1}, or null for the seed's, got {fold}")
-        folder = Path(data_dir).expanduser()
+        folder = cache_folder("stl10") if data_dir is None else Path(data_dir).expanduser()
         if (folder / "stl10_binary").is_dir():
             folder = folder / "stl10_binary"
         names = [f"{part}_X.bin" for part in self.sizes] + ["train_y.bin", "test_y.bin", "fold_indices.txt"]

@@ -1,6 +1,6 @@
 """The networks."""
 
 from ladderfast.models.ladder import LadderNetwork, LadderOutput
-from ladderfast.models.swwae import SWWAE, SWWAEOutput
+from ladderfast.models.swwae import SWWAE, SWWAEComparison, SWWAEOutput
 
-__all__ = ["SWWAE", "LadderNetwork", "LadderOutput", "SWWAEOutput"]
+__all__ = ["SWWAE", "LadderNetwork", "LadderOutput", "SWWAEComparison", "SWWAEOutput"]

@@ -325,3 +325,56 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
     difference = (x - y).flatten(1)
     wide = difference.float() if difference.dtype.itemsize < 4 else difference
     return torch.linalg.vector_norm(wide, dim=1).mean()
+
+
+class SWWAEComparison(nn.Module):
+    """Auto-encoders that differ in their window and in their unpooling, trained on the same images (section 4.1).
+
+    `networks` has those that unpool by the where as where_2, where_4, ..., and those that copy as copy_2, copy_4, ...
+
+    Args:
+        architecture: with X for the window, "(16)5c-(32)3c-Xp".
+        windows: what X is.
+        image_shape: (H, W) or (C, H, W).
+
+    Raises ValueError for an architecture without X, no window, or as `SWWAE` does.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "(16)5c-(32)3c-Xp",
+        windows: Sequence[int] = (2, 4, 8, 16),
+        image_shape: Sequence[int] = (32, 32),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if "X" not in architecture or not windows:
+            raise ValueError(
+                f"architecture must have an X, got {architecture!r}, for each of windows, got {windows}"
+            )
+        self.windows = tuple(windows)
+        self.networks = nn.ModuleDict(
+            {
+                f"{how}_{window}": SWWAE(
+                    architecture.replace("X", str(window)),
+                    image_shape,
+                    unpooling=how,
+                    device=device,
+                    dtype=dtype,
+                )
+                for window in windows
+                for how in ("copy", "where")
+            }
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """|x - x~|_2 of each network by its name, the mean of samples x (N, *), 0-dim."""
+        costs = {}
+        for name, network in self.networks.items():
+            assert isinstance(network, SWWAE)
+            out = network.training_pass(x, x, classify=False, intermediate=False)
+            assert out.reconstruction is not None
+            costs[name] = out.reconstruction
+        return costs

@@ -26,5 +26,17 @@ from .metric import Metric  # noqa: E402
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .run import Run  # noqa: E402
+from .swwae_objective import EquivarianceObjective, SWWAEObjective, WhereObjective  # noqa: E402
 
-__all__ = ["LadderObjective", "Metric", "Objective", "Recipe", "Run", "read_recipe", "recipe_names"]
+__all__ = [
+    "EquivarianceObjective",
+    "LadderObjective",
+    "Metric",
+    "Objective",
+    "Recipe",
+    "Run",
+    "SWWAEObjective",
+    "WhereObjective",
+    "read_recipe",
+    "recipe_names",
+]
