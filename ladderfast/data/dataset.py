@@ -146,9 +146,11 @@ class Batches:
         self.batch_labelled, self.batch_unlabelled = batch_labelled, batch_unlabelled
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.image_shape = dataset.image_shape
-        self.x_unlabelled = dataset.x_unlabelled.to(device, dtype)
+        # Bytes stay bytes: a dataset that has them makes them numbers batch by batch.
+        held = dtype if dataset.x_unlabelled.is_floating_point() else dataset.x_unlabelled.dtype
+        self.x_unlabelled = dataset.x_unlabelled.to(device, held)
         shared = dataset.x_labelled is dataset.x_unlabelled
-        self.x_labelled = self.x_unlabelled if shared else dataset.x_labelled.to(device, dtype)
+        self.x_labelled = self.x_unlabelled if shared else dataset.x_labelled.to(device, held)
         self.y_labelled = dataset.y_labelled.to(device)
         self.x_test = dataset.x_test.to(device, dtype)
         self.y_test = dataset.y_test.to(device)
@@ -233,7 +235,7 @@ class EnsembleBatches:
                     held.x_labelled = held.x_unlabelled
                 dataset = held
             self._each.append(
-                Batches(dataset, batch_labelled, batch_unlabelled, seed=seed, device=device, dtype=dtype)
+                dataset.batches(batch_labelled, batch_unlabelled, seed=seed, device=device, dtype=dtype)
             )
         first = self._each[0]
         self.x_test, self.y_test, self.image_shape = first.x_test, first.y_test, first.image_shape

@@ -3,5 +3,17 @@
 from ladderfast.models.baselines import PlainLSTM
 from ladderfast.models.ladder import LadderNetwork, LadderOutput
 from ladderfast.models.recurrent_ladder import Level, RLadder, RLadderOutput, RLadderState
+from ladderfast.models.swwae import SWWAE, SWWAEComparison, SWWAEOutput
 
-__all__ = ["LadderNetwork", "LadderOutput", "Level", "PlainLSTM", "RLadder", "RLadderOutput", "RLadderState"]
+__all__ = [
+    "SWWAE",
+    "LadderNetwork",
+    "LadderOutput",
+    "Level",
+    "PlainLSTM",
+    "RLadder",
+    "RLadderOutput",
+    "RLadderState",
+    "SWWAEComparison",
+    "SWWAEOutput",
+]
