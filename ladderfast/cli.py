@@ -10,7 +10,10 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from ladderfast.training.metric import Metric
 
 TRAIN = """\
 Train RECIPE: one of `ladderfast recipes`, or a YAML file of your own.
@@ -155,7 +158,7 @@ def _train(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(1):
         result = run.fit()
     if run.fabric.is_global_zero:
-        print(_summary(result))
+        print(_summary(result, run.objective.metric))
         print(f"{run.folder}/report.html")
 
 
@@ -180,7 +183,7 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
             run = Run(source, **options, **fields)
         with _errors(1):
             results[name] = run.fit(baseline=results.get(names[0]))
-    print(_table(results))
+    print(_table(results, run.objective.metric))
     print(f"{run.folder}/report.html")
 
 
@@ -205,7 +208,9 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         figures = run.evaluate()
         robust = None if arguments.adversarial is None else run.robustness(arguments.adversarial)
     published = {"published": run.recipe.published, "title": run.recipe.title}
-    print(_summary({**published, **figures, "epochs": run.epoch, "seconds": run.seconds}))
+    print(
+        _summary({**published, **figures, "epochs": run.epoch, "seconds": run.seconds}, run.objective.metric)
+    )
     if robust is not None:
         print(
             f"test error without noise {robust['test_error']:.2f} %, with {robust['tau']:g} times random signs "
@@ -219,7 +224,7 @@ def _recipes(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(2):
         from ladderfast.training.recipe import published_table
 
-        rows = [("recipe", "paper", "row", "published test error"), *published_table()]
+        rows = [("recipe", "paper", "row", "published figure"), *published_table()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -231,38 +236,36 @@ def _info(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     info.main()
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(result: dict[str, Any], metric: Metric) -> str:
+    of = f" ({result['test_errors']} of {result['test_samples']})" if "test_errors" in result else ""
     text = (
-        f"{result['title']}: test error {_error(result)} % ({result['test_errors']} of "
-        f"{result['test_samples']}) after {result['epochs']} epochs in {result['seconds']:.0f} s"
+        f"{result['title']}: {metric.words} {metric.text(result)}{of} after {result['epochs']} epochs in "
+        f"{result['seconds']:.0f} s"
     )
-    if "test_error_by_seed" in result:
-        text += f"; of {len(result['test_error_by_seed'])} seeds"
+    if f"{metric.name}_by_seed" in result:
+        text += f"; of {len(result[f'{metric.name}_by_seed'])} seeds"
     return f"{text}; published: {result['published']}" if result["published"] else text
 
 
-def _error(result: dict[str, Any]) -> str:
-    spread = f" ± {result['test_error_std']:.2f}" if "test_error_std" in result else ""
-    return f"{result['test_error']:.2f}{spread}"
-
-
-def _table(results: dict[str, dict[str, Any]]) -> str:
-    """Test errors by recipe and seed, their means, and what the difference is."""
+def _table(results: dict[str, dict[str, Any]], metric: Metric) -> str:
+    """The figures by recipe and seed, their means, and what the difference is."""
     (baseline, worse), (recipe, better) = results.items()
-    points = abs(worse["test_error"] - better["test_error"])
-    what = "less" if better["test_error"] < worse["test_error"] else "more"
+    points = abs(worse[metric.name] - better[metric.name])
+    what = "less" if better[metric.name] < worse[metric.name] else "more"
     lines = []
-    if "test_error_by_seed" in better:
-        width = max(map(len, [*results, "test error in %"]))
-        first = better["seed"]
-        seeds = [f"seed {first + i}" for i in range(len(better["test_error_by_seed"]))]
-        lines.append(" ".join([f"{'test error in %':{width}}", *(f"{head:>8}" for head in seeds), "  mean"]))
+    by_seed = f"{metric.name}_by_seed"
+    if by_seed in better:
+        head = f"{metric.words} in {metric.unit}" if metric.unit else metric.words
+        width = max(map(len, [*results, head]))
+        seeds = [f"seed {better['seed'] + i}" for i in range(len(better[by_seed]))]
+        lines.append(" ".join([f"{head:{width}}", *(f"{seed:>8}" for seed in seeds), "  mean"]))
         for name, result in results.items():
-            errors = (f"{error:8.2f}" for error in result["test_error_by_seed"])
-            lines.append(" ".join([f"{name:{width}}", *errors, f"  {_error(result)}"]))
+            values = (f"{value:8.2f}" for value in result[by_seed])
+            lines.append(" ".join([f"{name:{width}}", *values, f"  {metric.text(result, unit=False)}"]))
+    unit = {"%": "points ", "": ""}.get(metric.unit, f"{metric.unit} ")
     lines.append(
-        f"{recipe} has a test error of {_error(better)} %, {baseline} of {_error(worse)} %: "
-        f"{points:.2f} points {what}."
+        f"{recipe} has a {metric.words} of {metric.text(better)}, {baseline} of {metric.text(worse)}: "
+        f"{points:.2f} {unit}{what}."
     )
     return "\n".join(lines)
 

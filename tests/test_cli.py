@@ -119,7 +119,7 @@ def test_recipes_is_a_table_with_the_published_figures(capsys):
     code, out, _ = call(capsys, "recipes")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].split() == ["recipe", "paper", "row", "published", "test", "error"]
+    assert lines[0].split() == ["recipe", "paper", "row", "published", "figure"]
     row = next(line for line in lines if line.startswith("mnist_100_full "))
     assert "Rasmus et al. 2015" in row
     assert row.endswith("1.06 ± 0.37 %")

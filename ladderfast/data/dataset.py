@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,35 @@ from torch import Tensor
 from .shuffle import LABELLED, UNLABELLED, check_seed, draw_labels, shuffles
 
 
-class Dataset:
+class DataSource(ABC):
+    """What a recipe's `data` is: minibatches for training, and what an objective measures and shows.
+
+    Attributes: image_shape, (height, width) or (channels, height, width) of a sample, for pictures.
+    """
+
+    image_shape: tuple[int, ...]
+
+    @abstractmethod
+    def batches(
+        self,
+        batch_labelled: int,
+        batch_unlabelled: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        """The minibatches of this process, number `rank` of `world_size`.
+
+        `len()` is the number of steps in an epoch and `get(epoch, step)`, both counted from 0, a NamedTuple of tensors
+        on `device` that depends on the seed, the epoch and the step alone, so that any step is reached directly.
+        A source without a labelled or an unlabelled stream refuses a batch size other than 0 for it (ValueError).
+        """
+
+
+class Dataset(DataSource):
     """Training and test samples, some of the training samples with their label.
 
     x_train: (N, *) and x_test: (M, *), y_train: (N,) and y_test: (M,) class labels; image_shape: (height, width) or
@@ -48,6 +77,9 @@ class Dataset:
         # With every label this is the same memory, not a second copy of the training set.
         self.x_labelled = self.x_unlabelled if self._num_labels is None else self.x_unlabelled[chosen]
         self.y_labelled = self._y_train[chosen]
+
+    def batches(self, batch_labelled: int, batch_unlabelled: int, **kind: Any) -> Batches:
+        return Batches(self, batch_labelled, batch_unlabelled, **kind)
 
     def with_seed(self, seed: int) -> Dataset:
         """The same samples, with the labels that another seed draws; nothing is read or copied again."""

@@ -22,8 +22,9 @@ def _check_installed() -> None:
 _check_installed()
 
 # Only now: these import what was looked for.
+from .metric import Metric  # noqa: E402
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .run import Run  # noqa: E402
 
-__all__ = ["LadderObjective", "Objective", "Recipe", "Run", "read_recipe", "recipe_names"]
+__all__ = ["LadderObjective", "Metric", "Objective", "Recipe", "Run", "read_recipe", "recipe_names"]

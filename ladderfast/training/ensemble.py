@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ladderfast.data import Batch
-
-from .objectives import Objective
+from .objectives import Objective, over_seeds
 
 
 class _Call(nn.Module):
@@ -100,13 +98,32 @@ class Ensemble(nn.Module):
 
 
 class EnsembleObjective(Objective):
-    """An objective for each network of an `Ensemble`: the terms of its cost are (networks,)."""
+    """An objective for each network of an `Ensemble`: the terms of its cost are (networks,).
+
+    Raises ValueError for an objective that has a state of its own, which would be one of them all.
+    """
 
     def __init__(self, objective: Objective) -> None:
+        own = type(objective)
+        if own.prepare is not Objective.prepare or own.after_step is not Objective.after_step:
+            raise ValueError(
+                f"{own.__name__} keeps a state, so its networks are trained one by one: seeds must be 1"
+            )
         self.objective = objective
+        self.metric = objective.metric
 
-    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        return model.call(lambda network, *parts: self.objective(network, Batch(*parts)), *batch)
+    def __call__(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        make = type(batch)
+        return model.call(lambda network, *parts: self.objective(network, make(*parts)), *batch)
+
+    def measure(self, model: Any, data: Any) -> dict[str, Any]:
+        if type(self.objective).measure is Objective.measure:
+            return self.objective.measure(model, data)  # in one program
+        each = [self.objective.measure(model.extract(i), data.of(i)) for i in range(model.size)]
+        figures: dict[str, Any] = {}
+        for name in each[0]:
+            figures.update(over_seeds(name, [one[name] for one in each]))
+        return figures
 
     def finish(self, model: Any, data: Any) -> None:
         for index in range(model.size):

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ladderfast.nn import GaussianCombinator
 from ladderfast.ops import gaussian_combinator
 
+from .metric import Metric
+
 INK = "#21262c"
 # Okabe and Ito's palette, told apart with any colour vision, less its yellow and black, which need a ground.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7")
@@ -34,21 +36,24 @@ U_RANGE = 3.0  # u is normalised, so this is three of its standard deviations
 Z_SHOWN = (-2.0, 0.0, 2.0)
 
 
-def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+def curves(history: Sequence[Mapping[str, Any]], metric: Metric = Metric()) -> Figure:  # noqa: B008  (frozen)
     """Every cost term, every error and the learning rate over the epochs.
 
     Args:
         history: one mapping an epoch. "epoch" is the abscissa; keys that end in "_error" are errors in
-            percent; all others but those of `NOT_COSTS` are costs in nats. None and NaN are left out.
+            percent; all others but the metric and those of `NOT_COSTS` are costs in nats. None and NaN are left out.
+        metric: what the run is judged by; names that end in that of it are drawn beside it.
 
     Raises:
         ValueError: a history without a number to draw.
     """
     keys = [key for key in dict.fromkeys(key for row in history for key in row) if _points(history, key)]
     errors = [key for key in keys if key.endswith("_error")]
+    judged = [key for key in keys if key.endswith(metric.name) and key not in errors]
     panels = [
-        ([key for key in keys if key not in (*errors, *NOT_COSTS)], "cost, nats", 3.0),
+        ([key for key in keys if key not in (*errors, *judged, *NOT_COSTS)], "cost, nats", 3.0),
         (errors, "error, %", 2.2),
+        (judged, f"{metric.words}, {metric.unit}" if metric.unit else metric.words, 2.2),
         ([key for key in keys if key == "learning_rate"], "learning\nrate", 1.0),
     ]
     panels = [panel for panel in panels if panel[0]]
@@ -78,8 +83,12 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
                 axis.yaxis.set_minor_formatter(_number)
     axes[-1].set_xlabel("epoch")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    drawn = {"cost, nats": "the weighted cost terms in nats", "error, %": "the error in percent"}
-    seen = ", ".join(drawn.get(label, "the learning rate") for _, label, _ in panels)
+    drawn = {
+        "cost, nats": "the weighted cost terms in nats",
+        "error, %": "the error in percent",
+        "learning\nrate": "the learning rate",
+    }
+    seen = ", ".join(drawn.get(label, f"the {metric.words}") for _, label, _ in panels)
     figure.set_label(f"Over {len(history)} epoch{'s'[: len(history) > 1]}, from top to bottom: {seen}.")
     return figure
 

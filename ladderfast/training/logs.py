@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import write_atomically
+from .metric import Metric
 
 METRICS, EVENTS = "metrics.csv", "tensorboard"
 
@@ -63,14 +64,19 @@ class Log:
         self._events.close()
 
 
+_ERROR = Metric()
+
+
 class ProgressBar:
     """A bar on a terminal; elsewhere a line now and then."""
 
     SECONDS_BETWEEN_LINES = 5.0
 
-    def __init__(self, title: str, steps: int, done: int, *, file: IO[str] | None = None) -> None:
+    def __init__(
+        self, title: str, steps: int, done: int, metric: Metric = _ERROR, *, file: IO[str] | None = None
+    ) -> None:
         self._console = Console(stderr=True) if file is None else Console(file=file)
-        self._title, self._steps, self._done = title, steps, done
+        self._title, self._steps, self._done, self._metric = title, steps, done, metric
         self._said = time.monotonic()
         columns = (
             TextColumn("[progress.description]{task.description}"),
@@ -91,13 +97,15 @@ class ProgressBar:
             self._bar.update(self._task, completed=self._done)
 
     def show(self, epoch: int, epochs: int, figures: Mapping[str, float | None], *, ended: bool) -> None:
-        """The latest figures, as far as they are known: test_error in percent, total in nats, steps_per_second.
+        """The latest figures, as far as they are known: the metric, total in nats, steps_per_second.
 
         ended: whether they are of the whole epoch; elsewhere than on a terminal only those are shown.
         """
         parts = []
-        if (error := figures.get("test_error")) is not None:
-            parts.append(f"test error {error:.2f} %")
+        if figures.get(self._metric.name) is not None:
+            parts.append(
+                f"{self._metric.words} {self._metric.text({self._metric.name: figures[self._metric.name]})}"
+            )
         if (total := figures.get("total")) is not None:
             parts.append(f"cost {total:.4g}")
         if (speed := figures.get("steps_per_second")) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,30 +15,82 @@ from torch import Tensor
 from ladderfast.data import Batch, Batches
 
 from .adversarial import adversarial_noise, check_kind, check_tau, input_gradient
+from .metric import Metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class Objective(ABC):
-    """The cost of a batch, what is left to do after the last epoch, and pictures for the report.
+    """The cost of a batch, what a model is judged by, what is left to do around the steps, and pictures.
 
-    `forward_methods` names the model's methods, other than its call, that `__call__` uses: where several
-    processes train together, their wrapper about the model has to know.
+    `metric` is the figure that a run is judged by, one of those that `measure` returns. `forward_methods` names the
+    model's methods, other than its call, that `__call__` uses: where several processes train together, their
+    wrapper about the model has to know.
     """
 
+    metric = Metric()
     forward_methods: tuple[str, ...] = ()
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of the cost, by name, in nats and 0-dim; the total is their sum."""
 
-    def finish(self, model: Any, data: Batches) -> None:  # noqa: B027  (most objectives have nothing to do)
+    def prepare(self, model: Any) -> None:  # noqa: B027  (most objectives have nothing to do here or below)
+        """Before the first step and before a checkpoint is read: what the objective needs of its own is made."""
+
+    def after_step(self, model: Any) -> None:  # noqa: B027
+        """After every step of the optimiser."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of the objective."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """What `state_dict` returned."""
+
+    def finish(self, model: Any, data: Any) -> None:  # noqa: B027
         """After the last epoch, before the last measurement."""
 
-    def figures(self, model: Any, data: Batches) -> dict[str, Figure]:
+    def measure(self, model: Any, data: Any) -> dict[str, Any]:
+        """Figures on the test samples, `metric.name` among them; the model is in evaluation mode.
+
+        Here those of a classifier: test_error in percent, test_errors, test_samples, test_cross_entropy in nats. Of
+        several networks, whose logits have their axis in front, the means and sums, and test_error_std (with n - 1)
+        and test_error_by_seed as well.
+        """
+        x, y = data.x_test, data.y_test
+        errors: Any = 0
+        nats: Any = 0
+        for part, labels in zip(x.split(500), y.split(500), strict=True):
+            logits = model(part).float()
+            wanted = labels.expand(logits.shape[:-1])
+            errors += (logits.argmax(-1) != wanted).sum(-1)
+            nats += F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none").sum(-1)
+        wrong = errors.reshape(-1).tolist()
+        by_seed = [100 * count / len(y) for count in wrong]
+        return {
+            **over_seeds("test_error", by_seed),
+            "test_errors": sum(wrong),
+            "test_samples": len(y) * len(wrong),
+            "test_cross_entropy": float(nats.mean()) / len(y),
+        }
+
+    def validate(self, model: Any, data: Any) -> float | None:
+        """`metric` on validation samples, which are no test samples; None where the data have none."""
+        return None
+
+    def figures(self, model: Any, data: Any) -> dict[str, Figure]:
         """Pictures for the report, by title."""
         return {}
+
+
+def over_seeds(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """A figure of several seeds: its mean, and where there are several its deviation (n - 1) and each of them."""
+    if len(values) == 1:
+        return {name: values[0]}
+    spread = {f"{name}_std": statistics.stdev(values), f"{name}_by_seed": list(values)}
+    return {name: statistics.fmean(values), **spread}
 
 
 class LadderObjective(Objective):

@@ -23,14 +23,14 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
-from ladderfast.data import Dataset
+from ladderfast.data import DataSource
 
 from .objectives import Objective
 
 # What each part of a recipe must be, and which of its arguments are not the recipe's to give.
 PARTS: dict[str, tuple[type, set[str]]] = {
     "model": (nn.Module, {"device", "dtype"}),
-    "data": (Dataset, {"seed"}),
+    "data": (DataSource, {"seed"}),
     "objective": (Objective, set()),
 }
 
@@ -63,8 +63,8 @@ class Recipe:
         published: the published figure.
         name: the recipe's name; that of its file by default.
         epochs: passes over the unlabelled samples.
-        batch_labelled: labelled samples of a step, for each process.
-        batch_unlabelled: unlabelled samples of a step, for each process.
+        batch_labelled: labelled samples of a step, for each process; 0 where the data have none.
+        batch_unlabelled: unlabelled samples of a step, for each process; 0 where the data have none.
         learning_rate: Adam's, before the decay.
         decay_from: part of the epochs at the full learning rate; it then falls linearly, and would be 0 one
             epoch after the last.
@@ -113,8 +113,6 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in (
             "epochs",
-            "batch_labelled",
-            "batch_unlabelled",
             "num_nodes",
             "seeds",
             "evaluate_every",
@@ -122,6 +120,9 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("batch_labelled", "batch_unlabelled"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("checkpoint_steps", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")

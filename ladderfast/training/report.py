@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from .checkpoint import write_atomically
 from .figures import INK, curves
+from .metric import Metric
 
 REPORT = "report.html"
 
@@ -68,6 +69,7 @@ def write_report(
     published: str | None,
     figures: Mapping[str, Figure],
     baseline: Mapping[str, Any] | None = None,
+    metric: Metric = Metric(),  # noqa: B008  (frozen)
 ) -> Path:
     """Write `report.html` into `folder`, whole or not at all, and return its path.
 
@@ -76,21 +78,22 @@ def write_report(
         title: the heading.
         settings: by name; names with a dot are grouped by what stands before it.
         history: one mapping an epoch, as `ladderfast.training.figures.curves` takes it; may be empty.
-        result: the final figures by name; "test_error" in percent is shown large.
-        published: the paper's test error, as it prints it.
+        result: the final figures by name; that of `metric` is shown large.
+        published: the paper's figure, as it prints it.
         figures: by title. A figure's label (`figure.set_label`) becomes its caption; what is drawn in
             `figures.INK` takes the page's text colour.
         baseline: the result of the same network without the Ladder, to compare with.
+        metric: what the run is judged by.
     """
     path = Path(folder) / REPORT
     pictures = [_figure(number, name, figure) for number, (name, figure) in enumerate(figures.items(), 1)]
-    sections = [_errors(result, published, baseline)]
+    sections = [_errors(result, published, baseline, metric)]
     if history:
-        drawn = _figure(0, "Costs and error over the epochs", curves(history), heading=False)
-        sections.append(_section("Training", drawn + _history(history)))
+        drawn = _figure(0, "Costs and error over the epochs", curves(history, metric), heading=False)
+        sections.append(_section("Training", drawn + _history(history, metric)))
     if pictures:
         sections.append(_section("What it has learned", f'<div class="figures">{"".join(pictures)}</div>'))
-    shown = {"test_error", "published", "title"}
+    shown = {metric.name, "published", "title"}
     figures_of_run = {_words(key): value for key, value in result.items() if key not in shown}
     sections.append(_section("Figures of the run", _table(figures_of_run)))
     sections.append(_section("Settings", _settings(settings)))
@@ -110,28 +113,30 @@ def _section(heading: str, body: str) -> str:
     return f"<section>\n<h2>{escape(heading)}</h2>\n{body}\n</section>"
 
 
-def _errors(result: Mapping[str, Any], published: str | None, baseline: Mapping[str, Any] | None) -> str:
-    """The test error, large, beside what it is to be compared with."""
-    own = result.get("test_error")
+def _errors(
+    result: Mapping[str, Any], published: str | None, baseline: Mapping[str, Any] | None, metric: Metric
+) -> str:
+    """The figure of the run, large, beside what it is to be compared with."""
+    own = result.get(metric.name)
     if own is None:
         return ""
     wrong, samples = result.get("test_errors"), result.get("test_samples")
     of = f", {_text(wrong)} of {_text(samples)}" if wrong is not None and samples is not None else ""
-    entries = [("own", f"{own:.2f} %", f"test error{of}")]
-    if (spread := result.get("test_error_std")) is not None:
-        what = f"test error, mean and standard deviation of {result['seeds']} seeds"
-        entries = [("own", f"{own:.2f} ± {spread:.2f} %", what)]
+    what = f"{metric.words}{of}"
+    if f"{metric.name}_std" in result:
+        what = f"{metric.words}, mean and standard deviation of {result['seeds']} seeds"
+    entries = [("own", metric.text(result), what)]
     if published is not None:
-        entries.append(("", published if "%" in published else f"{published} %", "published test error"))
-    without = None if baseline is None else baseline.get("test_error")
-    if without is not None:
-        entries.append(("", f"{without:.2f} %", "the same network without the Ladder"))
+        entries.append(("", metric.published(published), f"published {metric.words}"))
+    without = None if baseline is None else baseline.get(metric.name)
+    if baseline is not None and without is not None:
+        entries.append(("", metric.text({metric.name: without}), "the same network without the Ladder"))
     cells = "".join(
         f'<div class="{kind}"><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>'
         for kind, value, what in entries
     )
     text = f'<dl class="errors">{cells}</dl>'
-    if without is not None and own > 0:
+    if without is not None and own > 0 and metric.name == "test_error":
         ratio = without / own
         text += (
             f"<p>With the Ladder the network makes {ratio:.1f} times fewer errors than without.</p>"
@@ -176,16 +181,21 @@ def _svg(figure: Figure, prefix: str) -> str:
     return svg.replace(INK, "currentColor")
 
 
-def _history(history: Sequence[Mapping[str, Any]]) -> str:
+def _history(history: Sequence[Mapping[str, Any]], metric: Metric) -> str:
     keys = list(dict.fromkeys(key for row in history for key in row))
     head = "".join(f'<th scope="col">{escape(_words(key))}</th>' for key in keys)
+    other = (
+        ""
+        if metric.unit == "%"
+        else f"; {escape(metric.words)} {f'in {metric.unit}' if metric.unit else 'without unit'}"
+    )
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(_text(row.get(key)))}</td>" for key in keys) + "</tr>\n"
         for row in history
     )
     return (
         '<details><summary>The same as numbers</summary><div class="scroll"><table class="history">'
-        "<caption>One row an epoch: costs in nats, errors in percent.</caption>"
+        f"<caption>One row an epoch: costs in nats, errors in percent{other}.</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
 

@@ -8,7 +8,6 @@ import json
 import math
 import platform
 import signal
-import statistics
 import time
 import warnings
 from collections.abc import Mapping
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladderfast.data import Batches, EnsembleBatches
+from ladderfast.data import Dataset, EnsembleBatches
 
 from . import checkpoint
 from . import folder as folders
@@ -135,6 +133,10 @@ class Run:
                 f"seeds={recipe.seeds} needs one device, as one process trains all of them; "
                 f"got devices={recipe.devices!r}, num_nodes={recipe.num_nodes}"
             )
+        if recipe.seeds > 1 and not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"seeds={recipe.seeds} needs data with a draw of labels, got {type(dataset).__name__}"
+            )
         seeds = range(recipe.seed, recipe.seed + recipe.seeds)
         networks: list[nn.Module] = []
         for seed in seeds:
@@ -162,6 +164,7 @@ class Run:
         else:
             self.module = model  # Fabric's wrapper has nothing to add, and takes its time
         self._adam = adam
+        self.objective.prepare(model)
         sizes = (recipe.batch_labelled, recipe.batch_unlabelled)
         kind: dict[str, Any] = {"device": device, "dtype": next(model.parameters()).dtype}
         self.batches: Any
@@ -169,7 +172,7 @@ class Run:
             self.batches = EnsembleBatches([dataset.with_seed(s) for s in seeds], *sizes, seeds=seeds, **kind)
         else:
             kind.update(rank=fabric.global_rank, world_size=fabric.world_size)
-            self.batches = Batches(dataset, *sizes, seed=recipe.seed, **kind)
+            self.batches = dataset.batches(*sizes, seed=recipe.seed, **kind)
         if fabric.global_rank:
             torch.manual_seed(recipe.seed + (fabric.global_rank << 32))  # noise of its own for each process
         self._own_noise()
@@ -226,7 +229,11 @@ class Run:
             self._open_folder(folder)
         steps = recipe.epochs * len(self.batches)
         log = Log(folder, self.history) if folder is not None else None
-        bar = ProgressBar(recipe.name, steps, self.global_step) if main and self.progress else None
+        bar = (
+            ProgressBar(recipe.name, steps, self.global_step, self.objective.metric)
+            if main and self.progress
+            else None
+        )
         pace = checkpoint.Pace(recipe.checkpoint_minutes, recipe.checkpoint_steps)
         with StopRequest() as stop, contextlib.ExitStack() as closing:
             for each in (log, bar):
@@ -263,37 +270,24 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """Figures on the test samples, with the statistics for evaluation as they are.
 
-        test_error in percent, test_errors, test_samples, test_cross_entropy in nats. Of several networks the means and
-        sums, and test_error_std (with n - 1) and test_error_by_seed as well.
+        For a classifier test_error in percent, test_errors, test_samples, test_cross_entropy in nats; see the
+        objective's `measure`. Of several networks the means, and with _std and _by_seed behind the name the deviation
+        (n - 1) and what each has.
         """
         training = self.model.training
         self.model.eval()
-        x, y = self.batches.x_test, self.batches.y_test
-        errors: Any = 0
-        nats: Any = 0
-        for part, labels in zip(x.split(500), y.split(500), strict=True):
-            with self.fabric.autocast():
-                logits = self.model(part).float()
-            wanted = labels.expand(logits.shape[:-1])
-            errors += (logits.argmax(-1) != wanted).sum(-1)
-            nats += F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none").sum(-1)
+        with self.fabric.autocast():
+            figures = self.objective.measure(self.model, self.batches)
         self.model.train(training)
-        wrong = errors.reshape(-1).tolist()
-        by_seed = [100 * count / len(y) for count in wrong]
-        spread = {}
-        if len(by_seed) > 1:
-            spread = {"test_error_std": statistics.stdev(by_seed), "test_error_by_seed": by_seed}
-        return {
-            "test_error": statistics.fmean(by_seed),
-            **spread,
-            "test_errors": sum(wrong),
-            "test_samples": len(y) * len(wrong),
-            "test_cross_entropy": float(nats.mean()) / len(y),
-        }
+        return figures
 
     def check_robustness(self, tau: float) -> None:
         """Raise the ValueErrors of `robustness`, before anything is computed."""
         check_tau("tau", tau)
+        if not hasattr(self.batches, "y_test"):
+            raise ValueError(
+                "robustness is measured of a classifier, and these data have no labelled test samples"
+            )
         if self.recipe.seeds > 1:
             raise ValueError(f"robustness is measured of one network, this run has {self.recipe.seeds}")
 
@@ -349,6 +343,7 @@ class Run:
             total = costs.sum()
         self.fabric.backward(total)
         self.optimizer.step()
+        self.objective.after_step(self.model)
 
         self._terms = list(terms)
         self.step_in_epoch += 1
@@ -391,7 +386,9 @@ class Run:
             "step": self.global_step,
             "total": sum(costs),
             **dict(zip(self._terms, costs, strict=True)),
-            "test_error": self.history[-1]["test_error"] if self.history else None,
+            self.objective.metric.name: self.history[-1][self.objective.metric.name]
+            if self.history
+            else None,
             "learning_rate": self._adam.param_groups[0]["lr"],
             "steps_per_second": self._timed_steps / seconds,
         }
@@ -406,7 +403,8 @@ class Run:
         if self.finished:
             self.objective.finish(self.model, self.batches)
         measure = measure and (self.epoch % self.recipe.evaluate_every == 0 or self.finished)
-        row["test_error"] = self.evaluate()["test_error"] if measure else None
+        name = self.objective.metric.name
+        row[name] = self.evaluate()[name] if measure else None
         self.history.append(row)
         return row
 
@@ -445,6 +443,7 @@ class Run:
                 result=self.result,
                 published=self.recipe.published,
                 figures=self.objective.figures(self.model, self.batches),
+                metric=self.objective.metric,
                 baseline=None if baseline is None else dict(baseline),
             )
             checkpoint.write_atomically(folder / folders.RESULTS, lambda file: file.write(text.encode()))
@@ -511,6 +510,7 @@ class Run:
                 "threads": torch.get_num_threads(),
                 "model": self.model.state_dict(),
                 "optimizer": self._adam.state_dict(),
+                "objective": self.objective.state_dict(),
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "random": everyone,
                 "terms": self._terms,
@@ -551,6 +551,7 @@ class Run:
         self.model.load_state_dict(saved["model"])
         self._own_noise()
         self._adam.load_state_dict(saved["optimizer"])
+        self.objective.load_state_dict(saved["objective"])
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if random:
             self._random = saved["random"][self.fabric.global_rank]

@@ -109,7 +109,7 @@ def test_an_ill_typed_field_is_refused_by_name(small, fields, message):
     ("fields", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_labelled": -1}, "batch_labelled must be at least 1"),
+        ({"batch_labelled": -1}, "batch_labelled must not be negative"),
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1 or null"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite"),
