@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.models.layers import Dense
+from ladderfast.nn import GaussianCombinator
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
 from ladderfast.ops import (
@@ -54,7 +55,11 @@ class LadderMapping(nn.Module):
 
     Args:
         widths: of the layers 0..L; H is the first.
-        combinator: g(z, u) of every layer, a key of `ladderfast.nn.COMBINATORS`.
+        squash_v: whether v of the Gaussian combinators goes through a sigmoid, as for continuous inputs.
+
+    At first g(z, u) = z / 2 with and without the sigmoid: a10 starts at 1/2 without it, not at 0 as in a Ladder. A
+    reconstruction that is 0 everywhere would meet a normalisation that divides by sqrt(eps), and Adam would remember
+    the size of those gradients for thousands of steps.
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A.6.
     """
@@ -63,14 +68,15 @@ class LadderMapping(nn.Module):
         self,
         widths: Sequence[int],
         *,
-        combinator: str = "gaussian",
+        squash_v: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < 2:
-            raise ValueError(f"widths must hold the layers 0..L with L at least 1, got {list(widths)}")
-        self.widths = tuple(widths)
+            raise ValueError(f"layers must hold H and at least one width of the Ladder, got {list(widths)}")
+        self.widths, self.squash_v = tuple(widths), squash_v
+        combinator = "gaussian_squashed" if squash_v else "gaussian"
         top = len(widths) - 1
         encoder, decoder = nn.ModuleList(), nn.ModuleList()
         for layer, (below, width) in enumerate(zip(widths, widths[1:], strict=False), 1):
@@ -94,6 +100,16 @@ class LadderMapping(nn.Module):
             )
         self.encoder = cast("Sequence[LadderEncoderLayer]", encoder)
         self.decoder = cast("Sequence[LadderDecoderLayer]", decoder)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the start values: a Ladder's, and a10 as said."""
+        for module in self.modules():
+            if isinstance(module, (Dense, LadderEncoderLayer, LadderDecoderLayer)):
+                module.reset_parameters()
+            if isinstance(module, GaussianCombinator) and not self.squash_v:
+                module.weight[9] = 0.5
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstruction (N, H) of h (N, H), and the logits (N, widths[-1]) of the top."""
@@ -139,7 +155,7 @@ class Tagger(nn.Module):
 
     ** The published code's form; the paper's is the default. `PUBLISHED` has all of them.
 
-    The Ladder inside has the combinator "gaussian" (binary), or "gaussian_squashed" (continuous), as A.6 asks for.
+    The Ladder inside is a `LadderMapping`; for continuous inputs v of its combinators goes through a sigmoid (A.6).
 
     Raises TypeError or ValueError for arguments that make no Tagger.
 
@@ -197,8 +213,7 @@ class Tagger(nn.Module):
             Dense((4 * num_pixels,), (widths[0],), **kind), widths[0], shift=False, eps=EPS, **kind
         )
         if inner is None:
-            combinator = "gaussian" if binary else "gaussian_squashed"
-            inner = LadderMapping(widths, combinator=combinator, **kind)
+            inner = LadderMapping(widths, squash_v=not binary, **kind)
         self.inner = inner
         # Rows of z, then rows of m.
         self.read = Dense((widths[0],), (2 * num_pixels,), **kind)
@@ -213,11 +228,10 @@ class Tagger(nn.Module):
 
         Those of an inner network of one's own are its own.
         """
-        modules = [self.project, self.project.linear, self.read]
-        if isinstance(self.inner, LadderMapping):
-            modules += [m for m in self.inner.modules() if isinstance(m, (Dense, LadderEncoderLayer, LadderDecoderLayer))]
-        for module in modules:
+        for module in (self.project, self.project.linear, self.read):
             module.reset_parameters()
+        if isinstance(self.inner, LadderMapping):
+            self.inner.reset_parameters()
         nn.init.ones_(self.z_scale)
         nn.init.zeros_(self.z_shift)
         nn.init.ones_(self.m_scale)

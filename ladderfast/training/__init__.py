@@ -26,5 +26,15 @@ from .metric import Metric  # noqa: E402
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .run import Run  # noqa: E402
+from .tagger_objective import TaggerObjective  # noqa: E402
 
-__all__ = ["LadderObjective", "Metric", "Objective", "Recipe", "Run", "read_recipe", "recipe_names"]
+__all__ = [
+    "LadderObjective",
+    "Metric",
+    "Objective",
+    "Recipe",
+    "Run",
+    "TaggerObjective",
+    "read_recipe",
+    "recipe_names",
+]

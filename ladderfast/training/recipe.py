@@ -69,6 +69,8 @@ class Recipe:
         decay_from: part of the epochs at the full learning rate; it then falls linearly, and would be 0 one
             epoch after the last.
         seed: of the labels drawn, the order of the samples, the start values and the noise.
+        start_from: folder of a run whose network this one starts as, as far as it has parameters and buffers of the
+            same name and shape; layers that grew are new. null: a start of its own.
         seeds: networks trained side by side, with the seeds seed, seed + 1 and so on, in one batched program.
         accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
         devices: how many devices, or which; one process runs for each.
@@ -98,6 +100,7 @@ class Recipe:
     learning_rate: float = 0.002
     decay_from: float = 0.667
     seed: int = 1
+    start_from: str | None = None
     seeds: int = 1
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
