@@ -4,6 +4,7 @@ from ladderfast.models.baselines import PlainLSTM
 from ladderfast.models.ladder import LadderNetwork, LadderOutput
 from ladderfast.models.recurrent_ladder import Level, RLadder, RLadderOutput, RLadderState
 from ladderfast.models.swwae import SWWAE, SWWAEComparison, SWWAEOutput
+from ladderfast.models.tagger import Tagger, TaggerOutput
 
 __all__ = [
     "SWWAE",
@@ -16,4 +17,6 @@ __all__ = [
     "RLadderState",
     "SWWAEComparison",
     "SWWAEOutput",
+    "Tagger",
+    "TaggerOutput",
 ]

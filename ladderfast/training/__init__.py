@@ -40,6 +40,7 @@ __all__ = [
     "Recipe",
     "Run",
     "SWWAEObjective",
+    "TaggerObjective",
     "WhereObjective",
     "read_recipe",
     "recipe_names",

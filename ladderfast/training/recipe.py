@@ -83,6 +83,8 @@ class Recipe:
             the same learning rate in each epoch, for as many epochs as were best with patience, or all of them.
         clip_norm: scale the gradient down to this norm where it is larger; null for never.
         seed: of the labels drawn, the order of the samples, the start values and the noise.
+        start_from: folder of a run whose network this one starts as, as far as it has parameters and buffers of the
+            same name and shape; layers that grew are new. null: a start of its own.
         seeds: networks trained side by side, with the seeds seed, seed + 1 and so on, in one batched program.
         accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
         devices: how many devices, or which; one process runs for each.
@@ -119,6 +121,7 @@ class Recipe:
     retrain: bool = False
     clip_norm: float | None = None
     seed: int = 1
+    start_from: str | None = None
     seeds: int = 1
     accelerator: str = "auto"
     devices: int | str | list[int] = 1

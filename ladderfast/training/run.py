@@ -98,7 +98,7 @@ class Run:
             self.recipe = folders.continued(self.folder, saved, self.recipe, fields)
         elif self.folder is not None and not overwrite and getattr(rank_zero_only, "rank", 0) == 0:
             folders.check_free(self.folder)
-        self._setup()
+        self._setup(fresh=saved is None)
         if saved is not None:
             self._restore(saved)
 
@@ -119,11 +119,11 @@ class Run:
         alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "auto"}
         run.recipe = read_recipe(saved["recipe"], {**alone, **fields})
         run.folder, run.progress, run._overwrite = None, False, False
-        run._setup()
+        run._setup(fresh=False)
         run._restore(saved, random=False)
         return run
 
-    def _setup(self) -> None:
+    def _setup(self, *, fresh: bool) -> None:
         recipe = self.recipe
         # Whatever can be wrong with the input is found before other processes are started.
         self._dataset: DataSource = recipe.data.build("data", seed=recipe.seed)
@@ -147,6 +147,8 @@ class Run:
         for seed in seeds:
             torch.manual_seed(seed)
             networks.append(recipe.model.build("model"))
+            if fresh and recipe.start_from is not None:
+                _start_from(networks[-1], Path(recipe.start_from).expanduser())
         for method in self.objective.forward_methods:
             if not hasattr(networks[0], method):
                 got = type(networks[0]).__name__
@@ -756,3 +758,19 @@ def _make_fabric(recipe: Recipe) -> Fabric:
             f"{n}={getattr(recipe, n)!r}" for n in ("accelerator", "devices", "strategy", "precision")
         )
         raise ValueError(f"{wanted} cannot be had: {' '.join(str(error).split())}") from error
+
+
+def _start_from(model: nn.Module, folder: Path) -> None:
+    """Give the network what it shares with another run's, by name and shape; its noise stays its own."""
+    saved = checkpoint.load(folder)
+    if saved is None:
+        raise FileNotFoundError(f"start_from: {folder} holds no checkpoint of a run")
+    own = model.state_dict()
+    taken = {
+        k: v
+        for k, v in saved["model"].items()
+        if k in own and own[k].shape == v.shape and k.rpartition(".")[2] != "noise_state"
+    }
+    if not taken:
+        raise ValueError(f"start_from: the network in {folder} shares no parameter with this one")
+    model.load_state_dict({**own, **taken})
