@@ -86,6 +86,10 @@ class Rolls:
             previous, notes, torch.from_numpy(mask).to(device), torch.tensor(first > 0, device="cpu")
         )
 
+    def one(self, number: int, steps: int) -> PianoRollBatch:
+        """Sequence `number` alone, at most its first `steps` time steps."""
+        return self.batch(np.array([number]), 0, steps)
+
     def parts(
         self, sequences: int = HELD_OUT_SEQUENCES, steps: int = HELD_OUT_STEPS
     ) -> Iterator[PianoRollBatch]:
