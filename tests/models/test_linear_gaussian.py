@@ -13,7 +13,7 @@ ITERATIONS = 300
 
 
 def linear_ladder(inputs, channels, outputs):
-    """An RLadder without any nonlinearity: e_l = W e_{l-1} + W_d d_l(t-1) + b and d_l = U d_{l+1} + V e_l, all zeros."""
+    """An RLadder without nonlinearities: e_l = W e_{l-1} + W_d d_l(t-1) + b, d_l = U d_{l+1} + V e_l; all are zeros."""
     *below, top = channels
     plain = {"encoder": "linear", "activation": "identity", "norm": "none"}
     gated = {**plain, "decoder": "convg3", "gate_norm": "none", "feedback": True}
@@ -157,16 +157,14 @@ def test_appendix_c_minimises_its_variational_cost_at_every_time_step(p):
     generator = torch.Generator().manual_seed(0)
     model = temporal_ladder(**p)
     past = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
-    for x in torch.randn(6, generator=generator, dtype=torch.float64) * 2:
+    for x in torch.randn(4, generator=generator, dtype=torch.float64) * 2:
         q = torch.zeros(4, dtype=torch.float64)  # means, logarithms of variances
 
         def of(q, x=x, past=past):
             return cost(q[:2], q[2:].exp(), past, x, **p)
 
-        for _ in range(60):
-            gradient, hessian = torch.func.grad(of)(q), torch.func.hessian(of)(q)
-            q = q - torch.linalg.solve(hessian, gradient)
-        assert torch.func.grad(of)(q).abs().max() < 1e-10
+        while (gradient := torch.func.grad(of)(q)).abs().max() > 1e-11:
+            q = q - torch.linalg.solve(torch.func.hessian(of)(q), gradient)
         assert torch.linalg.eigvalsh(torch.func.hessian(of)(q)).min() > 0
         found = converged(model, torch.cat((x.reshape(1), past[0])).unsqueeze(0))[0]
         torch.testing.assert_close(found, q[:2], rtol=1e-9, atol=1e-9)
