@@ -1,6 +1,8 @@
+import contextlib
 import math
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
@@ -240,13 +242,15 @@ def test_no_epoch_has_the_rate_0(small, epochs, decay_from):
 def test_every_recipe_of_the_package_reads_and_builds(name):
     recipe = read_recipe(name)
     assert recipe.name == name
-    weights = recipe.objective.init_args["denoising_weights"]
-    combinator = recipe.model.init_args["combinator"]
-    assert len(weights) == len(recipe.model.init_args["layers"])
-    for layer, weight in enumerate(weights):
-        one = combinator if isinstance(combinator, str) else combinator[layer]
-        assert weight == 0 or one != "none"
-    recipe.model.build("model")
+    if recipe.objective.class_path == "ladderfast.training.LadderObjective":
+        weights = recipe.objective.init_args["denoising_weights"]
+        combinator = recipe.model.init_args["combinator"]
+        assert len(weights) == len(recipe.model.init_args["layers"])
+        for layer, weight in enumerate(weights):
+            one = combinator if isinstance(combinator, str) else combinator[layer]
+            assert weight == 0 or one != "none"
+    with torch.device("meta") if "Tagger" in recipe.model.class_path else contextlib.nullcontext():
+        recipe.model.build("model")  # a Tagger of a paper has millions of start values
     recipe.objective.build("objective")
     assert read_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
@@ -405,4 +409,5 @@ def test_the_rows_with_adversarial_noise(name):
 
 def test_every_recipe_of_a_paper_is_a_row():
     rows = {*MNIST, *CONVOLUTIONAL, *ADVERSARIAL, "mnist_100_gamma", "mnist_1000_gamma", "mnist_all_gamma"}
-    assert {name for name in recipe_names() if not name.startswith("digits")} == rows
+    papers = ("Rasmus", "Maroñas")
+    assert {name for name in recipe_names() if read_recipe(name).paper.startswith(papers)} == rows
