@@ -134,7 +134,9 @@ def test_gaussian_is_the_module_of_that_name():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"gaussian, gaussian_squashed, sigmoid, .*additive, none, got 'gausian'"):
+    with pytest.raises(
+        ValueError, match=r"gaussian, gaussian_squashed, sigmoid, .*additive, none, got 'gausian'"
+    ):
         make_combinator("gausian", 4)
 
 
