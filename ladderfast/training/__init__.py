@@ -29,6 +29,7 @@ from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .rladder_objective import RLadderObjective  # noqa: E402
 from .run import Run  # noqa: E402
 from .swwae_objective import EquivarianceObjective, SWWAEObjective, WhereObjective  # noqa: E402
+from .tagger_objective import TaggerObjective  # noqa: E402
 
 __all__ = [
     "EquivarianceObjective",
