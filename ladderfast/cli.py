@@ -209,7 +209,9 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         robust = None if arguments.adversarial is None else run.robustness(arguments.adversarial)
     published = {"published": run.recipe.published, "title": run.recipe.title}
     print(
-        _summary({**published, **figures, "epochs": run.epoch, "seconds": run.seconds}, run.objective.metric)
+        _summary(
+            {**published, **figures, "epochs": run.epochs_done, "seconds": run.seconds}, run.objective.metric
+        )
     )
     if robust is not None:
         print(
@@ -217,7 +219,7 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
             f"{robust['random_sign_error']:.2f} %, times the gradient's signs {robust['adversarial_error']:.2f} %"
         )
     if not run.finished:
-        print(f"not finished: {run.epoch} of {run.recipe.epochs} epochs are done")
+        print(f"not finished: {run.epochs_done} of {run.epochs_planned} epochs are done")
 
 
 def _recipes(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:

@@ -40,6 +40,20 @@ class DataSource(ABC):
         A source without a labelled or an unlabelled stream refuses a batch size other than 0 for it (ValueError).
         """
 
+    @property
+    def validation_samples(self) -> int:
+        """How many samples are held out of training for validation; none here."""
+        return 0
+
+    def with_validation_in_training(self) -> DataSource:
+        """The same data with the samples for validation among those for training; the source itself stays as it is.
+
+        Raises ValueError where there are none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} holds no validation samples that training could have as well"
+        )
+
 
 class Dataset(DataSource):
     """Training and test samples, some of the training samples with their label.
@@ -148,10 +162,25 @@ class Batches:
 
     def get(self, epoch: int, step: int) -> Batch:
         """The batch of step `step` of epoch `epoch`."""
+        labelled, unlabelled = self.orders(epoch)
+        return self.take(labelled[step], unlabelled[step])
+
+    @property
+    def by_index(self) -> bool:
+        """Whether a batch is nothing but the samples at its indices: get(e, s) is take(*(o[s] for o in orders(e)))."""
+        return type(self).get is Batches.get
+
+    def orders(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Which samples the steps of an epoch have, on the device: labelled (steps, B_l), unlabelled (steps, B_u)."""
         if epoch != self._epoch:
-            self._orders = [order.to(self.x_unlabelled.device) for order in self._order(epoch)]
+            labelled, unlabelled = self._order(epoch)
+            device = self.x_unlabelled.device
+            self._orders = (labelled.to(device), unlabelled.to(device))
             self._epoch = epoch
-        labelled, unlabelled = self._orders[0][step], self._orders[1][step]
+        return self._orders
+
+    def take(self, labelled: Tensor, unlabelled: Tensor) -> Batch:
+        """The samples at these indices, (B_l,) and (B_u,)."""
         return Batch(
             self.x_labelled.index_select(0, labelled),
             self.y_labelled.index_select(0, labelled),
@@ -220,6 +249,22 @@ class EnsembleBatches:
 
     def get(self, epoch: int, step: int) -> Batch:
         """The batches of step `step` of epoch `epoch`: x (S, B, *), y (S, B)."""
-        return Batch(
-            *(torch.stack(parts) for parts in zip(*[b.get(epoch, step) for b in self._each], strict=True))
-        )
+        return _side_by_side([b.get(epoch, step) for b in self._each])
+
+    @property
+    def by_index(self) -> bool:
+        return all(batches.by_index for batches in self._each)
+
+    def orders(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Those of `Batches`, with the seeds behind the steps: (steps, S, B_l) and (steps, S, B_u)."""
+        labelled, unlabelled = zip(*[b.orders(epoch) for b in self._each], strict=True)
+        return torch.stack(labelled, 1), torch.stack(unlabelled, 1)
+
+    def take(self, labelled: Tensor, unlabelled: Tensor) -> Batch:
+        """The samples at these indices, (S, B_l) and (S, B_u)."""
+        indices = zip(self._each, labelled.unbind(), unlabelled.unbind(), strict=True)
+        return _side_by_side([batches.take(*own) for batches, *own in indices])
+
+
+def _side_by_side(batches: Sequence[Batch]) -> Batch:
+    return Batch(*(torch.stack(parts) for parts in zip(*batches, strict=True)))

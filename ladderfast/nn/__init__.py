@@ -12,13 +12,27 @@ from ladderfast.nn.combinator import (
 from ladderfast.nn.gamma_head import GammaHead, GammaOutput
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
-from ladderfast.nn.ln_convlstm import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM
+from ladderfast.nn.ln_convlstm import (
+    LayerNormConvLSTM,
+    LayerNormConvLSTMCell,
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+)
+from ladderfast.nn.recurrent_ladder import (
+    ChannelLayerNorm,
+    DecoderGate,
+    LayerNormGRUCell,
+    StepBatchNorm,
+    TopDown,
+)
 from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
 
 __all__ = [
     "COMBINATORS",
     "AdditiveCombinator",
     "BilinearCombinator",
+    "ChannelLayerNorm",
+    "DecoderGate",
     "GammaHead",
     "GammaOutput",
     "GaussianCombinator",
@@ -26,11 +40,15 @@ __all__ = [
     "LadderEncoderLayer",
     "LayerNormConvLSTM",
     "LayerNormConvLSTMCell",
+    "LayerNormGRUCell",
     "LayerNormLSTM",
+    "LayerNormLSTMCell",
     "SigmoidCombinator",
     "SigmoidNoProductCombinator",
     "SoftPool2d",
     "SoftUnpool2d",
+    "StepBatchNorm",
+    "TopDown",
     "WhereMaxPool2d",
     "WhereMaxUnpool2d",
     "make_combinator",

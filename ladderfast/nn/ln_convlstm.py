@@ -74,7 +74,7 @@ class _Cell(nn.Module):
             nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], self.forget_bias)
 
     @abstractmethod
-    def project(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The gates of each input, before their normalisation."""
 
     def project_all(self, x: Tensor) -> Tensor | None:
@@ -124,8 +124,10 @@ class _DenseCell(_Cell):
             nn.init.uniform_(weight, -bound, bound)
         self._reset_vectors()
 
-    def project(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (F.linear(inputs[0], self.weight_ih),)
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        assert x is not None  # a sequence's
+        return (F.linear(x, self.weight_ih),)
 
     def project_all(self, x: Tensor) -> Tensor | None:
         if x.shape[-1] != self.weight_ih.shape[1]:
@@ -237,25 +239,30 @@ class LayerNormConvLSTMCell(_Cell):
         convolve = _CONVOLUTIONS[self.spatial]
         return convolve(t, weight, None, 1, self.state_padding, self.dilation, self.groups)
 
-    def project(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The gates of each input, before their normalisation; a second input of None is one of zeros."""
         if len(inputs) != self.inputs:
             raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
+        first, *others = inputs
+        if first is None:
+            raise TypeError("the first input must be a tensor, got None")
         for t, channels in zip(inputs, self.in_channels, strict=True):
-            if t.dim() != 2 + self.spatial or t.shape[1] != channels:
+            if t is not None and (t.dim() != 2 + self.spatial or t.shape[1] != channels):
                 axes = ", H, W" if self.spatial == 2 else ", L"
                 raise ValueError(f"an input must have shape (N, {channels}{axes}), got {tuple(t.shape)}")
         convolve = _CONVOLUTIONS[self.spatial]
         gates = convolve(
-            inputs[0], self.weight_ih[0], None, self.stride, self.padding, self.dilation, self.groups
+            first, self.weight_ih[0], None, self.stride, self.padding, self.dilation, self.groups
         )
         return gates, *(
-            self._convolve_state(t, w) for t, w in zip(inputs[1:], list(self.weight_ih)[1:], strict=True)
+            torch.zeros_like(gates) if t is None else self._convolve_state(t, w)
+            for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
         )
 
     def project_state(self, h: Tensor) -> Tensor:
         return self._convolve_state(h, self.weight_hh)
 
-    def forward(self, x: Tensor | tuple[Tensor, Tensor], state: State | None = None) -> State:
+    def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
         gates = self.project((x,) if isinstance(x, Tensor) else x)
         if state is not None:
             self.check_state(state, (gates[0].shape[0], self.hidden, *gates[0].shape[2:]))
@@ -421,3 +428,81 @@ class LayerNormLSTM(_Sequence):
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, norm={self.cell.norm}"
+
+
+class LayerNormLSTMCell(_Cell):
+    """One step of `LayerNormLSTM`, of one input or of two, which are multiplied and normalised apart and added.
+
+        a = LN_x(W_x x) + LN_d(W_d d) + W_h h + b
+
+    Args:
+        input_size: features of x; a pair for two inputs.
+        hidden_size: C, features of h and c.
+        bias, norm, forget_bias, eps: as those of `LayerNormConvLSTMCell`.
+
+    Shape:
+        x (N, input_size), or a pair of them of which the second may be None, for zeros; state (h, c) of (N, C) each or
+        None for zeros -> (h', c').
+
+    Raises:
+        ValueError: sizes or shapes that do not fit.
+
+    Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int],
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        norm: str = "layer",
+        forget_bias: float = 1.0,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = (input_size,) if isinstance(input_size, int) else tuple(input_size)
+        if len(sizes) not in (1, 2):
+            raise ValueError(f"input_size must be one number or a pair, got {input_size}")
+        super().__init__(hidden_size, len(sizes), 0, norm, bias, forget_bias, eps, device, dtype)
+        self.input_sizes = tuple(_positive("input_size", size) for size in sizes)
+        self.weight_ih = nn.ParameterList(
+            nn.Parameter(torch.empty(4 * hidden_size, size, device=device, dtype=dtype)) for size in sizes
+        )
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.hidden)
+        for weight in (*self.weight_ih, self.weight_hh):
+            nn.init.uniform_(weight, -bound, bound)
+        self._reset_vectors()
+
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        if len(inputs) != self.inputs:
+            raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
+        first, *others = inputs
+        if first is None:
+            raise TypeError("the first input must be a tensor, got None")
+        for t, size in zip(inputs, self.input_sizes, strict=True):
+            if t is not None and (t.dim() != 2 or t.shape[1] != size):
+                raise ValueError(f"an input must have shape (N, {size}), got {tuple(t.shape)}")
+        gates = F.linear(first, self.weight_ih[0])
+        return gates, *(
+            torch.zeros_like(gates) if t is None else F.linear(t, w)
+            for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
+        )
+
+    def project_state(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight_hh)
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
+        gates = self.project((x,) if isinstance(x, Tensor) else x)
+        if state is not None:
+            self.check_state(state, (len(gates[0]), self.hidden))
+        return self.step(gates, state)
+
+    def extra_repr(self) -> str:
+        sizes = self.input_sizes[0] if self.inputs == 1 else self.input_sizes
+        return f"{sizes}, {self.hidden}, norm={self.norm}"

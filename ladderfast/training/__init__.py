@@ -23,8 +23,10 @@ _check_installed()
 
 # Only now: these import what was looked for.
 from .metric import Metric  # noqa: E402
+from .music_objective import PianoRollObjective  # noqa: E402
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
+from .rladder_objective import RLadderObjective  # noqa: E402
 from .run import Run  # noqa: E402
 from .swwae_objective import EquivarianceObjective, SWWAEObjective, WhereObjective  # noqa: E402
 
@@ -33,9 +35,12 @@ __all__ = [
     "LadderObjective",
     "Metric",
     "Objective",
+    "PianoRollObjective",
+    "RLadderObjective",
     "Recipe",
     "Run",
     "SWWAEObjective",
+    "TaggerObjective",
     "WhereObjective",
     "read_recipe",
     "recipe_names",

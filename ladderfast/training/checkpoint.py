@@ -15,7 +15,7 @@ import torch
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
-FORMAT = 1  # of what is in a checkpoint
+FORMAT = 2  # of what is in a checkpoint
 
 # An epoch's end is not saved while that would bring the time spent on saving above this part of the whole.
 SHARE = 0.05

@@ -71,6 +71,15 @@ class Ensemble(nn.Module):
         dims = [None if whole else 0 for whole in (shared or [False] * len(args))]
         return torch.func.vmap(one, (0, *dims), randomness="different")(named, *args)
 
+    @torch.no_grad()
+    def clip_gradients(self, norm: float) -> None:
+        """What torch.nn.utils.clip_grad_norm_ does, for each network by itself."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norms = torch.stack([g.reshape(self.size, -1).norm(dim=1) for g in gradients]).norm(dim=0)
+        scale = (norm / (norms + 1e-6)).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+
     def forward(self, x: Tensor) -> Tensor:
         """network(x) of every network, for one x that all of them take."""
         return self.call(lambda network, x: network(x), x, shared=[True])

@@ -30,7 +30,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)))
 WIDTH = 4.8  # inches: on a telephone the text is still of a size to read
 
-NOT_COSTS = ("epoch", "step", "learning_rate", "steps_per_second")
+NOT_COSTS = ("epoch", "stage", "step", "learning_rate", "steps_per_second")
 MAX_COLUMNS = 10
 U_RANGE = 3.0  # u is normalised, so this is three of its standard deviations
 Z_SHOWN = (-2.0, 0.0, 2.0)
@@ -42,14 +42,14 @@ def curves(history: Sequence[Mapping[str, Any]], metric: Metric = Metric()) -> F
     Args:
         history: one mapping an epoch. "epoch" is the abscissa; keys that end in "_error" are errors in
             percent; all others but the metric and those of `NOT_COSTS` are costs in nats. None and NaN are left out.
-        metric: what the run is judged by; names that end in that of it are drawn beside it.
+        metric: what the run is judged by; names that end in its, or are its of validation, are drawn together.
 
     Raises:
         ValueError: a history without a number to draw.
     """
     keys = [key for key in dict.fromkeys(key for row in history for key in row) if _points(history, key)]
     errors = [key for key in keys if key.endswith("_error")]
-    judged = [key for key in keys if key.endswith(metric.name) and key not in errors]
+    judged = [key for key in keys if key.endswith((metric.name, metric.validation)) and key not in errors]
     panels = [
         ([key for key in keys if key not in (*errors, *judged, *NOT_COSTS)], "cost, nats", 3.0),
         (errors, "error, %", 2.2),
@@ -81,6 +81,10 @@ def curves(history: Sequence[Mapping[str, Any]], metric: Metric = Metric()) -> F
             axis.yaxis.set_major_formatter(_number)
             if max(values) < 100 * min(values):  # hardly a power of ten in sight
                 axis.yaxis.set_minor_formatter(_number)
+    again = [row["epoch"] for row in history if row.get("stage") == 2]
+    if again:
+        for axis in axes:
+            axis.axvline(again[0] - 0.5, color=INK, linewidth=0.8, linestyle=DASHES[2])
     axes[-1].set_xlabel("epoch")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn = {
@@ -89,7 +93,8 @@ def curves(history: Sequence[Mapping[str, Any]], metric: Metric = Metric()) -> F
         "learning\nrate": "the learning rate",
     }
     seen = ", ".join(drawn.get(label, f"the {metric.words}") for _, label, _ in panels)
-    figure.set_label(f"Over {len(history)} epoch{'s'[: len(history) > 1]}, from top to bottom: {seen}.")
+    anew = " Right of the dotted line, trained anew on training and validation samples." if again else ""
+    figure.set_label(f"Over {len(history)} epoch{'s'[: len(history) > 1]}, from top to bottom: {seen}.{anew}")
     return figure
 
 

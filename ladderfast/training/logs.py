@@ -91,13 +91,18 @@ class ProgressBar:
             self._task = self._bar.add_task(title, total=steps, completed=done, figures="")
             self._bar.start()
 
+    def expect(self, steps: int) -> None:
+        """`steps` in all are expected now."""
+        if self._bar is not None:
+            self._bar.update(self._task, total=steps)
+
     def advance(self) -> None:
         self._done += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
 
     def show(self, epoch: int, epochs: int, figures: Mapping[str, float | None], *, ended: bool) -> None:
-        """The latest figures, as far as they are known: the metric, total in nats, steps_per_second.
+        """The latest figures, as far as they are known: the metric, also of validation, total, steps_per_second.
 
         ended: whether they are of the whole epoch; elsewhere than on a terminal only those are shown.
         """
@@ -106,6 +111,8 @@ class ProgressBar:
             parts.append(
                 f"{self._metric.words} {self._metric.text({self._metric.name: figures[self._metric.name]})}"
             )
+        if (held_out := figures.get(self._metric.validation)) is not None:
+            parts.append(f"validation {self._metric.text({self._metric.name: held_out})}")
         if (total := figures.get("total")) is not None:
             parts.append(f"cost {total:.4g}")
         if (speed := figures.get("steps_per_second")) is not None:

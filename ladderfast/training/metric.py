@@ -23,6 +23,11 @@ class Metric:
     unit: str = "%"
     higher_is_better: bool = False
 
+    @property
+    def validation(self) -> str:
+        """The key of the same figure on validation samples."""
+        return f"validation_{self.name.removeprefix('test_')}"
+
     def text(self, figures: Mapping[str, Any], *, unit: bool = True) -> str:
         """The figure as people write it, with the deviation over the seeds where there are several."""
         spread = figures.get(f"{self.name}_std")

@@ -35,6 +35,12 @@ PARTS: dict[str, tuple[type, set[str]]] = {
 }
 
 
+SCHEDULES = ("linear", "constant", "halve")
+DECAY_FROM = 0.667  # of the linear one, where none is given
+
+GRAPH = ("auto", "on", "off")
+
+
 @dataclass
 class Part:
     """A class by its import path, and the arguments to make an instance with."""
@@ -65,16 +71,28 @@ class Recipe:
         epochs: passes over the unlabelled samples.
         batch_labelled: labelled samples of a step, for each process; 0 where the data have none.
         batch_unlabelled: unlabelled samples of a step, for each process; 0 where the data have none.
-        learning_rate: Adam's, before the decay.
-        decay_from: part of the epochs at the full learning rate; it then falls linearly, and would be 0 one
-            epoch after the last.
+        learning_rate: Adam's, at the start.
+        schedule: of the learning rate, epoch by epoch: linear, constant, or halve, which halves it whenever the
+            validation figure is worse than an epoch before.
+        decay_from: of schedule linear, part of the epochs at the full learning rate; it then falls linearly, and
+            would be 0 one epoch after the last. null: 0.667.
+        min_learning_rate: of schedule halve, below which it does not fall; null for no such bound.
+        patience: stop when the validation figure has not become better for so many epochs; what counts is the best
+            epoch's network. null: train all epochs.
+        retrain: afterwards train anew, from the same start values, on training and validation samples together: with
+            the same learning rate in each epoch, for as many epochs as were best with patience, or all of them.
+        clip_norm: scale the gradient down to this norm where it is larger; null for never.
         seed: of the labels drawn, the order of the samples, the start values and the noise.
+        start_from: folder of a run whose network this one starts as, as far as it has parameters and buffers of the
+            same name and shape; layers that grew are new. null: a start of its own.
         seeds: networks trained side by side, with the seeds seed, seed + 1 and so on, in one batched program.
         accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
         devices: how many devices, or which; one process runs for each.
         num_nodes: machines.
         strategy: Fabric's strategy for several processes; auto takes ddp.
         precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
+        graph: auto captures the training step as a CUDA graph wherever that can be done, on insists on it, off leaves
+            it. A Ladder's numbers are the same, but that the learning rate is then rounded to float32.
         threads: of torch's operations on the CPU; null for as many as torch would take. Sums depend on it, in
             their last bits.
         evaluate_every: epochs from one measurement of the test error to the next; the last one is always
@@ -96,14 +114,21 @@ class Recipe:
     batch_labelled: int = 100
     batch_unlabelled: int = 100
     learning_rate: float = 0.002
-    decay_from: float = 0.667
+    schedule: str = "linear"
+    decay_from: float | None = None
+    min_learning_rate: float | None = None
+    patience: int | None = None
+    retrain: bool = False
+    clip_norm: float | None = None
     seed: int = 1
+    start_from: str | None = None
     seeds: int = 1
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str = "32-true"
+    graph: str = "auto"
     threads: int | None = None
     evaluate_every: int = 1
     log_every: int = 50
@@ -120,28 +145,55 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.graph not in GRAPH:
+            raise ValueError(f"graph must be one of {', '.join(GRAPH)}, got {self.graph!r}")
         for name in ("batch_labelled", "batch_unlabelled"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("checkpoint_steps", "threads"):
+        for name in ("checkpoint_steps", "threads", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
         for name in ("learning_rate", "checkpoint_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if not 0 <= self.decay_from <= 1:
-            raise ValueError(f"decay_from must be from 0 to 1, got {self.decay_from}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be positive and finite or null, got {self.clip_norm}")
+        self._check_schedule()
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
-    def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate of epoch `epoch`, counted from 0.
+    def _check_schedule(self) -> None:
+        """Refuse what has no effect with the schedule, and what the schedule cannot be without."""
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        for name, schedule in (("decay_from", "linear"), ("min_learning_rate", "halve")):
+            if getattr(self, name) is not None and self.schedule != schedule:
+                raise ValueError(
+                    f"{name} has no effect with schedule={self.schedule}, only with {schedule}, "
+                    f"and must be null; got {getattr(self, name)}"
+                )
+        if self.schedule == "linear" and self.decay_from is None:
+            self.decay_from = DECAY_FROM
+        if self.decay_from is not None and not 0 <= self.decay_from <= 1:
+            raise ValueError(f"decay_from must be from 0 to 1, got {self.decay_from}")
+        if self.min_learning_rate is not None and not 0 < self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate must be positive and at most learning_rate={self.learning_rate}, "
+                f"got {self.min_learning_rate}"
+            )
+        if self.retrain and not self.uses_validation:
+            raise ValueError(
+                f"retrain has no effect with schedule={self.schedule} and without patience, "
+                "as nothing is then found out from the validation samples"
+            )
+        if self.seeds > 1 and self.uses_validation:
+            what = "schedule=halve" if self.schedule == "halve" else "patience"
+            raise ValueError(f"{what} needs seeds=1, as each network would go its own way; got {self.seeds}")
 
-        Of E epochs the first D = round(decay_from E) have the full rate r; epoch e >= D has
-        r (E - e) / (E + 1 - D), a straight line from r in epoch D - 1 to 0 in epoch E: no epoch learns nothing.
-        """
-        full = round(self.decay_from * self.epochs)
-        return self.learning_rate * min(1.0, (self.epochs - epoch) / (self.epochs + 1 - full))
+    @property
+    def uses_validation(self) -> bool:
+        """Whether the course of training depends on the validation figure."""
+        return self.schedule == "halve" or self.patience is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As in a recipe's file, with every field."""

@@ -17,15 +17,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ladderfast.data import Dataset, EnsembleBatches
+from ladderfast.data import Dataset, DataSource, EnsembleBatches
 
 from . import checkpoint
 from . import folder as folders
 from .adversarial import adversarial_noise, check_tau, input_gradient
 from .ensemble import Ensemble, EnsembleObjective
+from .graph import StaticStep, why_not
 from .logs import Log, ProgressBar, Row
 from .objectives import Objective
 from .recipe import Recipe, read_recipe
+from .schedule import Course
 from .signals import StopRequest
 
 try:
@@ -96,7 +98,7 @@ class Run:
             self.recipe = folders.continued(self.folder, saved, self.recipe, fields)
         elif self.folder is not None and not overwrite and getattr(rank_zero_only, "rank", 0) == 0:
             folders.check_free(self.folder)
-        self._setup()
+        self._setup(fresh=saved is None)
         if saved is not None:
             self._restore(saved)
 
@@ -117,15 +119,18 @@ class Run:
         alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "auto"}
         run.recipe = read_recipe(saved["recipe"], {**alone, **fields})
         run.folder, run.progress, run._overwrite = None, False, False
-        run._setup()
+        run._setup(fresh=False)
         run._restore(saved, random=False)
         return run
 
-    def _setup(self) -> None:
+    def _setup(self, *, fresh: bool) -> None:
         recipe = self.recipe
         # Whatever can be wrong with the input is found before other processes are started.
-        dataset = recipe.data.build("data", seed=recipe.seed)
+        self._dataset: DataSource = recipe.data.build("data", seed=recipe.seed)
         self.objective: Objective = recipe.objective.build("objective")
+        if recipe.uses_validation:
+            _check_validation(recipe, self._dataset, self.objective)
+        self.course = Course(recipe, self.objective.metric.higher_is_better)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         if recipe.seeds > 1 and (recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1):
@@ -133,15 +138,17 @@ class Run:
                 f"seeds={recipe.seeds} needs one device, as one process trains all of them; "
                 f"got devices={recipe.devices!r}, num_nodes={recipe.num_nodes}"
             )
-        if recipe.seeds > 1 and not isinstance(dataset, Dataset):
+        if recipe.seeds > 1 and not isinstance(self._dataset, Dataset):
             raise ValueError(
-                f"seeds={recipe.seeds} needs data with a draw of labels, got {type(dataset).__name__}"
+                f"seeds={recipe.seeds} needs data with a draw of labels, got {type(self._dataset).__name__}"
             )
         seeds = range(recipe.seed, recipe.seed + recipe.seeds)
         networks: list[nn.Module] = []
         for seed in seeds:
             torch.manual_seed(seed)
             networks.append(recipe.model.build("model"))
+            if fresh and recipe.start_from is not None:
+                _start_from(networks[-1], Path(recipe.start_from).expanduser())
         for method in self.objective.forward_methods:
             if not hasattr(networks[0], method):
                 got = type(networks[0]).__name__
@@ -154,7 +161,7 @@ class Run:
         fabric.launch()
         device = fabric.device
         fused = device.type in ("cpu", "cuda")
-        adam = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate_at(0), fused=fused)
+        adam = torch.optim.Adam(model.parameters(), lr=self.course.learning_rate(0), fused=fused)
         # `module` is the model as the objective calls it, wrapped where there are several processes.
         self.module, self.optimizer = fabric.setup(model, adam)
         self.model = model
@@ -165,21 +172,18 @@ class Run:
             self.module = model  # Fabric's wrapper has nothing to add, and takes its time
         self._adam = adam
         self.objective.prepare(model)
-        sizes = (recipe.batch_labelled, recipe.batch_unlabelled)
-        kind: dict[str, Any] = {"device": device, "dtype": next(model.parameters()).dtype}
-        self.batches: Any
-        if len(seeds) > 1:
-            self.batches = EnsembleBatches([dataset.with_seed(s) for s in seeds], *sizes, seeds=seeds, **kind)
-        else:
-            kind.update(rank=fabric.global_rank, world_size=fabric.world_size)
-            self.batches = dataset.batches(*sizes, seed=recipe.seed, **kind)
+        self.batches = self._make_batches(self._dataset)
+        self._static = self._make_static()
         if fabric.global_rank:
             torch.manual_seed(recipe.seed + (fabric.global_rank << 32))  # noise of its own for each process
         self._own_noise()
         # Whatever else draws random numbers before the first step has no part in the run.
         self._random: dict[str, Tensor] | None = checkpoint.random_state(device)
+        self._at_start = (self._random, copy.deepcopy(fabric.strategy.precision.state_dict()))
 
-        self.epoch = 0  # complete ones
+        self.epoch = 0  # complete ones of this stage
+        self._steps_before = 0  # of the stage before
+        self._best: dict[str, Any] | None = None  # the network that early stopping would go back to
         self.step_in_epoch = 0
         self.history: list[Row] = []
         self.seconds = 0.0
@@ -191,14 +195,34 @@ class Run:
         self._epoch_seconds = 0.0
         self._timed_steps = 0
 
+    def _make_batches(self, dataset: Any) -> Any:
+        recipe = self.recipe
+        sizes = (recipe.batch_labelled, recipe.batch_unlabelled)
+        kind: dict[str, Any] = {"device": self.fabric.device, "dtype": next(self.model.parameters()).dtype}
+        if recipe.seeds > 1:
+            seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+            return EnsembleBatches([dataset.with_seed(s) for s in seeds], *sizes, seeds=seeds, **kind)
+        kind.update(rank=self.fabric.global_rank, world_size=self.fabric.world_size)
+        return dataset.batches(*sizes, seed=recipe.seed, **kind)
+
     @property
     def global_step(self) -> int:
         """Training steps done."""
-        return self.epoch * len(self.batches) + self.step_in_epoch
+        return self._steps_before + self.epoch * len(self.batches) + self.step_in_epoch
+
+    @property
+    def epochs_done(self) -> int:
+        """Complete epochs, those before a retraining among them."""
+        return self.epoch + (len(self.course.figures) if self.course.retraining else 0)
+
+    @property
+    def epochs_planned(self) -> int:
+        """What `epochs_done` will be at the end, as far as is known: more if there will be a retraining."""
+        return self.epochs_done - self.epoch + self.course.epochs
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.recipe.epochs
+        return self.epoch >= self.course.epochs and (self.course.retraining or not self.recipe.retrain)
 
     def step(self) -> dict[str, Tensor]:
         """One training step. Returns its weighted costs in nats by name, and their "total".
@@ -227,10 +251,9 @@ class Run:
         folder = self.folder if main else None
         if folder is not None:
             self._open_folder(folder)
-        steps = recipe.epochs * len(self.batches)
         log = Log(folder, self.history) if folder is not None else None
         bar = (
-            ProgressBar(recipe.name, steps, self.global_step, self.objective.metric)
+            ProgressBar(recipe.name, self._steps_planned(), self.global_step, self.objective.metric)
             if main and self.progress
             else None
         )
@@ -252,9 +275,10 @@ class Run:
                     if log is not None:
                         log.write(row)
                     if bar is not None:
-                        bar.show(self.epoch, recipe.epochs, row, ended=True)
+                        bar.expect(self._steps_planned())
+                        bar.show(row["epoch"], self.epochs_planned, row, ended=True)
                 elif read and bar is not None:
-                    bar.show(self.epoch + 1, recipe.epochs, self._current(), ended=False)
+                    bar.show(self.epochs_done + 1, self.epochs_planned, self._current(), ended=False)
                 if self.finished or (self.fabric.world_size > 1 and not (ended or read)):
                     continue  # several processes agree on what to do next only where they meet anyway
                 stopping = self._any(stop.received is not None)
@@ -323,7 +347,7 @@ class Run:
 
     def _train_step(self) -> dict[str, Tensor]:
         if self.finished:
-            raise RuntimeError(f"all {self.recipe.epochs} epochs are done")
+            raise RuntimeError(f"all {self.epochs_done} epochs are done")
         if not self.model.training:
             self.model.train()
         if self._random is not None:
@@ -332,27 +356,84 @@ class Run:
         if self._clock is None:
             self._clock = time.perf_counter()
         if self.step_in_epoch == 0:
-            for group in self._adam.param_groups:
-                group["lr"] = self.recipe.learning_rate_at(self.epoch)
+            self._set_rate(self.course.learning_rate(self.epoch))
 
-        batch = self.batches.get(self.epoch, self.step_in_epoch)
+        if self._static is not None:
+            costs = self._static(self.epoch, self.step_in_epoch)
+        else:
+            costs = self._train_on(self.batches.get(self.epoch, self.step_in_epoch))
+        self.step_in_epoch += 1
+        self._timed_steps += 1
+        self._unread.append(costs)
+        if self.global_step % self.recipe.log_every == 0:
+            self._read_costs()
+        return {"total": costs.sum(0), **dict(zip(self._terms, costs.unbind(), strict=True))}
+
+    def _train_on(self, batch: Any) -> Tensor:
+        """Costs, backward and update of one batch. Returns the costs, detached; `_terms` has their names."""
         self._adam.zero_grad()
         with self.fabric.autocast():
             terms = self.objective(self.module, batch)
             costs = torch.stack(tuple(terms.values()))
             total = costs.sum()
         self.fabric.backward(total)
+        if self.recipe.clip_norm is not None:
+            self._clip(self.recipe.clip_norm)
         self.optimizer.step()
         self.objective.after_step(self.model)
-
         self._terms = list(terms)
-        self.step_in_epoch += 1
-        self._timed_steps += 1
-        costs = costs.detach()
-        self._unread.append(costs)
-        if self.global_step % self.recipe.log_every == 0:
-            self._read_costs()
-        return {"total": costs.sum(0), **dict(zip(terms, costs.unbind(), strict=True))}
+        return costs.detach()
+
+    def _make_static(self) -> StaticStep | None:
+        """The step in a form that a CUDA graph can hold, where the recipe wants one and it can be had."""
+        recipe, device = self.recipe, self.fabric.device
+        if recipe.graph == "off":
+            return None
+        reason = why_not(
+            device,
+            self.batches,
+            processes=self.fabric.world_size,
+            precision=recipe.precision,
+            objective=self.objective,
+        )
+        if reason is not None:
+            if recipe.graph == "on":
+                raise ValueError(f"graph=on cannot be had: {reason}")
+            return None
+        rate = torch.zeros((), device=device)
+        for group in self._adam.param_groups:
+            group.update(lr=rate.fill_(float(group["lr"])), capturable=True)
+        return StaticStep(self.batches, self._train_on, self._changing, self._undo_warm_up)
+
+    def _changing(self) -> list[Tensor]:
+        """What a training step changes in place."""
+        optimizer = [
+            t for state in self._adam.state.values() for t in state.values() if isinstance(t, Tensor)
+        ]
+        return [*self.model.parameters(), *self.model.buffers(), *optimizer]
+
+    def _undo_warm_up(self) -> None:
+        """Gradients and what the optimiser had not had before are as before the first step."""
+        self._adam.zero_grad()
+        for state in self._adam.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._adam.param_groups:
+            if isinstance(group["lr"], Tensor):  # a captured step reads it from there
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _clip(self, norm: float) -> None:
+        """Scale the gradient down to this norm where it is larger, each network's its own."""
+        if isinstance(self.model, Ensemble):
+            self.fabric.strategy.precision.unscale_gradients(self.optimizer)
+            self.model.clip_gradients(norm)
+        else:  # a gradient in 16 bits that is not finite is left for the scaler to skip
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=norm, error_if_nonfinite=False)
 
     def _read_costs(self) -> None:
         """Bring the costs since the last reading to the CPU, and refuse any that is not finite."""
@@ -372,7 +453,7 @@ class Run:
                 if not math.isfinite(v)
             ]
             raise FloatingPointError(
-                f"the cost is not finite at step {first + row} (epoch {self.epoch + 1}): {', '.join(bad)}; "
+                f"the cost is not finite at step {first + row} (epoch {self.epochs_done + 1}): {', '.join(bad)}; "
                 "a lower learning_rate may help"
             )
 
@@ -381,32 +462,102 @@ class Run:
         assert self._clock is not None
         costs = torch.cat(self._read).mean(0).tolist() if self._read else []
         seconds = self._epoch_seconds + time.perf_counter() - self._clock
+        metric = self.objective.metric
+        shown = [metric.validation, metric.name] if self._dataset.validation_samples else [metric.name]
         return {
-            "epoch": self.epoch + 1,
+            "epoch": self.epochs_done + 1,
+            **({"stage": 1 + self.course.retraining} if self.recipe.retrain else {}),
             "step": self.global_step,
             "total": sum(costs),
             **dict(zip(self._terms, costs, strict=True)),
-            self.objective.metric.name: self.history[-1][self.objective.metric.name]
-            if self.history
-            else None,
-            "learning_rate": self._adam.param_groups[0]["lr"],
+            **{name: self.history[-1][name] if self.history else None for name in shown},
+            "learning_rate": float(self._adam.param_groups[0]["lr"]),
             "steps_per_second": self._timed_steps / seconds,
         }
 
     def _end_epoch(self, *, measure: bool) -> Row:
-        """Close the epoch with a row of the history, and go to the next."""
+        """Close the epoch with a row of the history, and go to the next, or to the retraining."""
         self._read_costs()
         row = self._current()
         self._stop_clock()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self._read, self._epoch_seconds, self._timed_steps = [], 0.0, 0
-        if self.finished:
+        recipe, course, metric = self.recipe, self.course, self.objective.metric
+        if recipe.uses_validation and not course.retraining:
+            figure = self._validate()
+            if figure is None:
+                raise ValueError(
+                    f"{type(self.objective).__name__} measured nothing on the validation samples"
+                )
+            course.figures.append(figure)
+            if recipe.patience is not None and not recipe.retrain and course.best == self.epoch:
+                self._best = copy.deepcopy(
+                    {"model": self.model.state_dict(), "objective": self.objective.state_dict()}
+                )
+        goes_back = self.finished and self._best is not None and course.best != self.epoch
+        if self.finished and not goes_back:
             self.objective.finish(self.model, self.batches)
-        measure = measure and (self.epoch % self.recipe.evaluate_every == 0 or self.finished)
-        name = self.objective.metric.name
-        row[name] = self.evaluate()[name] if measure else None
+        ended = self.epoch >= course.epochs
+        measure = measure and (self.epoch % recipe.evaluate_every == 0 or ended)
+        row[metric.name] = self.evaluate()[metric.name] if measure else None
+        if metric.validation in row:
+            if course.retraining:
+                row[metric.validation] = None
+            elif recipe.uses_validation:
+                row[metric.validation] = course.figures[-1]
+            else:
+                row[metric.validation] = self._validate() if measure else None
         self.history.append(row)
+        if goes_back:  # the row is of the last epoch's network, the figures will be of this one
+            assert self._best is not None
+            self.model.load_state_dict(self._best["model"])
+            self.objective.load_state_dict(self._best["objective"])
+            self.objective.finish(self.model, self.batches)
+        if self.finished:
+            self._best = None
+        elif ended:
+            self._start_again()
         return row
+
+    @torch.no_grad()
+    def _validate(self) -> float | None:
+        """The metric on the validation samples, the same in all processes; None where it is not measured."""
+        training = self.model.training
+        self.model.eval()
+        with self.fabric.autocast():
+            figure = self.objective.validate(self.model, self.batches)
+        self.model.train(training)
+        if figure is None:
+            return None
+        if not math.isfinite(figure):
+            raise FloatingPointError(
+                f"{self.objective.metric.words} on the validation samples is {figure} after epoch {self.epochs_done}"
+            )
+        if self.fabric.world_size > 1:
+            figure = float(self._reduce(torch.tensor(figure, device=self.fabric.device), "mean"))
+        return float(figure)
+
+    def _start_again(self) -> None:
+        """The second stage: everything as it was before the first step, but for the samples and what `course` knows."""
+        self._steps_before = self.global_step
+        self.epoch = 0
+        torch.manual_seed(self.recipe.seed)
+        self.model.load_state_dict(self.recipe.model.build("model").state_dict())
+        self._adam.state.clear()
+        self.objective = self.recipe.objective.build("objective")
+        self.objective.prepare(self.model)
+        self._own_noise()
+        self._random, precision = self._at_start
+        self.fabric.strategy.precision.load_state_dict(copy.deepcopy(precision))
+        self._begin_retraining()
+
+    def _begin_retraining(self) -> None:
+        self.course.retraining = True
+        self.batches = self._make_batches(self._dataset.with_validation_in_training())
+        self._static = self._make_static()
+
+    def _steps_planned(self) -> int:
+        return self._steps_before + self.course.epochs * len(self.batches)
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
@@ -424,7 +575,9 @@ class Run:
                 "seeds": self.recipe.seeds,
                 **self.evaluate(),
                 "published": self.recipe.published,
-                "epochs": self.recipe.epochs,
+                "epochs": self.epochs_done,
+                **({} if self.recipe.patience is None else {"best_epoch": self.course.best}),
+                **({"retrained_epochs": self.epoch} if self.course.retraining else {}),
                 "steps": self.global_step,
                 "seconds": round(self.seconds, 2),
                 "parameters": sum(p.numel() for p in self.model.parameters()) // self.recipe.seeds,
@@ -479,7 +632,7 @@ class Run:
 
     def _stop(self, number: int | None, bar: ProgressBar | None) -> dict[str, Any]:
         if bar is not None:
-            where = f"stopped after step {self.global_step} (epoch {self.epoch + 1} of {self.recipe.epochs})"
+            where = f"stopped after step {self.global_step} (epoch {self.epochs_done + 1} of {self.epochs_planned})"
             bar.say(where if self.folder is None else f"{where}; saved in {self.folder}, --resume continues")
         if not self.fabric.is_global_zero:
             return {}  # a process that Fabric started must end well, or Fabric kills the first one
@@ -504,13 +657,16 @@ class Run:
             assert self.folder is not None
             state = {
                 "recipe": self.recipe.to_dict(),
+                "course": self.course.state_dict(),
+                "steps_before": self._steps_before,
                 "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch,
                 "world_size": self.fabric.world_size,
                 "threads": torch.get_num_threads(),
                 "model": self.model.state_dict(),
-                "optimizer": self._adam.state_dict(),
+                "optimizer": self._optimizer_state(),
                 "objective": self.objective.state_dict(),
+                "best": self._best,
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "random": everyone,
                 "terms": self._terms,
@@ -523,6 +679,12 @@ class Run:
             }
             checkpoint.save(self.folder, state)
         self.fabric.barrier()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """As it is without a graph."""
+        state = self._adam.state_dict()
+        groups = [{**g, "lr": float(g["lr"]), "capturable": False} for g in state["param_groups"]]
+        return {**state, "param_groups": groups}
 
     def _gather(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         if self.fabric.world_size == 1:
@@ -548,9 +710,18 @@ class Run:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        self.course.load_state_dict(saved["course"])
+        if self.course.retraining:
+            self._begin_retraining()
+        self._steps_before, self._best = saved["steps_before"], saved["best"]
         self.model.load_state_dict(saved["model"])
         self._own_noise()
+        kept = [{name: group[name] for name in ("lr", "capturable")} for group in self._adam.param_groups]
         self._adam.load_state_dict(saved["optimizer"])
+        rate = self._adam.param_groups[0]["lr"]
+        for group, own in zip(self._adam.param_groups, kept, strict=True):
+            group.update(own)  # how this run steps, on a GPU with a graph or without, is its own affair
+        self._set_rate(rate)
         self.objective.load_state_dict(saved["objective"])
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if random:
@@ -560,6 +731,17 @@ class Run:
         self._epoch_seconds, self._timed_steps = saved["epoch_seconds"], saved["timed_steps"]
         self._terms = saved["terms"]
         self._read = [] if saved["costs"] is None else [saved["costs"]]
+
+
+def _check_validation(recipe: Recipe, dataset: DataSource, objective: Objective) -> None:
+    """Raise ValueError where the recipe's course needs a figure on validation samples and there will be none."""
+    need = "schedule=halve" if recipe.schedule == "halve" else f"patience={recipe.patience}"
+    if not dataset.validation_samples:
+        raise ValueError(f"{need} needs validation samples, and {type(dataset).__name__} holds none")
+    if type(objective).validate is Objective.validate:
+        raise ValueError(
+            f"{need} needs a figure on the validation samples, and {type(objective).__name__} measures none"
+        )
 
 
 def _make_fabric(recipe: Recipe) -> Fabric:
@@ -576,3 +758,19 @@ def _make_fabric(recipe: Recipe) -> Fabric:
             f"{n}={getattr(recipe, n)!r}" for n in ("accelerator", "devices", "strategy", "precision")
         )
         raise ValueError(f"{wanted} cannot be had: {' '.join(str(error).split())}") from error
+
+
+def _start_from(model: nn.Module, folder: Path) -> None:
+    """Give the network what it shares with another run's, by name and shape; its noise stays its own."""
+    saved = checkpoint.load(folder)
+    if saved is None:
+        raise FileNotFoundError(f"start_from: {folder} holds no checkpoint of a run")
+    own = model.state_dict()
+    taken = {
+        k: v
+        for k, v in saved["model"].items()
+        if k in own and own[k].shape == v.shape and k.rpartition(".")[2] != "noise_state"
+    }
+    if not taken:
+        raise ValueError(f"start_from: the network in {folder} shares no parameter with this one")
+    model.load_state_dict({**own, **taken})

@@ -105,7 +105,7 @@ def test_a_foreign_file_is_not_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint of a run"):
         checkpoint.load(tmp_path)
     torch.save({"format": 99}, tmp_path / NEWEST)
-    with pytest.raises(ValueError, match="it has format 99, this version of ladderfast reads 1"):
+    with pytest.raises(ValueError, match="it has format 99, this version of ladderfast reads 2"):
         checkpoint.load(tmp_path)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ladderfast.training import Recipe, read_recipe, recipe_names
 from ladderfast.training.recipe import describe_fields
+from ladderfast.training.schedule import Course
 
 
 class Untyped(nn.Module):
@@ -215,7 +216,7 @@ def test_the_file_names_the_recipe(small, tmp_path):
 
 
 def rates(recipe: Recipe) -> list[float]:
-    return [recipe.learning_rate_at(epoch) for epoch in range(recipe.epochs)]
+    return [Course(recipe).learning_rate(epoch) for epoch in range(recipe.epochs)]
 
 
 def test_the_learning_rate_falls_from_epoch_101_of_150(small):
