@@ -45,6 +45,8 @@ class Draws:
     def _take(self, columns: int) -> np.ndarray:
         part = self._raw[:, self._next : self._next + columns]
         if part.shape[1] != columns:
-            raise ValueError(f"a sample has {self._raw.shape[1]} draws, and {self._next + columns} were asked for")
+            raise ValueError(
+                f"a sample has {self._raw.shape[1]} draws, and {self._next + columns} were asked for"
+            )
         self._next += columns
         return part

@@ -78,7 +78,9 @@ class GroupedBatches(Batches):
     ) -> None:
         check_seed(seed)
         if images.x_labelled is None and batch_labelled:
-            raise ValueError(f"batch_labelled must be 0, as these images have no labels, got {batch_labelled}")
+            raise ValueError(
+                f"batch_labelled must be 0, as these images have no labels, got {batch_labelled}"
+            )
         if min(batch_labelled, batch_unlabelled) < 0 or not batch_labelled + batch_unlabelled:
             raise ValueError(
                 f"batch_labelled and batch_unlabelled must not be negative, nor both 0, got {batch_labelled} and "
@@ -100,7 +102,9 @@ class GroupedBatches(Batches):
         self.owner_valid = images.owner_valid
         if images.y_test is not None:
             self.y_test = images.y_test.to(device)
-        passed = (self.x_unlabelled, batch_unlabelled) if batch_unlabelled else (self.x_labelled, batch_labelled)
+        passed = (
+            (self.x_unlabelled, batch_unlabelled) if batch_unlabelled else (self.x_labelled, batch_labelled)
+        )
         self._steps = len(passed[0]) // (passed[1] * world_size)
         if not self._steps:
             name = "batch_unlabelled" if batch_unlabelled else "batch_labelled"

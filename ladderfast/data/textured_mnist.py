@@ -86,8 +86,8 @@ class FrequencyMNIST(GroupedImages):
     After Freq20-2MNIST: there are 20 waves, each with a period and a direction of its own, and an image has three of
     them, at random phases: one is the background and two are digits. The digits, thickened, are moved by up to 4 pixels
     each way at random. Owners are 1, the background, 2 and 3, the digits; where these overlap one sees the second, and
-    such pixels belong to none. Labels are zeros and ones (N, 10): an image has two classes, or one where both digits are alike. There are 60,000
-    training and 10,000 test images, whose digits come from MNIST's training and test digits.
+    such pixels belong to none. Labels are zeros and ones (N, 10): an image has two classes, or one where both digits
+    are alike. There are 60,000 training and 10,000 test images, made of MNIST's training and test digits.
 
     Args:
         data_dir: folder of MNIST's four files, as for `MNIST`.
@@ -114,7 +114,10 @@ class FrequencyMNIST(GroupedImages):
         parts = []
         for first, x, y, count in _parts(mnist, num_train, num_test):
             digits = thickened(x.numpy().reshape(-1, SIDE, SIDE) > 0.5)
-            images, owners = torch.empty(count, SIDE * SIDE), torch.empty(count, SIDE * SIDE, dtype=torch.uint8)
+            images, owners = (
+                torch.empty(count, SIDE * SIDE),
+                torch.empty(count, SIDE * SIDE, dtype=torch.uint8),
+            )
             labels = torch.zeros(count, 10, dtype=torch.uint8)
             for start in range(0, count, PART):
                 part = slice(start, min(start + PART, count))
@@ -173,7 +176,9 @@ def thickened(digits: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _parts(mnist: MNIST, num_train: int | None, num_test: int | None) -> list[tuple[int, Tensor, Tensor, int]]:
+def _parts(
+    mnist: MNIST, num_train: int | None, num_test: int | None
+) -> list[tuple[int, Tensor, Tensor, int]]:
     """Number of the first image, digits, their classes and number of images: of training and of test images."""
     x, y = mnist.x_unlabelled, mnist.y_labelled
     parts = []

@@ -28,7 +28,9 @@ def read_textures(folder: str | Path) -> np.ndarray:
     folder = Path(folder).expanduser()
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < 2:
-        raise FileNotFoundError(f"{folder} must hold at least two pictures ({', '.join(SUFFIXES)}), got {len(paths)}")
+        raise FileNotFoundError(
+            f"{folder} must hold at least two pictures ({', '.join(SUFFIXES)}), got {len(paths)}"
+        )
     pictures = []
     for path in paths:
         try:
@@ -92,7 +94,9 @@ class TexturePatches:
         self.size, self.scale = size, scale
         # Each value becomes the mean of the square of the smallest scale about it: patches need no finer detail.
         blur = max(1, round(scale[0]))
-        padded = np.pad(textures, ((0, 0), (blur // 2, (blur - 1) // 2), (blur // 2, (blur - 1) // 2)), mode="reflect")
+        padded = np.pad(
+            textures, ((0, 0), (blur // 2, (blur - 1) // 2), (blur // 2, (blur - 1) // 2)), mode="reflect"
+        )
         side = textures.shape[1]
         self._textures = sum(
             padded[:, i : i + side, j : j + side] for i in range(blur) for j in range(blur)

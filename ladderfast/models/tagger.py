@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class LadderMapping(nn.Module):
         combinator = "gaussian_squashed" if squash_v else "gaussian"
         top = len(widths) - 1
         encoder, decoder = nn.ModuleList(), nn.ModuleList()
-        for layer, (below, width) in enumerate(zip(widths, widths[1:], strict=False), 1):
+        for layer, (below, width) in enumerate(itertools.pairwise(widths), 1):
             encoder.append(
                 LadderEncoderLayer(
                     Dense((below,), (width,), device=device, dtype=dtype),
@@ -185,12 +186,10 @@ class Tagger(nn.Module):
         super().__init__()
         widths = list(layers)
         if num_pixels < 1 or not widths or min(widths) < 1:
-            raise ValueError(
-                f"num_pixels and layers must be positive, got {num_pixels} and {widths}"
-            )
+            raise ValueError(f"num_pixels and layers must be positive, got {num_pixels} and {widths}")
         if inner is not None and len(widths) > 1:
             raise ValueError(f"layers must be [H] for an inner network of one's own, got {widths}")
-        if not 0 <= noise or (binary and noise > 0.5) or not math.isfinite(noise):
+        if not 0 <= noise < math.inf or (binary and noise > 0.5):
             wanted = "from 0 to 0.5" if binary else "finite and not negative"
             raise ValueError(f"noise must be {wanted}, got {noise}")
         if not 0 < variance_start < math.inf:
@@ -202,7 +201,7 @@ class Tagger(nn.Module):
                 f"layers must end with num_classes + 1 = {num_classes + 1} units, the last for no class, "
                 f"got {widths}"
             )
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_pixels, self.hidden, self.num_classes = num_pixels, widths[0], num_classes
         self.binary, self.noise, self.input_mean = binary, noise, input_mean
         self.variance_start, self.variance_map = variance_start, variance_map
@@ -228,8 +227,8 @@ class Tagger(nn.Module):
 
         Those of an inner network of one's own are its own.
         """
-        for module in (self.project, self.project.linear, self.read):
-            module.reset_parameters()
+        for module in (self.project.linear, self.read):
+            cast("Dense", module).reset_parameters()
         if isinstance(self.inner, LadderMapping):
             self.inner.reset_parameters()
         nn.init.ones_(self.z_scale)
@@ -237,13 +236,15 @@ class Tagger(nn.Module):
         nn.init.ones_(self.m_scale)
         if self.log_variance is not None:
             start = math.log(self.variance_start)
-            nn.init.constant_(self.log_variance, math.sinh(start) if self.variance_map == "exp_asinh" else start)
+            nn.init.constant_(
+                self.log_variance, math.sinh(start) if self.variance_map == "exp_asinh" else start
+            )
 
     @property
     def variance(self) -> Tensor:
         """The learned variance v of the continuous case, 0-dim."""
         if self.log_variance is None:
-            raise AttributeError("a binary Tagger has no variance")
+            raise TypeError("a binary Tagger has no variance")
         w = self.log_variance.float() if self.log_variance.dtype.itemsize < 4 else self.log_variance
         return torch.exp(torch.asinh(w) if self.variance_map == "exp_asinh" else w)
 

@@ -88,7 +88,9 @@ def _expected(size: Tensor, a: Tensor, b: Tensor) -> Tensor:
     ).reshape(-1, 3)
     limit = int(size.max()) + 1 if images else 1
     # One number a triple: sorting these is several times as fast as sorting rows.
-    codes, where = ((triples[:, 0] * limit + triples[:, 1]) * limit + triples[:, 2]).unique(return_inverse=True)
+    codes, where = ((triples[:, 0] * limit + triples[:, 1]) * limit + triples[:, 2]).unique(
+        return_inverse=True
+    )
     n, a, b = codes // limit**2, codes // limit % limit, codes % limit
     first, last = (a + b - n).clamp(min=1), torch.minimum(a, b)
     terms = (last - first + 1).clamp(min=0)
@@ -116,4 +118,4 @@ def _expected(size: Tensor, a: Tensor, b: Tensor) -> Tensor:
         term = k / n[part].double()[row] * ratio.log() * log_p.exp()
         values[part].index_add_(0, row, term)
         start = stop
-    return values[where].reshape(images, -1).sum(1)
+    return values[where].reshape(images, owners * groups).sum(1)

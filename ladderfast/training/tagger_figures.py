@@ -52,13 +52,11 @@ def group_grid(
     return figure
 
 
-def group_panels(
-    x: Tensor, corrupted: Tensor, z: Sequence[Tensor], m: Sequence[Tensor], shape: Sequence[int]
-) -> Figure:
+def group_panels(x: Tensor, z: Sequence[Tensor], m: Sequence[Tensor], shape: Sequence[int]) -> Figure:
     """One row a group, two columns an iteration: mask and reconstruction of one sample.
 
     Args:
-        x, corrupted: (D,).
+        x: (D,) the input, whose range of values the reconstructions are shown in.
         z, m: (K, D) of every iteration.
         shape: (height, width).
     """

@@ -121,13 +121,13 @@ class TaggerObjective(Objective):
         generator = torch.Generator(x.device).manual_seed(NOISE)
         corrupted = model.corrupt(x, generator=generator)
         out = model(x, self.groups, self.iterations, corrupted=corrupted, generator=generator)
-        pictures = [t.float().cpu() for t in (x, corrupted)]
+        x, corrupted = x.float().cpu(), corrupted.float().cpu()
         z, m = ([t.float().cpu() for t in ts] for ts in (out.z, out.m))
         drawn["Groups of test images, iteration by iteration"] = group_grid(
-            *pictures, owner.cpu(), z, m, data.image_shape
+            x, corrupted, owner.cpu(), z, m, data.image_shape
         )
         drawn["One image, group by group"] = group_panels(
-            *(t[0] for t in pictures), [t[0] for t in z], [t[0] for t in m], data.image_shape
+            x[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
         )
         labels = getattr(data, "y_test", None)
         figures = self._figures(
@@ -192,6 +192,6 @@ def _k_hot(y: Tensor, log_classes: Tensor) -> Tensor:
 
 def _missed(log_classes: Tensor, y: Tensor) -> Tensor:
     """Labels (of N, C) that are not among the likeliest classes, as many as an image has, by iteration (T,)."""
-    rank = log_classes.argsort(2, descending=True, stable=True).argsort(2)
+    rank = log_classes.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
     missed = (rank >= y.sum(1, keepdim=True)) & (y > 0)
     return missed.double().sum((1, 2)).cpu()
