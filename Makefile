@@ -68,7 +68,7 @@ gpu-check:
 	LADDERFAST_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m ladderfast.info
 	@mkdir -p bench/results
-	$(PYTHON) -m pytest tests/ops tests/test_devices.py -m gpu
+	$(PYTHON) -m pytest tests/ops tests/training tests/test_devices.py -m gpu
 	$(PYTHON) -m pytest bench -k cuda --benchmark-enable --benchmark-json=$(GPU_RESULTS).json
 	$(PYTHON) bench/table.py $(GPU_RESULTS).json --out $(GPU_RESULTS).md
 

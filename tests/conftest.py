@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread each, in what they start as well
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # as many processes as cores: a thread each, in what they start as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch

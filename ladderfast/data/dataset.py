@@ -146,9 +146,11 @@ class Batches:
         self.batch_labelled, self.batch_unlabelled = batch_labelled, batch_unlabelled
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.image_shape = dataset.image_shape
-        self.x_unlabelled = dataset.x_unlabelled.to(device, dtype)
+        # Bytes stay bytes: a dataset that has them makes them numbers batch by batch.
+        held = dtype if dataset.x_unlabelled.is_floating_point() else dataset.x_unlabelled.dtype
+        self.x_unlabelled = dataset.x_unlabelled.to(device, held)
         shared = dataset.x_labelled is dataset.x_unlabelled
-        self.x_labelled = self.x_unlabelled if shared else dataset.x_labelled.to(device, dtype)
+        self.x_labelled = self.x_unlabelled if shared else dataset.x_labelled.to(device, held)
         self.y_labelled = dataset.y_labelled.to(device)
         self.x_test = dataset.x_test.to(device, dtype)
         self.y_test = dataset.y_test.to(device)
@@ -160,10 +162,25 @@ class Batches:
 
     def get(self, epoch: int, step: int) -> Batch:
         """The batch of step `step` of epoch `epoch`."""
+        labelled, unlabelled = self.orders(epoch)
+        return self.take(labelled[step], unlabelled[step])
+
+    @property
+    def by_index(self) -> bool:
+        """Whether a batch is nothing but the samples at its indices: get(e, s) is take(*(o[s] for o in orders(e)))."""
+        return type(self).get is Batches.get
+
+    def orders(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Which samples the steps of an epoch have, on the device: labelled (steps, B_l), unlabelled (steps, B_u)."""
         if epoch != self._epoch:
-            self._orders = [order.to(self.x_unlabelled.device) for order in self._order(epoch)]
+            labelled, unlabelled = self._order(epoch)
+            device = self.x_unlabelled.device
+            self._orders = (labelled.to(device), unlabelled.to(device))
             self._epoch = epoch
-        labelled, unlabelled = self._orders[0][step], self._orders[1][step]
+        return self._orders
+
+    def take(self, labelled: Tensor, unlabelled: Tensor) -> Batch:
+        """The samples at these indices, (B_l,) and (B_u,)."""
         return Batch(
             self.x_labelled.index_select(0, labelled),
             self.y_labelled.index_select(0, labelled),
@@ -218,7 +235,7 @@ class EnsembleBatches:
                     held.x_labelled = held.x_unlabelled
                 dataset = held
             self._each.append(
-                Batches(dataset, batch_labelled, batch_unlabelled, seed=seed, device=device, dtype=dtype)
+                dataset.batches(batch_labelled, batch_unlabelled, seed=seed, device=device, dtype=dtype)
             )
         first = self._each[0]
         self.x_test, self.y_test, self.image_shape = first.x_test, first.y_test, first.image_shape
@@ -232,6 +249,22 @@ class EnsembleBatches:
 
     def get(self, epoch: int, step: int) -> Batch:
         """The batches of step `step` of epoch `epoch`: x (S, B, *), y (S, B)."""
-        return Batch(
-            *(torch.stack(parts) for parts in zip(*[b.get(epoch, step) for b in self._each], strict=True))
-        )
+        return _side_by_side([b.get(epoch, step) for b in self._each])
+
+    @property
+    def by_index(self) -> bool:
+        return all(batches.by_index for batches in self._each)
+
+    def orders(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Those of `Batches`, with the seeds behind the steps: (steps, S, B_l) and (steps, S, B_u)."""
+        labelled, unlabelled = zip(*[b.orders(epoch) for b in self._each], strict=True)
+        return torch.stack(labelled, 1), torch.stack(unlabelled, 1)
+
+    def take(self, labelled: Tensor, unlabelled: Tensor) -> Batch:
+        """The samples at these indices, (S, B_l) and (S, B_u)."""
+        indices = zip(self._each, labelled.unbind(), unlabelled.unbind(), strict=True)
+        return _side_by_side([batches.take(*own) for batches, *own in indices])
+
+
+def _side_by_side(batches: Sequence[Batch]) -> Batch:
+    return Batch(*(torch.stack(parts) for parts in zip(*batches, strict=True)))

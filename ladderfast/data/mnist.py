@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from .dataset import Dataset
 from .download import cache_folder, download_file
+from .images import ImageDataset
 
 # Name and MD5 of the unpacked file, in the order x_train, y_train, x_test, y_test.
 FILES = (
@@ -27,7 +29,7 @@ MIRRORS = (
 )
 
 
-class MNIST(Dataset):
+class MNIST(ImageDataset):
     """60,000 training and 10,000 test images of 28 x 28 pixels, values 0..1, as x (N, 784).
 
     Args:
@@ -36,6 +38,8 @@ class MNIST(Dataset):
             user's cache.
         num_labels: labelled samples, the same number of each digit; null for all 60,000.
         seed: draws the labelled samples.
+        padding: pixels of 0 on each side: 2 makes images of 32 x 32, x (N, 1024).
+        shift: training images are moved by up to so many pixels each way, at random.
         download: fetch files that are not there.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is truncated, damaged or not
@@ -48,8 +52,12 @@ class MNIST(Dataset):
         num_labels: int | None = None,
         *,
         seed: int = 1,
+        padding: int = 0,
+        shift: int = 0,
         download: bool = False,
     ) -> None:
+        if padding < 0:
+            raise ValueError(f"padding must not be negative, got {padding}")
         folder = cache_folder("mnist") if data_dir is None else Path(data_dir).expanduser()
         arrays = []
         for name, md5 in FILES:
@@ -65,14 +73,20 @@ class MNIST(Dataset):
                 download_file(name, urls, path, check=lambda part, md5=md5: _read(part, md5))  # type: ignore[misc]
             arrays.append(torch.from_numpy(_read(path, md5)))
         x_train, y_train, x_test, y_test = arrays
+        side = 28 + 2 * padding
+
+        def padded(x: Tensor) -> Tensor:
+            return F.pad(x, (padding,) * 4).reshape(-1, side * side).to(torch.float32).div_(255)
+
         super().__init__(
-            x_train.reshape(-1, 784).to(torch.float32).div_(255),
+            padded(x_train),
             y_train.to(torch.int64),
-            x_test.reshape(-1, 784).to(torch.float32).div_(255),
+            padded(x_test),
             y_test.to(torch.int64),
-            image_shape=(28, 28),
+            image_shape=(side, side),
             num_labels=num_labels,
             seed=seed,
+            shift=shift,
         )
 
 

@@ -12,6 +12,14 @@ from torch import Tensor
 
 # Streams of one seed that must not share numbers.
 UNLABELLED, LABELLED, DRAW = 0, 1, 2
+AUGMENT_UNLABELLED, AUGMENT_LABELLED = 16, 17
+
+
+def raw_integers(count: int, *, seed: int, stream: int, position: tuple[int, int, int]) -> np.ndarray:
+    """`count` uint64 integers that depend on (seed, stream, position), three counters from 0, and their place only."""
+    key = np.array([seed, stream], dtype=np.uint64)
+    counter = np.array([0, *position], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def shuffles(size: int, *, seed: int, stream: int, first: int = 0, count: int = 1) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -220,6 +221,7 @@ class AdditiveCombinator(_UnitwiseCombinator):
 # None: the layer has no combinator, hence no denoising cost.
 COMBINATORS: dict[str, Callable[..., nn.Module] | None] = {
     "gaussian": GaussianCombinator,
+    "gaussian_squashed": partial(GaussianCombinator, squash_v=True),  # as Tagger has it for continuous inputs
     "sigmoid": SigmoidCombinator,
     "sigmoid_no_product": SigmoidNoProductCombinator,
     "bilinear": BilinearCombinator,

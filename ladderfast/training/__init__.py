@@ -28,8 +28,11 @@ from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .rladder_objective import RLadderObjective  # noqa: E402
 from .run import Run  # noqa: E402
+from .swwae_objective import EquivarianceObjective, SWWAEObjective, WhereObjective  # noqa: E402
+from .tagger_objective import TaggerObjective  # noqa: E402
 
 __all__ = [
+    "EquivarianceObjective",
     "LadderObjective",
     "Metric",
     "Objective",
@@ -37,6 +40,9 @@ __all__ = [
     "RLadderObjective",
     "Recipe",
     "Run",
+    "SWWAEObjective",
+    "TaggerObjective",
+    "WhereObjective",
     "read_recipe",
     "recipe_names",
 ]

@@ -118,14 +118,40 @@ def reconstruction_grid(
         if row.dim() != 2 or row.shape != inputs.shape or row.shape[1] != channels * height * width:
             expected = (len(inputs), channels * height * width)
             raise ValueError(f"{name} must have shape {expected}, got {tuple(row.shape)}")
+    figure = picture_rows(rows, shape)
     columns = min(len(inputs), MAX_COLUMNS)
+    figure.set_label(
+        f"{columns} sample{'s'[: columns > 1]}, one a column. Top row: the input; middle: the input with noise, all "
+        "that the network sees; bottom: its reconstruction."
+    )
+    return figure
+
+
+def picture_rows(rows: Mapping[str, Tensor], shape: Sequence[int]) -> Figure:
+    """Rows of pictures with their names beside them, one column a sample.
+
+    Args:
+        rows: (n, pixels) by name, the first ten samples are shown. Black and white are the least and the greatest value
+            of the first row.
+        shape: (height, width), or (channels, height, width) with one or three channels.
+
+    Raises:
+        ValueError: shapes that do not agree, or no sample.
+    """
+    channels, height, width = (1, *shape) if len(shape) == 2 else tuple(shape)
+    first = next(iter(rows.values()))
+    for name, row in rows.items():
+        if row.shape != first.shape or row.dim() != 2 or row.shape[1] != channels * height * width:
+            expected = (len(first), channels * height * width)
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(row.shape)}")
+    columns = min(len(first), MAX_COLUMNS)
     if not columns:
         raise ValueError("inputs must hold at least one sample, got none")
 
-    low, high = float(inputs[:columns].min()), float(inputs[:columns].max())
+    low, high = float(first[:columns].min()), float(first[:columns].max())
     gap = max(1, round(0.08 * width))
     # Between the pictures nothing, not even white.
-    mosaic = np.zeros((3 * (height + gap) - gap, columns * (width + gap) - gap, 4))
+    mosaic = np.zeros((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 4))
     for i, row in enumerate(rows.values()):
         pictures = row[:columns].detach().cpu().double().numpy().reshape(columns, channels, height, width)
         pictures = ((pictures - low) / ((high - low) or 1)).clip(0, 1)
@@ -145,12 +171,8 @@ def reconstruction_grid(
     axis.imshow(mosaic, interpolation="none", aspect="auto")
     axis.set_frame_on(False)
     axis.set_xticks([])
-    axis.set_yticks([i * (height + gap) + height / 2 - 0.5 for i in range(3)], list(rows))
+    axis.set_yticks([i * (height + gap) + height / 2 - 0.5 for i in range(len(rows))], list(rows))
     axis.tick_params(length=0, labelcolor=INK, labelsize=9)
-    figure.set_label(
-        f"{columns} sample{'s'[: columns > 1]}, one a column. Top row: the input; middle: the input with noise, all "
-        "that the network sees; bottom: its reconstruction."
-    )
     return figure
 
 

@@ -16,7 +16,7 @@ RECIPE, RESULTS, REPORT = "recipe.yaml", "results.json", "report.html"
 FILES = (RECIPE, METRICS, RESULTS, REPORT, checkpoint.NEWEST, checkpoint.PREVIOUS)
 
 # What may differ between a run and its continuation: none of it has a part in the result.
-FREE = {"data.data_dir", "data.download", "log_every", "checkpoint_steps", "checkpoint_minutes"}
+FREE = {"graph", "data.data_dir", "data.download", "log_every", "checkpoint_steps", "checkpoint_minutes"}
 
 
 def default(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ A field is addressed by its dotted name. The arguments of the model, the data an
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 from ladderfast.data import DataSource
@@ -37,6 +38,8 @@ PARTS: dict[str, tuple[type, set[str]]] = {
 
 SCHEDULES = ("linear", "constant", "halve")
 DECAY_FROM = 0.667  # of the linear one, where none is given
+
+GRAPH = ("auto", "on", "off")
 
 
 @dataclass
@@ -81,12 +84,16 @@ class Recipe:
             the same learning rate in each epoch, for as many epochs as were best with patience, or all of them.
         clip_norm: scale the gradient down to this norm where it is larger; null for never.
         seed: of the labels drawn, the order of the samples, the start values and the noise.
+        start_from: folder of a run whose network this one starts as, as far as it has parameters and buffers of the
+            same name and shape; layers that grew are new. null: a start of its own.
         seeds: networks trained side by side, with the seeds seed, seed + 1 and so on, in one batched program.
         accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
         devices: how many devices, or which; one process runs for each.
         num_nodes: machines.
         strategy: Fabric's strategy for several processes; auto takes ddp.
         precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
+        graph: auto captures the training step as a CUDA graph wherever that can be done, on insists on it, off leaves
+            it. A Ladder's numbers are the same, but that the learning rate is then rounded to float32.
         threads: of torch's operations on the CPU; null for as many as torch would take. Sums depend on it, in
             their last bits.
         evaluate_every: epochs from one measurement of the test error to the next; the last one is always
@@ -115,12 +122,14 @@ class Recipe:
     retrain: bool = False
     clip_norm: float | None = None
     seed: int = 1
+    start_from: str | None = None
     seeds: int = 1
     accelerator: str = "auto"
     devices: int | str | list[int] = 1
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str = "32-true"
+    graph: str = "auto"
     threads: int | None = None
     evaluate_every: int = 1
     log_every: int = 50
@@ -137,6 +146,8 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.graph not in GRAPH:
+            raise ValueError(f"graph must be one of {', '.join(GRAPH)}, got {self.graph!r}")
         for name in ("batch_labelled", "batch_unlabelled"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -248,7 +259,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
         if name != "class_path":
             (given[part] if part else given)[name] = value
     try:
-        parsed = parser.parse_object(given).as_dict()
+        parsed = _plain(parser.parse_object(copy.deepcopy(given)))  # in lists it changes mappings in place
     except ArgumentError as error:
         raise _explain(error, flat, classes, source) from error
     for part, cls in classes.items():
@@ -347,6 +358,15 @@ def _flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
             elif inner is not None:
                 raise TypeError(f"{source}: {key}.init_args must be a mapping, got {inner!r}")
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Dicts in the place of jsonargparse's namespaces, in lists as well."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _import_class(part: str, path: Any) -> type:

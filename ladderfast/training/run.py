@@ -23,6 +23,7 @@ from . import checkpoint
 from . import folder as folders
 from .adversarial import adversarial_noise, check_tau, input_gradient
 from .ensemble import Ensemble, EnsembleObjective
+from .graph import StaticStep, why_not
 from .logs import Log, ProgressBar, Row
 from .objectives import Objective
 from .recipe import Recipe, read_recipe
@@ -97,7 +98,7 @@ class Run:
             self.recipe = folders.continued(self.folder, saved, self.recipe, fields)
         elif self.folder is not None and not overwrite and getattr(rank_zero_only, "rank", 0) == 0:
             folders.check_free(self.folder)
-        self._setup()
+        self._setup(fresh=saved is None)
         if saved is not None:
             self._restore(saved)
 
@@ -118,11 +119,11 @@ class Run:
         alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "auto"}
         run.recipe = read_recipe(saved["recipe"], {**alone, **fields})
         run.folder, run.progress, run._overwrite = None, False, False
-        run._setup()
+        run._setup(fresh=False)
         run._restore(saved, random=False)
         return run
 
-    def _setup(self) -> None:
+    def _setup(self, *, fresh: bool) -> None:
         recipe = self.recipe
         # Whatever can be wrong with the input is found before other processes are started.
         self._dataset: DataSource = recipe.data.build("data", seed=recipe.seed)
@@ -146,6 +147,8 @@ class Run:
         for seed in seeds:
             torch.manual_seed(seed)
             networks.append(recipe.model.build("model"))
+            if fresh and recipe.start_from is not None:
+                _start_from(networks[-1], Path(recipe.start_from).expanduser())
         for method in self.objective.forward_methods:
             if not hasattr(networks[0], method):
                 got = type(networks[0]).__name__
@@ -170,6 +173,7 @@ class Run:
         self._adam = adam
         self.objective.prepare(model)
         self.batches = self._make_batches(self._dataset)
+        self._static = self._make_static()
         if fabric.global_rank:
             torch.manual_seed(recipe.seed + (fabric.global_rank << 32))  # noise of its own for each process
         self._own_noise()
@@ -352,10 +356,21 @@ class Run:
         if self._clock is None:
             self._clock = time.perf_counter()
         if self.step_in_epoch == 0:
-            for group in self._adam.param_groups:
-                group["lr"] = self.course.learning_rate(self.epoch)
+            self._set_rate(self.course.learning_rate(self.epoch))
 
-        batch = self.batches.get(self.epoch, self.step_in_epoch)
+        if self._static is not None:
+            costs = self._static(self.epoch, self.step_in_epoch)
+        else:
+            costs = self._train_on(self.batches.get(self.epoch, self.step_in_epoch))
+        self.step_in_epoch += 1
+        self._timed_steps += 1
+        self._unread.append(costs)
+        if self.global_step % self.recipe.log_every == 0:
+            self._read_costs()
+        return {"total": costs.sum(0), **dict(zip(self._terms, costs.unbind(), strict=True))}
+
+    def _train_on(self, batch: Any) -> Tensor:
+        """Costs, backward and update of one batch. Returns the costs, detached; `_terms` has their names."""
         self._adam.zero_grad()
         with self.fabric.autocast():
             terms = self.objective(self.module, batch)
@@ -366,15 +381,51 @@ class Run:
             self._clip(self.recipe.clip_norm)
         self.optimizer.step()
         self.objective.after_step(self.model)
-
         self._terms = list(terms)
-        self.step_in_epoch += 1
-        self._timed_steps += 1
-        costs = costs.detach()
-        self._unread.append(costs)
-        if self.global_step % self.recipe.log_every == 0:
-            self._read_costs()
-        return {"total": costs.sum(0), **dict(zip(terms, costs.unbind(), strict=True))}
+        return costs.detach()
+
+    def _make_static(self) -> StaticStep | None:
+        """The step in a form that a CUDA graph can hold, where the recipe wants one and it can be had."""
+        recipe, device = self.recipe, self.fabric.device
+        if recipe.graph == "off":
+            return None
+        reason = why_not(
+            device,
+            self.batches,
+            processes=self.fabric.world_size,
+            precision=recipe.precision,
+            objective=self.objective,
+        )
+        if reason is not None:
+            if recipe.graph == "on":
+                raise ValueError(f"graph=on cannot be had: {reason}")
+            return None
+        rate = torch.zeros((), device=device)
+        for group in self._adam.param_groups:
+            group.update(lr=rate.fill_(float(group["lr"])), capturable=True)
+        return StaticStep(self.batches, self._train_on, self._changing, self._undo_warm_up)
+
+    def _changing(self) -> list[Tensor]:
+        """What a training step changes in place."""
+        optimizer = [
+            t for state in self._adam.state.values() for t in state.values() if isinstance(t, Tensor)
+        ]
+        return [*self.model.parameters(), *self.model.buffers(), *optimizer]
+
+    def _undo_warm_up(self) -> None:
+        """Gradients and what the optimiser had not had before are as before the first step."""
+        self._adam.zero_grad()
+        for state in self._adam.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._adam.param_groups:
+            if isinstance(group["lr"], Tensor):  # a captured step reads it from there
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _clip(self, norm: float) -> None:
         """Scale the gradient down to this norm where it is larger, each network's its own."""
@@ -420,7 +471,7 @@ class Run:
             "total": sum(costs),
             **dict(zip(self._terms, costs, strict=True)),
             **{name: self.history[-1][name] if self.history else None for name in shown},
-            "learning_rate": self._adam.param_groups[0]["lr"],
+            "learning_rate": float(self._adam.param_groups[0]["lr"]),
             "steps_per_second": self._timed_steps / seconds,
         }
 
@@ -503,6 +554,7 @@ class Run:
     def _begin_retraining(self) -> None:
         self.course.retraining = True
         self.batches = self._make_batches(self._dataset.with_validation_in_training())
+        self._static = self._make_static()
 
     def _steps_planned(self) -> int:
         return self._steps_before + self.course.epochs * len(self.batches)
@@ -612,7 +664,7 @@ class Run:
                 "world_size": self.fabric.world_size,
                 "threads": torch.get_num_threads(),
                 "model": self.model.state_dict(),
-                "optimizer": self._adam.state_dict(),
+                "optimizer": self._optimizer_state(),
                 "objective": self.objective.state_dict(),
                 "best": self._best,
                 "precision": self.fabric.strategy.precision.state_dict(),
@@ -627,6 +679,12 @@ class Run:
             }
             checkpoint.save(self.folder, state)
         self.fabric.barrier()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """As it is without a graph."""
+        state = self._adam.state_dict()
+        groups = [{**g, "lr": float(g["lr"]), "capturable": False} for g in state["param_groups"]]
+        return {**state, "param_groups": groups}
 
     def _gather(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         if self.fabric.world_size == 1:
@@ -658,7 +716,12 @@ class Run:
         self._steps_before, self._best = saved["steps_before"], saved["best"]
         self.model.load_state_dict(saved["model"])
         self._own_noise()
+        kept = [{name: group[name] for name in ("lr", "capturable")} for group in self._adam.param_groups]
         self._adam.load_state_dict(saved["optimizer"])
+        rate = self._adam.param_groups[0]["lr"]
+        for group, own in zip(self._adam.param_groups, kept, strict=True):
+            group.update(own)  # how this run steps, on a GPU with a graph or without, is its own affair
+        self._set_rate(rate)
         self.objective.load_state_dict(saved["objective"])
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if random:
@@ -695,3 +758,19 @@ def _make_fabric(recipe: Recipe) -> Fabric:
             f"{n}={getattr(recipe, n)!r}" for n in ("accelerator", "devices", "strategy", "precision")
         )
         raise ValueError(f"{wanted} cannot be had: {' '.join(str(error).split())}") from error
+
+
+def _start_from(model: nn.Module, folder: Path) -> None:
+    """Give the network what it shares with another run's, by name and shape; its noise stays its own."""
+    saved = checkpoint.load(folder)
+    if saved is None:
+        raise FileNotFoundError(f"start_from: {folder} holds no checkpoint of a run")
+    own = model.state_dict()
+    taken = {
+        k: v
+        for k, v in saved["model"].items()
+        if k in own and own[k].shape == v.shape and k.rpartition(".")[2] != "noise_state"
+    }
+    if not taken:
+        raise ValueError(f"start_from: the network in {folder} shares no parameter with this one")
+    model.load_state_dict({**own, **taken})

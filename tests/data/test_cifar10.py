@@ -4,15 +4,17 @@ import io
 import os
 import pickle
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ladderfast.data import CIFAR10, cifar10, whitening
+from ladderfast.data import CIFAR10, CIFAR100, cifar10, whitening
 from ladderfast.data.whitening import ZCA, normalise_contrast
 
 SAMPLES = 20  # in each of the six batches
+LAYOUT = CIFAR10.layout
 
 
 def python_batch(pixels, labels):
@@ -45,18 +47,16 @@ def cache(monkeypatch, tmp_path):
 def batches(monkeypatch):
     """Six small batches, (pixels, labels) by name, that stand for CIFAR-10's, with checksums to match."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(cifar10, "SAMPLES", SAMPLES)
     made, md5s = {}, []
-    for name, _ in cifar10.BATCHES:
+    for name, _, _ in LAYOUT.batches:
         labels = rng.permutation(np.arange(SAMPLES) % 10)
         made[name] = rng.integers(0, 256, (SAMPLES, 3072), dtype=np.uint8), labels
-        md5s.append((name, hashlib.md5(python_batch(*made[name])).hexdigest()))
-    monkeypatch.setattr(cifar10, "BATCHES", tuple(md5s))
+        md5s.append((name, hashlib.md5(python_batch(*made[name])).hexdigest(), SAMPLES))
     forms = {}
-    for form, (inner, archive, _) in cifar10.FORMS.items():
+    for form, (inner, archive, _) in LAYOUT.forms.items():
         packed = archive_of(inner, files_of(form, made))
         forms[form] = inner, archive, hashlib.md5(packed).hexdigest()
-    monkeypatch.setattr(cifar10, "FORMS", forms)
+    monkeypatch.setattr(CIFAR10, "layout", replace(LAYOUT, batches=tuple(md5s), forms=forms))
     return made
 
 
@@ -67,7 +67,7 @@ def files_of(form, made):
 
 
 def write(folder, form, made, how="inner"):
-    inner, archive, _ = cifar10.FORMS[form]
+    inner, archive, _ = LAYOUT.forms[form]
     files = files_of(form, made)
     if how == "archive":
         (folder / archive).write_bytes(archive_of(inner, files))
@@ -194,8 +194,10 @@ def test_nothing_in_a_python_batch_is_executed(batches, tmp_path, monkeypatch, p
     (place / "data_batch_2").write_bytes(harm)
     with pytest.raises(ValueError, match="data_batch_2 is not CIFAR-10's file: its MD5"):
         CIFAR10(str(tmp_path))
-    md5s = [(n, hashlib.md5(harm).hexdigest() if n == "data_batch_2" else m) for n, m in cifar10.BATCHES]
-    monkeypatch.setattr(cifar10, "BATCHES", md5s)  # even if somebody got past the checksum
+    md5 = hashlib.md5(harm).hexdigest()
+    passed = [(n, md5 if n == "data_batch_2" else m, s) for n, m, s in CIFAR10.layout.batches]
+    # even if somebody got past the checksum
+    monkeypatch.setattr(CIFAR10, "layout", replace(CIFAR10.layout, batches=tuple(passed)))
     with pytest.raises(ValueError, match=r"data_batch_2 is not a Python batch .* it asks for .*\.mkdir"):
         CIFAR10(str(tmp_path))
     assert not (tmp_path / "harm").exists()
@@ -221,7 +223,7 @@ def test_nothing_in_a_python_batch_is_executed(batches, tmp_path, monkeypatch, p
 )
 def test_python_batches_that_are_none(batches, content, message):
     with pytest.raises(ValueError, match=message):
-        cifar10.parse_python(content, "name")
+        cifar10.parse_python(content, "name", SAMPLES, LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_missing_and_damaged_files(batches, tmp_path, form):
         CIFAR10(str(tmp_path))
     (tmp_path / "other").mkdir()
     write(tmp_path / "other", form, batches, "archive")
-    path = tmp_path / "other" / cifar10.FORMS[form][1]
+    path = tmp_path / "other" / LAYOUT.forms[form][1]
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(ValueError, match=r"tar.gz is not CIFAR-10's file: its MD5"):
         CIFAR10(str(tmp_path / "other"))
@@ -258,7 +260,7 @@ def test_missing_and_damaged_files(batches, tmp_path, form):
 
 def test_download(batches, cache, monkeypatch, tmp_path):
     """The transport is that of MNIST, whose tests have a server; here, what is asked for and what is done with it."""
-    _, archive, _ = cifar10.FORMS["binary"]
+    _, archive, _ = LAYOUT.forms["binary"]
 
     def fetch(name, urls, target, *, check):
         assert urls == [f"{mirror}{archive}" for mirror in cifar10.MIRRORS]
@@ -274,3 +276,47 @@ def test_download(batches, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10, "download_file", None)
     assert len(CIFAR10(download=True, whiten=False).x_test) == SAMPLES  # it is in the cache now
     assert (cache / archive).exists()
+
+
+# CIFAR-100, whose samples have two labels
+
+
+@pytest.fixture
+def hundred(monkeypatch, tmp_path):
+    """Two small files of CIFAR-100 in each form: name -> (pixels, coarse labels, fine labels)."""
+    rng = np.random.default_rng(1)
+    made, batches = {}, []
+    for name, samples in (("train", 200), ("test", 100)):
+        fine = rng.permutation(np.arange(samples) % 100)
+        made[name] = rng.integers(0, 256, (samples, 3072), dtype=np.uint8), fine // 5, fine
+        pixels, coarse, fine = made[name]
+        batch = {b"data": pixels, b"coarse_labels": coarse.tolist(), b"fine_labels": fine.tolist()}
+        python = pickle.dumps(batch, protocol=2)
+        batches.append((name, hashlib.md5(python).hexdigest(), samples))
+        binary = np.concatenate([np.stack([coarse, fine], 1).astype(np.uint8), pixels], 1).tobytes()
+        for form, file, content in (("python", name, python), ("binary", f"{name}.bin", binary)):
+            place = tmp_path / form / CIFAR100.layout.forms[form][0]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / file).write_bytes(content)
+    monkeypatch.setattr(CIFAR100, "layout", replace(CIFAR100.layout, batches=tuple(batches)))
+    return made
+
+
+@pytest.mark.parametrize("form", ["python", "binary"])
+def test_cifar100_has_the_fine_labels(hundred, tmp_path, form):
+    data = CIFAR100(str(tmp_path / form), num_labels=100, whiten=False, contrast=True)
+    pixels, _, fine = hundred["train"]
+    raw = torch.from_numpy(pixels).float()
+    torch.testing.assert_close(data.x_unlabelled, normalise_contrast(raw))
+    np.testing.assert_array_equal(data.y_test.numpy(), hundred["test"][2])
+    np.testing.assert_array_equal(CIFAR100(str(tmp_path / form), whiten=False).y_labelled.numpy(), fine)
+    assert torch.bincount(data.y_labelled).tolist() == [1] * 100
+
+
+def test_cifar100_says_its_name(hundred, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-100 is not in .*cifar-100-binary.tar.gz"):
+        CIFAR100(str(tmp_path))
+    path = tmp_path / "binary" / "cifar-100-binary" / "train.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is not a batch of CIFAR-100: it has 614799 bytes, expected 614800"):
+        CIFAR100(str(tmp_path / "binary"))

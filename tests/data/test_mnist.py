@@ -158,3 +158,14 @@ def test_a_failed_download_names_every_mirror_and_leaves_nothing(contents, mirro
     assert f"{address}none/train-images-idx3-ubyte.gz (404" in str(caught.value)
     assert "not an IDX file" in str(caught.value)
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_padding_makes_images_of_32_by_32(folder):
+    plain, data = MNIST(str(folder)), MNIST(str(folder), padding=2)
+    assert data.image_shape == (32, 32)
+    for x, small in ((data.x_unlabelled, plain.x_unlabelled), (data.x_test, plain.x_test)):
+        x = x.reshape(-1, 32, 32)
+        assert torch.equal(x[:, 2:-2, 2:-2].flatten(1), small)
+        assert float(x.sum()) == pytest.approx(float(small.sum()))
+    with pytest.raises(ValueError, match="padding must not be negative, got -1"):
+        MNIST(str(folder), padding=-1)

@@ -25,6 +25,10 @@ FORMULAS = {
         (z - (a1 * s(a2 * u + a3) + a4 * u + a5)) * (a6 * s(a7 * u + a8) + a9 * u + a10)
         + (a1 * s(a2 * u + a3) + a4 * u + a5)
     ),
+    "gaussian_squashed": lambda z, u, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10: (
+        (z - (a1 * s(a2 * u + a3) + a4 * u + a5)) * s(a6 * s(a7 * u + a8) + a9 * u + a10)
+        + (a1 * s(a2 * u + a3) + a4 * u + a5)
+    ),
     "sigmoid": lambda z, u, a1, a2, a3, a4, b1, c1, c2, c3, c4: (
         a1 + a2 * z + a3 * u + a4 * z * u + b1 * s(c1 + c2 * z + c3 * u + c4 * z * u)
     ),
@@ -38,6 +42,7 @@ FORMULAS = {
 # What each gives before any training.
 AT_START = {
     "gaussian": lambda z, u: torch.zeros_like(z),
+    "gaussian_squashed": lambda z, u: z / 2,
     "sigmoid": lambda z, u: z + torch.sigmoid(z),
     "sigmoid_no_product": lambda z, u: z + torch.sigmoid(z),
     "bilinear": lambda z, u: z,
@@ -129,11 +134,13 @@ def test_gaussian_is_the_module_of_that_name():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"gaussian, sigmoid, .*additive, none, got 'gausian'"):
+    with pytest.raises(
+        ValueError, match=r"gaussian, gaussian_squashed, sigmoid, .*additive, none, got 'gausian'"
+    ):
         make_combinator("gausian", 4)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gaussian"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gaussian")])
 def test_wrong_shapes(name):
     module = make_combinator(name, 4)
     with pytest.raises(ValueError, match=r"z must have shape \(N, 4, \*\), got \(2, 3\)"):

@@ -1,0 +1,364 @@
+"""Tagger: perceptual grouping by iterated inference in several groups (Greff et al. 2016)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ladderfast.models.layers import Dense
+from ladderfast.nn import GaussianCombinator
+from ladderfast.nn.ladder_decoder import LadderDecoderLayer
+from ladderfast.nn.ladder_encoder import LadderEncoderLayer
+from ladderfast.ops import (
+    bernoulli_group_inputs,
+    bernoulli_mixture_nll,
+    gaussian_group_inputs,
+    gaussian_mixture_nll,
+)
+
+EPS = 1e-10  # beneath the square root of every normalisation, as in the Ladder
+
+# The published code's form where it is not the paper's: Tagger(400, [500, 250], **PUBLISHED).
+PUBLISHED = {
+    "density_in_residual": False,
+    "square_variance": True,
+    "variance_start": math.exp(math.asinh(1.0)),
+    "variance_map": "exp_asinh",
+    "scale_residual": True,
+    "feed_logits": True,
+}
+
+
+class TaggerOutput(NamedTuple):
+    """What a `Tagger` returns. Entry or row t belongs to iteration t + 1."""
+
+    z: tuple[Tensor, ...]
+    """Reconstructions of the groups, (N, K, D) each; in the binary case probabilities of a one."""
+    m: tuple[Tensor, ...]
+    """Masks of the groups, (N, K, D) each, which sum to 1 over K."""
+    cost: Tensor
+    """(T, N): -log of the mixture's likelihood of the clean input, in nats, summed over pixels."""
+    log_classes: Tensor | None
+    """(T, N, classes): log of the classes' share, `class_shares`; None without classes."""
+
+
+class LadderMapping(nn.Module):
+    """A dense Ladder network as a map from its input to its reconstruction of it, (N, H) -> (N, H).
+
+    Without noise and denoising costs, with a softmax on top, and without normalising its reconstruction. Statistics
+    are those of the batch in either mode.
+
+    Args:
+        widths: of the layers 0..L; H is the first.
+        squash_v: whether v of the Gaussian combinators goes through a sigmoid, as for continuous inputs.
+
+    At first g(z, u) = z / 2 with and without the sigmoid: a10 starts at 1/2 without it, not at 0 as in a Ladder. A
+    reconstruction that is 0 everywhere would meet a normalisation that divides by sqrt(eps), and Adam would remember
+    the size of those gradients for thousands of steps.
+
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A.6.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        squash_v: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2:
+            raise ValueError(f"layers must hold H and at least one width of the Ladder, got {list(widths)}")
+        self.widths, self.squash_v = tuple(widths), squash_v
+        combinator = "gaussian_squashed" if squash_v else "gaussian"
+        top = len(widths) - 1
+        encoder, decoder = nn.ModuleList(), nn.ModuleList()
+        for layer, (below, width) in enumerate(itertools.pairwise(widths), 1):
+            encoder.append(
+                LadderEncoderLayer(
+                    Dense((below,), (width,), device=device, dtype=dtype),
+                    width,
+                    activation="identity" if layer == top else "relu",
+                    scale=layer == top,
+                    wide=layer == top,
+                    device=device,
+                    dtype=dtype,
+                )
+            )
+        for layer, width in enumerate(widths):
+            above = None
+            if layer < top:
+                above = Dense((widths[layer + 1],), (width,), device=device, dtype=dtype)
+            decoder.append(
+                LadderDecoderLayer(above, width, combinator=combinator, device=device, dtype=dtype)
+            )
+        self.encoder = cast("Sequence[LadderEncoderLayer]", encoder)
+        self.decoder = cast("Sequence[LadderDecoderLayer]", decoder)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the start values: a Ladder's, and a10 as said."""
+        for module in self.modules():
+            if isinstance(module, (Dense, LadderEncoderLayer, LadderDecoderLayer)):
+                module.reset_parameters()
+            if isinstance(module, GaussianCombinator) and not self.squash_v:
+                module.weight[9] = 0.5
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The reconstruction (N, H) of h (N, H), and the logits (N, widths[-1]) of the top."""
+        laterals = [h]
+        for layer in self.encoder:
+            z, h, _, _ = layer(h)
+            laterals.append(z)
+        logits = h
+        h = torch.softmax(logits, 1)
+        for decode, z in zip(reversed(self.decoder), reversed(laterals), strict=True):
+            h = decode(h, z).z_hat
+        return h, logits
+
+
+class Tagger(nn.Module):
+    """Tagger: K groups that share one network explain an input together, over T iterations.
+
+        dz, L = what the corrupted input tells each group          (the ops `gaussian_group_inputs`, `bernoulli_...`)
+        h_k   = relu(BN(W_h [z_k, m_k, dz_k, L_k]))
+        y_k   = inner(h_k)
+        z_k   = c1 BN(W_z y_k) + b1                                (binary: sigmoid of it)
+        m     = softmax over k of c2 BN(W_m y_k)
+
+    The first masks are a softmax over k of N(0, 1), the first z_k `input_mean`. Normalisation is over batch and
+    groups together, with the statistics of the batch at hand in either mode, so that what the network answers depends
+    on what else is in the batch.
+
+    Args:
+        num_pixels: D, the values of an input.
+        layers: H, and with the Ladder network inside the widths of its layers 1..L: [2000, 1000, 500].
+        inner: a network of your own from (N K, H) to (N K, H) instead of the Ladder; `layers` then is [H]. With
+            `num_classes` it returns a pair, the second being logits (N K, num_classes + 1).
+        binary: whether inputs are zeros and ones, corrupted by bit flips; otherwise real, corrupted by Gaussian noise.
+        noise: probability of a flip (beta), or the noise's standard deviation (sigma).
+        input_mean: mean of the data.
+        num_classes: classes of the supervised head; 0: none. The top of the Ladder has a unit more, "no class".
+        variance_start: learned variance v at first (continuous), in the square of the input's unit.
+        variance_map: v as a function of the parameter w: "exp", or "exp_asinh" for exp(asinh(w)) **.
+        density_in_residual: whether dz_k = (x - z_k) m_k z~_k, as in equation 24; otherwise (x - z_k) m_k **.
+        square_variance: whether z~ has the variance sigma^2 + v^2 ** instead of sigma^2 + v.
+        scale_residual: whether the binary dz is multiplied by 1 - 2 beta **.
+        feed_logits: whether the projection sees the binary z before the sigmoid, from the second iteration on **.
+
+    ** The published code's form; the paper's is the default. `PUBLISHED` has all of them.
+
+    The Ladder inside is a `LadderMapping`; for continuous inputs v of its combinators goes through a sigmoid (A.6).
+
+    Raises TypeError or ValueError for arguments that make no Tagger.
+
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, algorithms 2 and 3. (The
+    Gaussian mixture in the cost of algorithm 3 is a slip: this is the Bernoulli one.)
+    """
+
+    def __init__(
+        self,
+        num_pixels: int,
+        layers: Sequence[int],
+        *,
+        inner: nn.Module | None = None,
+        binary: bool = True,
+        noise: float = 0.2,
+        input_mean: float = 0.5,
+        num_classes: int = 0,
+        variance_start: float = 1.0,
+        variance_map: str = "exp",
+        density_in_residual: bool = True,
+        square_variance: bool = False,
+        scale_residual: bool = False,
+        feed_logits: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        widths = list(layers)
+        if num_pixels < 1 or not widths or min(widths) < 1:
+            raise ValueError(f"num_pixels and layers must be positive, got {num_pixels} and {widths}")
+        if inner is not None and len(widths) > 1:
+            raise ValueError(f"layers must be [H] for an inner network of one's own, got {widths}")
+        if not 0 <= noise < math.inf or (binary and noise > 0.5):
+            wanted = "from 0 to 0.5" if binary else "finite and not negative"
+            raise ValueError(f"noise must be {wanted}, got {noise}")
+        if not 0 < variance_start < math.inf:
+            raise ValueError(f"variance_start must be positive and finite, got {variance_start}")
+        if variance_map not in ("exp", "exp_asinh"):
+            raise ValueError(f"variance_map must be exp or exp_asinh, got {variance_map!r}")
+        if num_classes and inner is None and widths[-1] != num_classes + 1:
+            raise ValueError(
+                f"layers must end with num_classes + 1 = {num_classes + 1} units, the last for no class, "
+                f"got {widths}"
+            )
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_pixels, self.hidden, self.num_classes = num_pixels, widths[0], num_classes
+        self.binary, self.noise, self.input_mean = binary, noise, input_mean
+        self.variance_start, self.variance_map = variance_start, variance_map
+        self.density_in_residual, self.square_variance = density_in_residual, square_variance
+        self.scale_residual, self.feed_logits = scale_residual, feed_logits
+
+        self.project = LadderEncoderLayer(
+            Dense((4 * num_pixels,), (widths[0],), **kind), widths[0], shift=False, eps=EPS, **kind
+        )
+        if inner is None:
+            inner = LadderMapping(widths, squash_v=not binary, **kind)
+        self.inner = inner
+        # Rows of z, then rows of m.
+        self.read = Dense((widths[0],), (2 * num_pixels,), **kind)
+        self.z_scale = nn.Parameter(torch.empty(num_pixels, **kind))
+        self.z_shift = nn.Parameter(torch.empty(num_pixels, **kind))
+        self.m_scale = nn.Parameter(torch.empty((), **kind))
+        self.log_variance = None if binary else nn.Parameter(torch.empty((), **kind))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the start values: weights randn / sqrt(fan_in), c1 and c2 1, b1 0, v `variance_start`.
+
+        Those of an inner network of one's own are its own.
+        """
+        for module in (self.project.linear, self.read):
+            cast("Dense", module).reset_parameters()
+        if isinstance(self.inner, LadderMapping):
+            self.inner.reset_parameters()
+        nn.init.ones_(self.z_scale)
+        nn.init.zeros_(self.z_shift)
+        nn.init.ones_(self.m_scale)
+        if self.log_variance is not None:
+            start = math.log(self.variance_start)
+            nn.init.constant_(
+                self.log_variance, math.sinh(start) if self.variance_map == "exp_asinh" else start
+            )
+
+    @property
+    def variance(self) -> Tensor:
+        """The learned variance v of the continuous case, 0-dim."""
+        if self.log_variance is None:
+            raise TypeError("a binary Tagger has no variance")
+        w = self.log_variance.float() if self.log_variance.dtype.itemsize < 4 else self.log_variance
+        return torch.exp(torch.asinh(w) if self.variance_map == "exp_asinh" else w)
+
+    def corrupt(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """x (N, D) with bit flips of probability `noise`, or Gaussian noise of that standard deviation."""
+        if self.binary:
+            flips = torch.rand(x.shape, generator=generator, device=x.device) < self.noise
+            return torch.where(flips, 1 - x, x)
+        return x + self.noise * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        num_groups: int,
+        num_iterations: int,
+        *,
+        corrupted: Tensor | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TaggerOutput:
+        """T iterations with K groups.
+
+        Args:
+            x: (N, D) the clean inputs.
+            num_groups: K.
+            num_iterations: T.
+            corrupted: (N, D) what the network sees; by default `corrupt(x)`.
+            mask: (N, K, D) the first masks, which sum to 1 over K; drawn by default.
+            generator: what is drawn comes from it; by default from torch's global generator.
+
+        Raises TypeError or ValueError for inputs of the wrong kind or shape.
+        """
+        self._check("x", x, (None, self.num_pixels))
+        if num_groups < 1 or num_iterations < 1:
+            raise ValueError(
+                f"num_groups and num_iterations must be at least 1, got {num_groups} and {num_iterations}"
+            )
+        if len(x) * num_groups < 2:
+            raise ValueError(
+                f"x must hold at least two samples for a single group, as there is no variance in one, got {len(x)}"
+            )
+        shape = (len(x), num_groups, self.num_pixels)
+        if corrupted is None:
+            corrupted = self.corrupt(x, generator=generator)
+        self._check("corrupted", corrupted, tuple(x.shape))
+        if mask is None:
+            mask = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).softmax(1)
+        self._check("mask", mask, shape)
+        z = seen = torch.full(shape, self.input_mean, device=x.device, dtype=x.dtype)
+        zs, masks, costs, classes = [], [], [], []
+        for _ in range(num_iterations):
+            y = self.inner(self.project(self._inputs(corrupted, z, seen, mask), want_z=False).h)
+            if isinstance(y, tuple):
+                y, logits = y
+                if self.num_classes:
+                    classes.append(class_shares(logits.unflatten(0, shape[:2])))
+            elif self.num_classes:
+                raise TypeError("inner must return a pair, (N K, H) and the classes' logits, for num_classes")
+            z, seen, mask, cost = self._outputs(y, x, num_groups)
+            zs.append(z)
+            masks.append(mask)
+            costs.append(cost)
+        log_classes = torch.stack(classes) if classes else None
+        return TaggerOutput(tuple(zs), tuple(masks), torch.stack(costs), log_classes)
+
+    def _inputs(self, corrupted: Tensor, z: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
+        """[z, m, dz, L] of every group, (N K, 4 D). `seen` is z as the projection sees it."""
+        if self.binary:
+            dz, likelihood = bernoulli_group_inputs(corrupted, z, mask, self.noise)
+            if self.scale_residual:
+                dz = dz * (1 - 2 * self.noise)
+        else:
+            v = self.variance
+            variance = (v * v if self.square_variance else v) + self.noise**2
+            dz, likelihood = gaussian_group_inputs(corrupted, z, mask, variance)
+            if not self.density_in_residual:
+                dz = (corrupted.unsqueeze(1) - z) * mask
+        return torch.cat([seen, mask, dz, likelihood], 2).flatten(0, 1)
+
+    def _outputs(self, y: Tensor, x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z, z as the next projection sees it, the masks (N, K, D) each, and the cost (N,)."""
+        read = self.read(y.to(self.read.weight.dtype))
+        read = read.to(x.dtype)
+        ones = torch.ones_like(self.z_scale)
+        scale = torch.cat([self.z_scale, self.m_scale * ones])
+        shift = torch.cat([self.z_shift, torch.zeros_like(ones)])
+        read = F.batch_norm(read, None, None, scale, shift, training=True, eps=EPS)
+        z, logits = read.unflatten(0, (len(x), num_groups)).chunk(2, 2)
+        mask = logits.softmax(1)
+        if not self.binary:
+            return z, z, mask, gaussian_mixture_nll(x, z, mask, self.variance).sum(1)
+        p = torch.sigmoid(z)
+        return p, z if self.feed_logits else p, mask, bernoulli_mixture_nll(x, p, mask).sum(1)
+
+    def extra_repr(self) -> str:
+        kind = "binary" if self.binary else "continuous"
+        return f"num_pixels={self.num_pixels}, hidden={self.hidden}, {kind}, noise={self.noise}"
+
+    @staticmethod
+    def _check(name: str, t: Tensor, shape: tuple[int | None, ...]) -> None:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        if t.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, t.shape, strict=True)):
+            wanted = ", ".join("N" if n is None else str(n) for n in shape)
+            raise ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
+
+
+def class_shares(logits: Tensor) -> Tensor:
+    """Log of each class's share in an input, (N, C), from the groups' logits (N, K, C + 1).
+
+    The softmax of each group, less its last unit ("no class"), is normalised over groups and classes together, and
+    summed over groups.
+    """
+    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    log_p = torch.log_softmax(wide, 2)[..., :-1]
+    return torch.logsumexp(log_p, 1) - torch.logsumexp(log_p, (1, 2)).unsqueeze(1)

@@ -1,0 +1,197 @@
+"""What a Tagger minimises, what it is judged by, and its pictures."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderfast.data import Batch
+
+from .metric import Metric
+from .mutual_information import NORMALISERS, adjusted_mutual_information
+from .objectives import Objective
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METRICS = {
+    "ami": Metric("ami", "adjusted mutual information", "", higher_is_better=True),
+    "test_error": Metric(),
+}
+SUMS = ("sum", "mean")
+SHOWN = 1000  # test images behind the curves over iterations
+NOISE = 1  # seed of what is drawn in measurements and pictures
+
+
+class TaggerObjective(Objective):
+    """Greff et al. 2016: the denoising cost of every iteration, and for labelled images a class cost at the last one.
+
+    The class cost is the cross-entropy of an image's classes under the groups' shares (`class_shares`); an image with
+    two classes has the sum of both.
+
+    Test images are corrupted as training images are, by noise that is the same every time. A pixel's predicted group
+    is the one with the largest mask; pixels of no owner are left out of the AMI, which is averaged over images.
+    Normalisation takes the statistics of the test batch. The classes an image is said to have are as many as it has.
+
+    Args:
+        groups: K.
+        iterations: T.
+        over_iterations: whether costs are summed over iterations, as in the paper, or averaged, as in its code.
+        over_pixels: the same over pixels. (Adam minds neither; but what class_weight means depends on both.)
+        class_weight: of the class cost; 0: it is not computed.
+        normaliser: of the AMI, "arithmetic" or "max".
+        judged_by: "ami" or, for labelled images, "test_error", both at the last iteration.
+        test_batch: test images normalised together.
+
+    Raises ValueError for arguments out of range, or labels of a model or of data without classes.
+    """
+
+    def __init__(
+        self,
+        groups: int = 4,
+        iterations: int = 3,
+        over_iterations: str = "sum",
+        over_pixels: str = "sum",
+        class_weight: float = 0.0,
+        normaliser: str = "arithmetic",
+        judged_by: str = "ami",
+        test_batch: int = 100,
+    ) -> None:
+        for name, value, allowed in (
+            ("over_iterations", over_iterations, SUMS),
+            ("over_pixels", over_pixels, SUMS),
+            ("normaliser", normaliser, NORMALISERS),
+            ("judged_by", judged_by, tuple(METRICS)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name, number in (("groups", groups), ("iterations", iterations), ("test_batch", test_batch)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if not 0 <= class_weight < math.inf:
+            raise ValueError(f"class_weight must be finite and not negative, got {class_weight}")
+        self.groups, self.iterations, self.test_batch = groups, iterations, test_batch
+        self.over_iterations, self.over_pixels = over_iterations, over_pixels
+        self.class_weight, self.normaliser = class_weight, normaliser
+        self.metric = METRICS[judged_by]
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """Terms `iteration_1` to `iteration_T`, and `class_cost`."""
+        x = torch.cat([batch.x_labelled, batch.x_unlabelled])
+        out = model(x, self.groups, self.iterations)
+        scale = 1.0 if self.over_iterations == "sum" else 1 / self.iterations
+        if self.over_pixels == "mean":
+            scale /= x.shape[1]
+        terms = {f"iteration_{t}": cost * scale for t, cost in enumerate(out.cost.mean(1).unbind(), 1)}
+        if self.class_weight:
+            y = _k_hot(batch.y_labelled, _log_classes(out))
+            cost = -(y * _log_classes(out)[-1, : len(y)]).sum(1).mean()
+            terms["class_cost"] = self.class_weight * cost
+        return terms
+
+    def measure(self, model: Any, data: Any) -> dict[str, Any]:
+        """AMI, cost and, where there are labels and classes, error in percent: of every iteration and of the last.
+
+        ami, ami_1 .. ami_T, ami_normaliser; cost and cost_1 .. in nats an image; test_error, test_error_1 ..,
+        test_errors and test_samples (labels).
+        """
+        figures = self._figures(model, data.x_test, data.owner_test, getattr(data, "y_test", None))
+        if self.metric.name not in figures:
+            raise ValueError('judged_by="test_error" needs labelled test images and a model with num_classes')
+        return figures
+
+    def validate(self, model: Any, data: Any) -> float | None:
+        """The AMI on validation images; None where there are none, or the run is judged by its error."""
+        if data.x_valid is None or self.metric.name != "ami":
+            return None
+        return float(self._figures(model, data.x_valid, data.owner_valid, None)["ami"])
+
+    @torch.no_grad()
+    def figures(self, model: Any, data: Any) -> dict[str, Figure]:
+        from .tagger_figures import group_grid, group_panels, iteration_curves
+
+        drawn: dict[str, Figure] = {}
+        training = model.training
+        model.eval()
+        x, owner = data.x_test[: self.test_batch], data.owner_test[: self.test_batch]
+        generator = torch.Generator(x.device).manual_seed(NOISE)
+        corrupted = model.corrupt(x, generator=generator)
+        out = model(x, self.groups, self.iterations, corrupted=corrupted, generator=generator)
+        x, corrupted = x.float().cpu(), corrupted.float().cpu()
+        z, m = ([t.float().cpu() for t in ts] for ts in (out.z, out.m))
+        drawn["Groups of test images, iteration by iteration"] = group_grid(
+            x, corrupted, owner.cpu(), z, m, data.image_shape
+        )
+        drawn["One image, group by group"] = group_panels(
+            x[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
+        )
+        labels = getattr(data, "y_test", None)
+        figures = self._figures(
+            model, data.x_test[:SHOWN], data.owner_test[:SHOWN], None if labels is None else labels[:SHOWN]
+        )
+        model.train(training)
+        curves = {
+            name: [figures[f"{key}_{t}"] for t in range(1, self.iterations + 1)]
+            for key, name in (("ami", "AMI"), ("cost", "cost, nats"), ("test_error", "error, %"))
+            if f"{key}_1" in figures
+        }
+        drawn["By iteration"] = iteration_curves(curves, len(data.x_test[:SHOWN]), self.normaliser)
+        return drawn
+
+    def _figures(self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        generator = torch.Generator(x.device).manual_seed(NOISE)
+        parts = -(-len(x) // self.test_batch)
+        ami = torch.zeros(self.iterations, dtype=torch.float64)
+        cost, wrong = torch.zeros_like(ami), torch.zeros_like(ami)
+        asked = 0
+        split = [torch.tensor_split(t, parts) for t in (x, owner)]
+        y_split = None if labels is None else torch.tensor_split(labels, parts)
+        for index, (images, owners) in enumerate(zip(*split, strict=True)):
+            out = model(images, self.groups, self.iterations, generator=generator)
+            cost += out.cost.double().sum(1).cpu()
+            for t, m in enumerate(out.m):
+                ami[t] += adjusted_mutual_information(
+                    owners, m.argmax(1).cpu(), normaliser=self.normaliser
+                ).sum()
+            if y_split is not None and out.log_classes is not None:
+                y = _k_hot(y_split[index], out.log_classes)
+                asked += int(y.sum())
+                wrong += _missed(out.log_classes, y)
+        figures: dict[str, Any] = {}
+        means = {"ami": ami / len(x), "cost": cost / len(x)}
+        if asked:
+            means["test_error"] = 100 * wrong / asked
+        for name, values in means.items():
+            figures[name] = float(values[-1])
+            figures.update((f"{name}_{t}", float(value)) for t, value in enumerate(values, 1))
+        figures["ami_normaliser"] = self.normaliser
+        if asked:
+            figures.update(test_errors=int(wrong[-1]), test_samples=asked)
+        return figures
+
+
+def _log_classes(out: Any) -> Tensor:
+    if out.log_classes is None:
+        raise ValueError("class_weight needs a model with num_classes, got one without")
+    found: Tensor = out.log_classes
+    return found
+
+
+def _k_hot(y: Tensor, log_classes: Tensor) -> Tensor:
+    """Labels (N,) or (N, C) as zeros and ones (N, C)."""
+    classes = log_classes.shape[-1]
+    k_hot = F.one_hot(y, classes) if y.dim() == 1 else y
+    if k_hot.shape[1] != classes:
+        raise ValueError(f"the images have {k_hot.shape[1]} classes, and the model {classes}")
+    return k_hot.to(log_classes.dtype)
+
+
+def _missed(log_classes: Tensor, y: Tensor) -> Tensor:
+    """Labels (of N, C) that are not among the likeliest classes, as many as an image has, by iteration (T,)."""
+    rank = log_classes.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    missed = (rank >= y.sum(1, keepdim=True)) & (y > 0)
+    return missed.double().sum((1, 2)).cpu()
