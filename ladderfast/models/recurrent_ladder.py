@@ -455,7 +455,8 @@ class RLadder(nn.Module):
             x: (N, T, *input_shape).
             state: before the first step; None: zeros.
             mask: (N, T) bool, for sequences of different lengths. Where it is False the sample has no part in the
-                step, in batch statistics neither: its state stays and the outputs are 0.
+                step, in batch statistics neither: its state stays and the outputs are 0. One that begins later than
+                others begins from zeros, which a batch normalisation of feedback does not leave alone.
             truncate: back-propagation is cut before every step whose number, counted from this x's first, is a
                 multiple of it.
             checkpoint_every: activations are kept at every so many steps only, and those between are computed again in

@@ -212,7 +212,7 @@ def test_checkpointing_keeps_less():
 
 def test_a_masked_step_has_no_part_in_anything():
     x = sequence()
-    mask = torch.tensor([[True] * 4, [True, True, False, True], [False, True, True, False]])
+    mask = torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]])
     model = make(norm="batch", norm_steps=1)
     noise = torch.where(mask[..., None, None, None], x, torch.full_like(x, 1e3))
     one, after = model(x, mask=mask)
@@ -223,9 +223,9 @@ def test_a_masked_step_has_no_part_in_anything():
     assert all(a.equal(b) for a, b in zip(means, model.buffers(), strict=True))
     assert not one.prediction[~mask].any()
     model.eval()
-    alone, state = model(x[2:, 1:3])
+    alone, state = model(x[2:, :2])
     both, after = model(x, mask=mask)
-    torch.testing.assert_close(both.logits[2:, 1:3], alone.logits)
+    torch.testing.assert_close(both.logits[2:, :2], alone.logits)
     for a, b in zip(tensors(state), tensors(after), strict=True):
         torch.testing.assert_close(a, b[2:])
 

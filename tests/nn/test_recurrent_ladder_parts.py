@@ -169,7 +169,7 @@ def test_gates_that_cannot_be_are_refused(arguments, message):
 
 def test_a_transposed_convolution_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="upsample must be nearest"):
-        TopDown((4, 3), (4, 13), upsample="transposed")
+        TopDown((4, 6), (4, 7), 5, upsample="transposed")
 
 
 def test_without_norm_a_dense_gru_is_torchs():
