@@ -35,16 +35,17 @@ class TaggerObjective(Objective):
 
     Test images are corrupted as training images are, by noise that is the same every time. A pixel's predicted group
     is the one with the largest mask; pixels of no owner are left out of the AMI, which is averaged over images.
-    Normalisation takes the statistics of the test batch. The classes an image is said to have are as many as it has.
+    The classes an image is said to have are as many as it has. Of sequences, whose next frames the groups predict, each
+    step's masks are held against the owners of the frame predicted, and figures are means over steps.
 
     Args:
         groups: K.
-        iterations: T.
+        iterations: T; of sequences, one less than their frames.
         over_iterations: whether costs are summed over iterations, as in the paper, or averaged, as in its code.
         over_pixels: the same over pixels. (Adam minds neither; but what class_weight means depends on both.)
         class_weight: of the class cost; 0: it is not computed.
         normaliser: of the AMI, "arithmetic" or "max".
-        judged_by: "ami" or, for labelled images, "test_error", both at the last iteration.
+        judged_by: "ami" or, for labelled images, "test_error", both at the last iteration (the mean, of sequences).
         test_batch: test images normalised together.
 
     Raises ValueError for arguments out of range, or labels of a model or of data without classes.
@@ -85,7 +86,7 @@ class TaggerObjective(Objective):
         out = model(x, self.groups, self.iterations)
         scale = 1.0 if self.over_iterations == "sum" else 1 / self.iterations
         if self.over_pixels == "mean":
-            scale /= x.shape[1]
+            scale /= x.shape[-1]
         terms = {f"iteration_{t}": cost * scale for t, cost in enumerate(out.cost.mean(1).unbind(), 1)}
         if self.class_weight:
             y = _k_hot(batch.y_labelled, _log_classes(out))
@@ -94,7 +95,7 @@ class TaggerObjective(Objective):
         return terms
 
     def measure(self, model: Any, data: Any) -> dict[str, Any]:
-        """AMI, cost and, where there are labels and classes, error in percent: of every iteration and of the last.
+        """AMI, cost and, where there are labels and classes, error in percent: of every iteration and as judged.
 
         ami, ami_1 .. ami_T, ami_normaliser; cost and cost_1 .. in nats an image; test_error, test_error_1 ..,
         test_errors and test_samples (labels).
@@ -112,7 +113,7 @@ class TaggerObjective(Objective):
 
     @torch.no_grad()
     def figures(self, model: Any, data: Any) -> dict[str, Figure]:
-        from .tagger_figures import group_grid, group_panels, iteration_curves
+        from .tagger_figures import group_grid, group_panels, iteration_curves, sequence_grid
 
         drawn: dict[str, Figure] = {}
         training = model.training
@@ -121,14 +122,19 @@ class TaggerObjective(Objective):
         generator = torch.Generator(x.device).manual_seed(NOISE)
         corrupted = model.corrupt(x, generator=generator)
         out = model(x, self.groups, self.iterations, corrupted=corrupted, generator=generator)
-        x, corrupted = x.float().cpu(), corrupted.float().cpu()
+        x, corrupted, owner = x.float().cpu(), corrupted.float().cpu(), owner.cpu()
         z, m = ([t.float().cpu() for t in ts] for ts in (out.z, out.m))
-        drawn["Groups of test images, iteration by iteration"] = group_grid(
-            x, corrupted, owner.cpu(), z, m, data.image_shape
-        )
-        drawn["One image, group by group"] = group_panels(
-            x[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
-        )
+        if x.dim() == 3:
+            drawn["A test sequence, step by step"] = sequence_grid(
+                x[0], corrupted[0], owner[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
+            )
+        else:
+            drawn["Groups of test images, iteration by iteration"] = group_grid(
+                x, corrupted, owner, z, m, data.image_shape
+            )
+            drawn["One image, group by group"] = group_panels(
+                x[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
+            )
         labels = getattr(data, "y_test", None)
         figures = self._figures(
             model, data.x_test[:SHOWN], data.owner_test[:SHOWN], None if labels is None else labels[:SHOWN]
@@ -154,8 +160,9 @@ class TaggerObjective(Objective):
             out = model(images, self.groups, self.iterations, generator=generator)
             cost += out.cost.double().sum(1).cpu()
             for t, m in enumerate(out.m):
+                asked_for = owners[:, t + 1] if owners.dim() == 3 else owners
                 ami[t] += adjusted_mutual_information(
-                    owners, m.argmax(1).cpu(), normaliser=self.normaliser
+                    asked_for, m.argmax(1).cpu(), normaliser=self.normaliser
                 ).sum()
             if y_split is not None and out.log_classes is not None:
                 y = _k_hot(y_split[index], out.log_classes)
@@ -166,7 +173,7 @@ class TaggerObjective(Objective):
         if asked:
             means["test_error"] = 100 * wrong / asked
         for name, values in means.items():
-            figures[name] = float(values[-1])
+            figures[name] = float(values.mean() if x.dim() == 3 else values[-1])
             figures.update((f"{name}_{t}", float(value)) for t, value in enumerate(values, 1))
         figures["ami_normaliser"] = self.normaliser
         if asked:
