@@ -99,15 +99,22 @@ class ImageBatches(Batches):
         x_labelled, y_labelled, x_unlabelled = super().get(epoch, step)
         position = (epoch, step, self.rank)
         return Batch(
-            self._moved(x_labelled, AUGMENT_LABELLED, position),
+            self._dataset.augment(x_labelled, seed=self.seed, stream=AUGMENT_LABELLED, position=position),
             y_labelled,
-            self._moved(x_unlabelled, AUGMENT_UNLABELLED, position),
+            self._dataset.augment(x_unlabelled, seed=self.seed, stream=AUGMENT_UNLABELLED, position=position),
         )
+
+    @property
+    def by_index(self) -> bool:
+        return not (self._dataset.shift or self._dataset.mirror)
+
+    def take(self, labelled: Tensor, unlabelled: Tensor) -> Batch:
+        x_labelled, y_labelled, x_unlabelled = super().take(labelled, unlabelled)
+        return Batch(self._prepared(x_labelled), y_labelled, self._prepared(x_unlabelled))
 
     def labelled_batches(self) -> list[Tensor]:
         """As `Batches` has them; prepared and not moved."""
-        return [self._dataset.prepare(x).to(self._dtype) for x in super().labelled_batches()]
+        return [self._prepared(x) for x in super().labelled_batches()]
 
-    def _moved(self, x: Tensor, stream: int, position: tuple[int, int, int]) -> Tensor:
-        prepared = self._dataset.prepare(x).to(self._dtype)
-        return self._dataset.augment(prepared, seed=self.seed, stream=stream, position=position)
+    def _prepared(self, x: Tensor) -> Tensor:
+        return self._dataset.prepare(x).to(self._dtype)

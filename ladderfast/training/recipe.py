@@ -6,6 +6,7 @@ A field is addressed by its dotted name. The arguments of the model, the data an
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 from ladderfast.data import DataSource
@@ -258,7 +259,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
         if name != "class_path":
             (given[part] if part else given)[name] = value
     try:
-        parsed = parser.parse_object(given).as_dict()
+        parsed = _plain(parser.parse_object(copy.deepcopy(given)))  # in lists it changes mappings in place
     except ArgumentError as error:
         raise _explain(error, flat, classes, source) from error
     for part, cls in classes.items():
@@ -357,6 +358,15 @@ def _flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
             elif inner is not None:
                 raise TypeError(f"{source}: {key}.init_args must be a mapping, got {inner!r}")
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Dicts in the place of jsonargparse's namespaces, in lists as well."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _import_class(part: str, path: Any) -> type:

@@ -103,7 +103,7 @@ class SWWAEObjective(Objective):
 
     def measure(self, model: Any, data: Any) -> dict[str, Any]:
         figures: dict[str, Any] = super().measure(model, data) if self.classifies else {}
-        if self.lambda_rec and hasattr(model, "reconstruct"):  # an ensemble has none
+        if self.lambda_rec:
             figures[RECONSTRUCTION.name] = reconstruction_error(model, data.x_test)
         return figures
 

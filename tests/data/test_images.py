@@ -117,6 +117,14 @@ def test_a_step_is_reached_directly_and_moves_with_all_that_it_depends_on():
     assert len({part for pair in found for part in pair}) == 8
 
 
+def test_only_what_is_not_moved_is_taken_by_index():
+    for options, by_index in (({}, True), ({"shift": 1}, False), ({"mirror": True}, False)):
+        batches = dataset(8, **options).batches(4, 10, seed=1)
+        assert batches.by_index == by_index
+        got, taken = batches.get(0, 1), batches.take(*(order[1] for order in batches.orders(0)))
+        assert torch.equal(got.x_unlabelled, taken.x_unlabelled) == by_index
+
+
 def test_several_seeds_side_by_side_get_what_each_gets_alone():
     data = dataset(8, shift=1, mirror=True)
     both = EnsembleBatches([data.with_seed(s) for s in (1, 2)], 4, 10, seeds=(1, 2)).get(0, 1)

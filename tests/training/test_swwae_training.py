@@ -109,6 +109,16 @@ def test_weights_that_are_none(arguments, message):
         SWWAEObjective(**arguments)
 
 
+@torch.no_grad()
+def test_without_labels_a_run_is_judged_by_the_reconstruction():
+    net, batches = SWWAE(NET, (8, 8)), a_batch()
+    x = batches.x_test
+    error = float((x - net.reconstruct(x)).norm(dim=1).mean())
+    unsupervised = SWWAEObjective(0.0, 1.0).measure(net, batches)
+    assert unsupervised == {"reconstruction_error": pytest.approx(error, rel=1e-5)}
+    assert set(SWWAEObjective(1.0, 1.0).measure(net, batches)) > {"test_error", "reconstruction_error"}
+
+
 def test_intermediate_terms_alone_need_some():
     with pytest.raises(ValueError, match="no intermediate reconstruction"):
         SWWAEObjective(0.0, 0.0, 1.0)(SWWAE("(3)3c-2p", (8, 8)), a_batch().get(0, 0))
