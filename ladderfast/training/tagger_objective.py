@@ -23,6 +23,14 @@ METRICS = {
     "test_error": Metric(),
 }
 SUMS = ("sum", "mean")
+# What is drawn over the iterations, and the name of its axis.
+CURVES = {
+    "ami": "AMI",
+    "clean_ami": "AMI, clean input",
+    "cost": "cost, nats",
+    "test_error": "error, %",
+    "clean_test_error": "error, %,\nclean input",
+}
 SHOWN = 1000  # test images behind the curves over iterations
 NOISE = 1  # seed of what is drawn in measurements and pictures
 
@@ -33,7 +41,8 @@ class TaggerObjective(Objective):
     The class cost is the cross-entropy of an image's classes under the groups' shares (`class_shares`); an image with
     two classes has the sum of both.
 
-    Test images are corrupted as training images are, by noise that is the same every time. A pixel's predicted group
+    Test images are corrupted as training images are, by noise that is the same every time; what the same network makes
+    of the images as they are is measured beside. A pixel's predicted group
     is the one with the largest mask; pixels of no owner are left out of the AMI, which is averaged over images.
     The classes an image is said to have are as many as it has. Of sequences, whose next frames the groups predict, each
     step's masks are held against the owners of the frame predicted, and figures are means over steps.
@@ -98,9 +107,9 @@ class TaggerObjective(Objective):
         """AMI, cost and, where there are labels and classes, error in percent: of every iteration and as judged.
 
         ami, ami_1 .. ami_T, ami_normaliser; cost and cost_1 .. in nats an image; test_error, test_error_1 ..,
-        test_errors and test_samples (labels).
+        test_errors and test_samples (labels). With clean_ in front AMI and error of images that are not corrupted.
         """
-        figures = self._figures(model, data.x_test, data.owner_test, getattr(data, "y_test", None))
+        figures = self._measured(model, data.x_test, data.owner_test, getattr(data, "y_test", None))
         if self.metric.name not in figures:
             raise ValueError('judged_by="test_error" needs labelled test images and a model with num_classes')
         return figures
@@ -136,19 +145,27 @@ class TaggerObjective(Objective):
                 x[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
             )
         labels = getattr(data, "y_test", None)
-        figures = self._figures(
+        figures = self._measured(
             model, data.x_test[:SHOWN], data.owner_test[:SHOWN], None if labels is None else labels[:SHOWN]
         )
         model.train(training)
         curves = {
             name: [figures[f"{key}_{t}"] for t in range(1, self.iterations + 1)]
-            for key, name in (("ami", "AMI"), ("cost", "cost, nats"), ("test_error", "error, %"))
+            for key, name in CURVES.items()
             if f"{key}_1" in figures
         }
         drawn["By iteration"] = iteration_curves(curves, len(data.x_test[:SHOWN]), self.normaliser)
         return drawn
 
-    def _figures(self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    def _measured(self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        """The figures of corrupted images, and those of clean ones that say something of them."""
+        clean = self._figures(model, x, owner, labels, corrupted=False)
+        names = [n for n in clean if n.rstrip("0123456789").rstrip("_") in ("ami", "test_error")]
+        return {**self._figures(model, x, owner, labels), **{f"clean_{n}": clean[n] for n in names}}
+
+    def _figures(
+        self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None, *, corrupted: bool = True
+    ) -> dict[str, Any]:
         generator = torch.Generator(x.device).manual_seed(NOISE)
         parts = -(-len(x) // self.test_batch)
         ami = torch.zeros(self.iterations, dtype=torch.float64)
@@ -157,7 +174,8 @@ class TaggerObjective(Objective):
         split = [torch.tensor_split(t, parts) for t in (x, owner)]
         y_split = None if labels is None else torch.tensor_split(labels, parts)
         for index, (images, owners) in enumerate(zip(*split, strict=True)):
-            out = model(images, self.groups, self.iterations, generator=generator)
+            seen = None if corrupted else images
+            out = model(images, self.groups, self.iterations, corrupted=seen, generator=generator)
             cost += out.cost.double().sum(1).cpu()
             for t, m in enumerate(out.m):
                 asked_for = owners[:, t + 1] if owners.dim() == 3 else owners

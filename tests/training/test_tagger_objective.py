@@ -119,6 +119,16 @@ def test_what_is_measured_is_what_the_model_says(monkeypatch):
     ami = adjusted_mutual_information(data.owner_test, masks, normaliser="max")
     assert figures["ami"] == figures["ami_2"] == pytest.approx(float(ami.mean()))
     assert figures["ami_normaliser"] == "max"
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        outs = [model(x, 3, 2, corrupted=x, generator=generator) for x in parts]
+    clean = adjusted_mutual_information(
+        data.owner_test, torch.cat([o.m[0].argmax(1) for o in outs]), normaliser="max"
+    )
+    assert figures["clean_ami_1"] == pytest.approx(clean.mean().item())
+    assert {k for k in figures if k.startswith("clean")} == {
+        f"clean_{name}{t}" for name in ("ami", "test_error") for t in ("", "_1", "_2")
+    }
     assert figures["test_samples"] == int(data.y_test.sum())
     assert figures["test_error"] == figures["test_error_2"]
     assert figures["test_error"] == pytest.approx(100 * figures["test_errors"] / figures["test_samples"])
