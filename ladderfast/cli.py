@@ -172,7 +172,7 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
         names = [recipe.name for recipe in recipes]
         if len(set(names)) < len(names):
             raise ValueError(f"--compare needs another recipe than {names[0]}")
-        if any(recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1 for recipe in recipes):
+        if not all(recipe.on_one_device for recipe in recipes):
             raise ValueError("--compare trains one run after the other, each on one device")
     results: dict[str, dict[str, Any]] = {}
     out = options.pop("folder", None)

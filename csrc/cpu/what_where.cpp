@@ -291,28 +291,44 @@ struct Columns {
     }
 
     LF_HD V at(int64_t i, int r) const { return V::load(first + i * s.width + r * V::width); }
-
-    // Every lane has the result. `e` keeps the exponentials, unless it is null.
-    LF_HD SoftPooled<V> pool(V scale, V* e) const {
-        V most = at(0, 0);
-        for (int64_t i = 0; i < s.kernel_h; ++i)
-            for (int r = 0; r < R; ++r) most = max_of(most, at(i, r));
-        most = max_over_lanes(most);
-        // x and y change places: what is added up first are columns.
-        const V zero = V::broadcast(0);
-        SoftSums<V> sums = {zero, zero, zero, zero}, column[R];
-        for (int r = 0; r < R; ++r) column[r] = sums;
-        for (int64_t i = 0; i < s.kernel_h; ++i)
-            for (int r = 0; r < R; ++r) {
-                const V z = at(i, r), power = exp2_below_0((z - most) * scale);
-                if (e != nullptr) e[i * R + r] = power;
-                soft_pool_add(z, power, y.at[i], column[r]);
-            }
-        for (int r = 0; r < R; ++r) soft_pool_add_row(column[r], x[r], sums);
-        sum_over_lanes(sums.total, sums.z, sums.y, sums.x);
-        return soft_pool_finish(SoftSums<V>{sums.total, sums.z, sums.y, sums.x});
-    }
 };
+
+// Windows that are pooled side by side: what one has to wait for, the other fills.
+static const int kAbreast = 2;
+
+// Every lane has the result. e[w] keeps the exponentials of window w, if they are wanted.
+template <bool keep, class T, int R>
+static LF_HD void pool_columns(const Columns<T, R> (&window)[kAbreast], Vec<T> scale, Vec<T> (*e)[16 * R],
+                               SoftPooled<Vec<T>> (&pooled)[kAbreast]) {
+    using V = Vec<T>;
+    const WindowShape& s = window[0].s;
+    V most[kAbreast];
+    for (int w = 0; w < kAbreast; ++w) most[w] = window[w].at(0, 0);
+    for (int64_t i = 0; i < s.kernel_h; ++i)
+        for (int r = 0; r < R; ++r)
+            for (int w = 0; w < kAbreast; ++w) most[w] = max_of(most[w], window[w].at(i, r));
+    for (int w = 0; w < kAbreast; ++w) most[w] = max_over_lanes(most[w]);
+    // x and y change places: what is added up first are columns.
+    const V zero = V::broadcast(0);
+    const SoftSums<V> none = {zero, zero, zero, zero};
+    SoftSums<V> sums[kAbreast], column[kAbreast][R];
+    for (int w = 0; w < kAbreast; ++w) {
+        sums[w] = none;
+        for (int r = 0; r < R; ++r) column[w][r] = none;
+    }
+    for (int64_t i = 0; i < s.kernel_h; ++i)
+        for (int r = 0; r < R; ++r)
+            for (int w = 0; w < kAbreast; ++w) {
+                const V z = window[w].at(i, r), power = exp2_below_0((z - most[w]) * scale);
+                if (keep) e[w][i * R + r] = power;
+                soft_pool_add(z, power, window[w].y.at[i], column[w][r]);
+            }
+    for (int w = 0; w < kAbreast; ++w) {
+        for (int r = 0; r < R; ++r) soft_pool_add_row(column[w][r], window[w].x[r], sums[w]);
+        sum_over_lanes(sums[w].total, sums[w].z, sums[w].y, sums[w].x);
+        pooled[w] = soft_pool_finish(SoftSums<V>{sums[w].total, sums[w].z, sums[w].y, sums[w].x});
+    }
+}
 
 // Each pass is a struct with its pointers and a function for one block. kSize is 2 where the window is 2 x 2, so that
 // it stays in registers, and else 0.
@@ -347,12 +363,16 @@ struct PoolForward {
     LF_HD void run_columns(const Block<T>& b) const {
         using V = Vec<T>;
         alignas(64) T whats[V::width], xs[V::width], ys[V::width];
-        for (int lane = 0; lane < V::width; ++lane) {
-            const Columns<T, R> window(z + b.origin[lane * R], b.s, y);
-            const SoftPooled<V> pooled = window.pool(V::broadcast(sharpness), nullptr);
-            whats[lane] = pooled.what.raw[0];
-            xs[lane] = pooled.x.raw[0];
-            ys[lane] = pooled.y.raw[0];
+        for (int lane = 0; lane < V::width; lane += kAbreast) {
+            const Columns<T, R> windows[kAbreast] = {{z + b.origin[lane * R], b.s, y},
+                                                     {z + b.origin[(lane + 1) * R], b.s, y}};
+            SoftPooled<V> pooled[kAbreast];
+            pool_columns<false, T, R>(windows, V::broadcast(sharpness), nullptr, pooled);
+            for (int w = 0; w < kAbreast; ++w) {
+                whats[lane + w] = pooled[w].what.raw[0];
+                xs[lane + w] = pooled[w].x.raw[0];
+                ys[lane + w] = pooled[w].y.raw[0];
+            }
         }
         store_output(V::load(whats), what, b);
         store_where(V::load(xs), V::load(ys), where, b);
@@ -405,19 +425,26 @@ struct PoolBackward {
         alignas(64) T xs[V::width], ys[V::width];
         of_x.store(xs);
         of_y.store(ys);
-        for (int lane = 0; lane < V::width; ++lane) {
-            V e[16 * R], of_column[R];
-            const Columns<T, R> window(z + b.origin[lane * R], b.s, y);
-            const SoftGradient<V> g =
-                soft_pool_gradients(window.pool(V::broadcast(sharpness), e), V::broadcast(grad_what[b.output + lane]),
-                                    V::broadcast(xs[lane]), V::broadcast(ys[lane]), V::broadcast(beta));
-            for (int r = 0; r < R; ++r) of_column[r] = soft_pool_column(g, window.x[r]);
-            T* to = grad_z + b.origin[lane * R];
-            for (int64_t i = 0; i < b.s.kernel_h; ++i) {
-                const V of_row = soft_pool_row(g, y.at[i]);
-                for (int r = 0; r < R; ++r)
-                    soft_pool_gradient(g, window.at(i, r), e[i * R + r], of_column[r], of_row)
-                        .store(to + i * b.s.width + r * V::width);
+        for (int lane = 0; lane < V::width; lane += kAbreast) {
+            V e[kAbreast][16 * R];
+            const Columns<T, R> windows[kAbreast] = {{z + b.origin[lane * R], b.s, y},
+                                                     {z + b.origin[(lane + 1) * R], b.s, y}};
+            SoftPooled<V> pooled[kAbreast];
+            pool_columns<true, T, R>(windows, V::broadcast(sharpness), e, pooled);
+            for (int w = 0; w < kAbreast; ++w) {
+                const Columns<T, R>& window = windows[w];
+                const SoftGradient<V> g =
+                    soft_pool_gradients(pooled[w], V::broadcast(grad_what[b.output + lane + w]),
+                                        V::broadcast(xs[lane + w]), V::broadcast(ys[lane + w]), V::broadcast(beta));
+                V of_column[R];
+                for (int r = 0; r < R; ++r) of_column[r] = soft_pool_column(g, window.x[r]);
+                T* to = grad_z + b.origin[(lane + w) * R];
+                for (int64_t i = 0; i < b.s.kernel_h; ++i) {
+                    const V of_row = soft_pool_row(g, y.at[i]);
+                    for (int r = 0; r < R; ++r)
+                        soft_pool_gradient(g, window.at(i, r), e[w][i * R + r], of_column[r], of_row)
+                            .store(to + i * b.s.width + r * V::width);
+                }
             }
         }
     }

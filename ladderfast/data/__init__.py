@@ -7,6 +7,7 @@ from .digits import Digits
 from .grouped import GroupedBatches, GroupedImages
 from .images import ImageDataset
 from .mnist import MNIST
+from .moving_mnist import MovingMNIST
 from .occluded_moving_mnist import OccludedMovingDigits, OccludedMovingMNIST, SequenceBatch, SequenceBatches
 from .piano_rolls import PianoRollBatch, PianoRollBatches, PianoRolls
 from .shapes import Shapes
@@ -31,6 +32,7 @@ __all__ = [
     "GroupedBatches",
     "GroupedImages",
     "ImageDataset",
+    "MovingMNIST",
     "OccludedMovingDigits",
     "OccludedMovingMNIST",
     "PianoRollBatch",

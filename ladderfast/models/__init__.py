@@ -3,6 +3,7 @@
 from ladderfast.models.baselines import PlainLSTM
 from ladderfast.models.ladder import LadderNetwork, LadderOutput
 from ladderfast.models.recurrent_ladder import Level, RLadder, RLadderOutput, RLadderState
+from ladderfast.models.rtagger import RTagger
 from ladderfast.models.swwae import SWWAE, SWWAEComparison, SWWAEOutput
 from ladderfast.models.tagger import Tagger, TaggerOutput
 
@@ -15,6 +16,7 @@ __all__ = [
     "RLadder",
     "RLadderOutput",
     "RLadderState",
+    "RTagger",
     "SWWAEComparison",
     "SWWAEOutput",
     "Tagger",

@@ -125,7 +125,156 @@ class LadderMapping(nn.Module):
         return h, logits
 
 
-class Tagger(nn.Module):
+class Grouping(nn.Module):
+    """What a `Tagger` and an `RTagger` share: corruption, what groups are told, the cost, and the iterations.
+
+    A subclass has `num_pixels` and `num_classes`, and an `_iterate`.
+    """
+
+    num_pixels: int
+    num_classes: int
+
+    def __init__(
+        self,
+        *,
+        binary: bool,
+        noise: float,
+        input_mean: float,
+        variance_start: float,
+        variance_map: str,
+        density_in_residual: bool,
+        square_variance: bool,
+        scale_residual: bool,
+        feed_logits: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= noise < math.inf or (binary and noise > 0.5):
+            wanted = "from 0 to 0.5" if binary else "finite and not negative"
+            raise ValueError(f"noise must be {wanted}, got {noise}")
+        if not 0 < variance_start < math.inf:
+            raise ValueError(f"variance_start must be positive and finite, got {variance_start}")
+        if variance_map not in ("exp", "exp_asinh"):
+            raise ValueError(f"variance_map must be exp or exp_asinh, got {variance_map!r}")
+        self.binary, self.noise, self.input_mean = binary, noise, input_mean
+        self.variance_start, self.variance_map = variance_start, variance_map
+        self.density_in_residual, self.square_variance = density_in_residual, square_variance
+        self.scale_residual, self.feed_logits = scale_residual, feed_logits
+        start = math.log(variance_start)
+        start = math.sinh(start) if variance_map == "exp_asinh" else start
+        self.log_variance = (
+            None if binary else nn.Parameter(torch.full((), start, device=device, dtype=dtype))
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """The learned variance v of the continuous case, 0-dim."""
+        if self.log_variance is None:
+            raise TypeError("a binary Tagger has no variance")
+        w = self.log_variance.float() if self.log_variance.dtype.itemsize < 4 else self.log_variance
+        return torch.exp(torch.asinh(w) if self.variance_map == "exp_asinh" else w)
+
+    def corrupt(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """x with bit flips of probability `noise`, or Gaussian noise of that standard deviation."""
+        if self.binary:
+            flips = torch.rand(x.shape, generator=generator, device=x.device) < self.noise
+            return torch.where(flips, 1 - x, x)
+        return x + self.noise * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        num_groups: int,
+        num_iterations: int,
+        *,
+        corrupted: Tensor | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TaggerOutput:
+        """T iterations with K groups.
+
+        Args:
+            x: (N, D) the clean inputs; or (N, at least T + 1, D) sequences: iteration t then sees frame t, and is asked
+                for frame t + 1.
+            num_groups: K.
+            num_iterations: T.
+            corrupted: what the network sees, in the shape of x; by default `corrupt(x)`.
+            mask: (N, K, D) the first masks, which sum to 1 over K; drawn by default.
+            generator: what is drawn comes from it; by default from torch's global generator.
+
+        Raises TypeError or ValueError for inputs of the wrong kind or shape.
+        """
+        sequences = isinstance(x, Tensor) and x.dim() == 3
+        _check("x", x, (None, None, self.num_pixels) if sequences else (None, self.num_pixels))
+        if num_groups < 1 or num_iterations < 1:
+            raise ValueError(
+                f"num_groups and num_iterations must be at least 1, got {num_groups} and {num_iterations}"
+            )
+        if sequences and x.shape[1] <= num_iterations:
+            raise ValueError(
+                f"x must hold at least {num_iterations + 1} frames for {num_iterations} iterations, got {x.shape[1]}"
+            )
+        if len(x) * num_groups < 2:
+            raise ValueError(
+                f"x must hold at least two samples for a single group, as there is no variance in one, got {len(x)}"
+            )
+        shape = (len(x), num_groups, self.num_pixels)
+        if corrupted is None:
+            corrupted = self.corrupt(x, generator=generator)
+        _check("corrupted", corrupted, tuple(x.shape))
+        if mask is None:
+            mask = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).softmax(1)
+        _check("mask", mask, shape)
+        z = seen = torch.full(shape, self.input_mean, device=x.device, dtype=x.dtype)
+        state: Any = None
+        zs, masks, costs, classes = [], [], [], []
+        for t in range(num_iterations):
+            shown, wanted = (corrupted[:, t], x[:, t + 1]) if sequences else (corrupted, x)
+            dz, likelihood = self._told(shown, z, mask)
+            read, logits, state = self._iterate([seen, mask, dz, likelihood], state)
+            z, seen, mask, cost = self._outputs(read.to(x.dtype), wanted)
+            if self.num_classes:
+                classes.append(class_shares(logits.unflatten(0, shape[:2])))
+            zs.append(z)
+            masks.append(mask)
+            costs.append(cost)
+        log_classes = torch.stack(classes) if classes else None
+        return TaggerOutput(tuple(zs), tuple(masks), torch.stack(costs), log_classes)
+
+    def _iterate(self, inputs: list[Tensor], state: Any) -> tuple[Tensor, Any, Any]:
+        """What the inputs z, m, dz and L (N, K, D) of the groups, which share the network, lead to.
+
+        Returns (N, K, 2 D), z before any squashing and then the masks' logits; logits (N K, classes + 1) or None; and
+        the state for the next iteration.
+        """
+        raise NotImplementedError
+
+    def _told(self, corrupted: Tensor, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """dz and L (N, K, D)."""
+        if self.binary:
+            dz, likelihood = bernoulli_group_inputs(corrupted, z, mask, self.noise)
+            return (dz * (1 - 2 * self.noise) if self.scale_residual else dz), likelihood
+        v = self.variance
+        variance = (v * v if self.square_variance else v) + self.noise**2
+        dz, likelihood = gaussian_group_inputs(corrupted, z, mask, variance)
+        return dz if self.density_in_residual else (corrupted.unsqueeze(1) - z) * mask, likelihood
+
+    def _outputs(self, read: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z, z as the next iteration sees it, the masks (N, K, D) each, and the cost (N,)."""
+        z, logits = read.chunk(2, 2)
+        mask = logits.softmax(1)
+        if not self.binary:
+            return z, z, mask, gaussian_mixture_nll(x, z, mask, self.variance).sum(1)
+        p = torch.sigmoid(z)
+        return p, z if self.feed_logits else p, mask, bernoulli_mixture_nll(x, p, mask).sum(1)
+
+    def extra_repr(self) -> str:
+        kind = "binary" if self.binary else "continuous"
+        return f"num_pixels={self.num_pixels}, {kind}, noise={self.noise}"
+
+
+class Tagger(Grouping):
     """Tagger: K groups that share one network explain an input together, over T iterations.
 
         dz, L = what the corrupted input tells each group          (the ops `gaussian_group_inputs`, `bernoulli_...`)
@@ -183,31 +332,31 @@ class Tagger(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            binary=binary,
+            noise=noise,
+            input_mean=input_mean,
+            variance_start=variance_start,
+            variance_map=variance_map,
+            density_in_residual=density_in_residual,
+            square_variance=square_variance,
+            scale_residual=scale_residual,
+            feed_logits=feed_logits,
+            device=device,
+            dtype=dtype,
+        )
         widths = list(layers)
         if num_pixels < 1 or not widths or min(widths) < 1:
             raise ValueError(f"num_pixels and layers must be positive, got {num_pixels} and {widths}")
         if inner is not None and len(widths) > 1:
             raise ValueError(f"layers must be [H] for an inner network of one's own, got {widths}")
-        if not 0 <= noise < math.inf or (binary and noise > 0.5):
-            wanted = "from 0 to 0.5" if binary else "finite and not negative"
-            raise ValueError(f"noise must be {wanted}, got {noise}")
-        if not 0 < variance_start < math.inf:
-            raise ValueError(f"variance_start must be positive and finite, got {variance_start}")
-        if variance_map not in ("exp", "exp_asinh"):
-            raise ValueError(f"variance_map must be exp or exp_asinh, got {variance_map!r}")
         if num_classes and inner is None and widths[-1] != num_classes + 1:
             raise ValueError(
                 f"layers must end with num_classes + 1 = {num_classes + 1} units, the last for no class, "
                 f"got {widths}"
             )
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_pixels, self.hidden, self.num_classes = num_pixels, widths[0], num_classes
-        self.binary, self.noise, self.input_mean = binary, noise, input_mean
-        self.variance_start, self.variance_map = variance_start, variance_map
-        self.density_in_residual, self.square_variance = density_in_residual, square_variance
-        self.scale_residual, self.feed_logits = scale_residual, feed_logits
-
+        self.num_pixels, self.num_classes = num_pixels, num_classes
         self.project = LadderEncoderLayer(
             Dense((4 * num_pixels,), (widths[0],), **kind), widths[0], shift=False, eps=EPS, **kind
         )
@@ -216,141 +365,36 @@ class Tagger(nn.Module):
         self.inner = inner
         # Rows of z, then rows of m.
         self.read = Dense((widths[0],), (2 * num_pixels,), **kind)
-        self.z_scale = nn.Parameter(torch.empty(num_pixels, **kind))
-        self.z_shift = nn.Parameter(torch.empty(num_pixels, **kind))
-        self.m_scale = nn.Parameter(torch.empty((), **kind))
-        self.log_variance = None if binary else nn.Parameter(torch.empty((), **kind))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the start values: weights randn / sqrt(fan_in), c1 and c2 1, b1 0, v `variance_start`.
-
-        Those of an inner network of one's own are its own.
-        """
+        self.z_scale = nn.Parameter(torch.ones(num_pixels, **kind))
+        self.z_shift = nn.Parameter(torch.zeros(num_pixels, **kind))
+        self.m_scale = nn.Parameter(torch.ones((), **kind))
+        # randn / sqrt(fan_in), as everywhere in a Ladder.
         for module in (self.project.linear, self.read):
             cast("Dense", module).reset_parameters()
-        if isinstance(self.inner, LadderMapping):
-            self.inner.reset_parameters()
-        nn.init.ones_(self.z_scale)
-        nn.init.zeros_(self.z_shift)
-        nn.init.ones_(self.m_scale)
-        if self.log_variance is not None:
-            start = math.log(self.variance_start)
-            nn.init.constant_(
-                self.log_variance, math.sinh(start) if self.variance_map == "exp_asinh" else start
-            )
 
-    @property
-    def variance(self) -> Tensor:
-        """The learned variance v of the continuous case, 0-dim."""
-        if self.log_variance is None:
-            raise TypeError("a binary Tagger has no variance")
-        w = self.log_variance.float() if self.log_variance.dtype.itemsize < 4 else self.log_variance
-        return torch.exp(torch.asinh(w) if self.variance_map == "exp_asinh" else w)
-
-    def corrupt(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """x (N, D) with bit flips of probability `noise`, or Gaussian noise of that standard deviation."""
-        if self.binary:
-            flips = torch.rand(x.shape, generator=generator, device=x.device) < self.noise
-            return torch.where(flips, 1 - x, x)
-        return x + self.noise * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
-    def forward(
-        self,
-        x: Tensor,
-        num_groups: int,
-        num_iterations: int,
-        *,
-        corrupted: Tensor | None = None,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TaggerOutput:
-        """T iterations with K groups.
-
-        Args:
-            x: (N, D) the clean inputs.
-            num_groups: K.
-            num_iterations: T.
-            corrupted: (N, D) what the network sees; by default `corrupt(x)`.
-            mask: (N, K, D) the first masks, which sum to 1 over K; drawn by default.
-            generator: what is drawn comes from it; by default from torch's global generator.
-
-        Raises TypeError or ValueError for inputs of the wrong kind or shape.
-        """
-        self._check("x", x, (None, self.num_pixels))
-        if num_groups < 1 or num_iterations < 1:
-            raise ValueError(
-                f"num_groups and num_iterations must be at least 1, got {num_groups} and {num_iterations}"
-            )
-        if len(x) * num_groups < 2:
-            raise ValueError(
-                f"x must hold at least two samples for a single group, as there is no variance in one, got {len(x)}"
-            )
-        shape = (len(x), num_groups, self.num_pixels)
-        if corrupted is None:
-            corrupted = self.corrupt(x, generator=generator)
-        self._check("corrupted", corrupted, tuple(x.shape))
-        if mask is None:
-            mask = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).softmax(1)
-        self._check("mask", mask, shape)
-        z = seen = torch.full(shape, self.input_mean, device=x.device, dtype=x.dtype)
-        zs, masks, costs, classes = [], [], [], []
-        for _ in range(num_iterations):
-            y = self.inner(self.project(self._inputs(corrupted, z, seen, mask), want_z=False).h)
-            if isinstance(y, tuple):
-                y, logits = y
-                if self.num_classes:
-                    classes.append(class_shares(logits.unflatten(0, shape[:2])))
-            elif self.num_classes:
-                raise TypeError("inner must return a pair, (N K, H) and the classes' logits, for num_classes")
-            z, seen, mask, cost = self._outputs(y, x, num_groups)
-            zs.append(z)
-            masks.append(mask)
-            costs.append(cost)
-        log_classes = torch.stack(classes) if classes else None
-        return TaggerOutput(tuple(zs), tuple(masks), torch.stack(costs), log_classes)
-
-    def _inputs(self, corrupted: Tensor, z: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
-        """[z, m, dz, L] of every group, (N K, 4 D). `seen` is z as the projection sees it."""
-        if self.binary:
-            dz, likelihood = bernoulli_group_inputs(corrupted, z, mask, self.noise)
-            if self.scale_residual:
-                dz = dz * (1 - 2 * self.noise)
-        else:
-            v = self.variance
-            variance = (v * v if self.square_variance else v) + self.noise**2
-            dz, likelihood = gaussian_group_inputs(corrupted, z, mask, variance)
-            if not self.density_in_residual:
-                dz = (corrupted.unsqueeze(1) - z) * mask
-        return torch.cat([seen, mask, dz, likelihood], 2).flatten(0, 1)
-
-    def _outputs(self, y: Tensor, x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z, z as the next projection sees it, the masks (N, K, D) each, and the cost (N,)."""
-        read = self.read(y.to(self.read.weight.dtype))
-        read = read.to(x.dtype)
+    def _iterate(self, inputs: list[Tensor], state: Any) -> tuple[Tensor, Any, Any]:
+        groups = inputs[0].shape[:2]
+        h = self.project(torch.cat(inputs, 2).flatten(0, 1), want_z=False).h
+        y, logits = self.inner(h), None
+        if isinstance(y, tuple):
+            y, logits = y
+        elif self.num_classes:
+            raise TypeError("inner must return a pair, (N K, H) and the classes' logits, for num_classes")
+        read = self.read(y.to(self.read.weight.dtype)).to(inputs[0].dtype)
         ones = torch.ones_like(self.z_scale)
         scale = torch.cat([self.z_scale, self.m_scale * ones])
         shift = torch.cat([self.z_shift, torch.zeros_like(ones)])
         read = F.batch_norm(read, None, None, scale, shift, training=True, eps=EPS)
-        z, logits = read.unflatten(0, (len(x), num_groups)).chunk(2, 2)
-        mask = logits.softmax(1)
-        if not self.binary:
-            return z, z, mask, gaussian_mixture_nll(x, z, mask, self.variance).sum(1)
-        p = torch.sigmoid(z)
-        return p, z if self.feed_logits else p, mask, bernoulli_mixture_nll(x, p, mask).sum(1)
+        return read.unflatten(0, groups), logits, None
 
-    def extra_repr(self) -> str:
-        kind = "binary" if self.binary else "continuous"
-        return f"num_pixels={self.num_pixels}, hidden={self.hidden}, {kind}, noise={self.noise}"
 
-    @staticmethod
-    def _check(name: str, t: Tensor, shape: tuple[int | None, ...]) -> None:
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-        if t.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, t.shape, strict=True)):
-            wanted = ", ".join("N" if n is None else str(n) for n in shape)
-            raise ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
+def _check(name: str, t: Tensor, shape: tuple[int | None, ...]) -> None:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if t.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, t.shape, strict=True)):
+        wanted = ", ".join(name if n is None else str(n) for name, n in zip("NTD", shape, strict=False))
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
 
 
 def class_shares(logits: Tensor) -> Tensor:

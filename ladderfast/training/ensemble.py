@@ -45,11 +45,15 @@ class Ensemble(nn.Module):
                 raise ValueError("models must have parameters and buffers of the same names and shapes")
         self.stacked = copy.deepcopy(models[0])
         self.size = len(models)
+        made: dict[int, nn.Parameter] = {}  # a parameter that several modules share stays one
         for own, *modules in zip(self.stacked.modules(), *[m.modules() for m in models], strict=True):
             for name, parameter in own._parameters.items():
-                if parameter is not None:
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
                     data = torch.stack([m._parameters[name].detach() for m in modules])
-                    own._parameters[name] = nn.Parameter(data, parameter.requires_grad)
+                    made[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+                own._parameters[name] = made[id(parameter)]
             for name, buffer in own._buffers.items():
                 if buffer is not None:
                     own._buffers[name] = torch.stack([m._buffers[name] for m in modules])
@@ -87,12 +91,15 @@ class Ensemble(nn.Module):
     def extract(self, index: int) -> nn.Module:
         """Network number `index` alone, a copy."""
         model = copy.deepcopy(self.stacked)
+        made: dict[int, nn.Parameter] = {}
         for own, stacked in zip(model.modules(), self.stacked.modules(), strict=True):
             for name, parameter in stacked._parameters.items():
-                if parameter is not None:
-                    own._parameters[name] = nn.Parameter(
-                        parameter[index].detach().clone(), parameter.requires_grad
-                    )
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    data = parameter[index].detach().clone()
+                    made[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+                own._parameters[name] = made[id(parameter)]
             for name, buffer in stacked._buffers.items():
                 if buffer is not None:
                     own._buffers[name] = buffer[index].clone()

@@ -92,6 +92,7 @@ class StaticStep:
     def _capture(self, step: int) -> None:
         own = [*self._state(), self._counter]
         before = [tensor.detach().clone() for tensor in own]
+        random = torch.cuda.get_rng_state()  # of models that draw from torch's own generator
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -103,6 +104,7 @@ class StaticStep:
         with torch.no_grad():
             for tensor, value in zip(own, before, strict=True):
                 tensor.copy_(value)
+        torch.cuda.set_rng_state(random)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._costs = self._body()

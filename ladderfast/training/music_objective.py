@@ -36,7 +36,7 @@ class PianoRollObjective(Objective):
         checkpoint_every: time steps from one kept activation to the next, see `RLadder`; null: all are kept.
     """
 
-    metric = Metric("nll", "negative log-likelihood of a time step", "nats")
+    metric = Metric("nll", "NLL per step", "nats")  # NLL: negative log-likelihood
 
     def __init__(self, checkpoint_every: int | None = None) -> None:
         if checkpoint_every is not None and checkpoint_every < 1:

@@ -196,6 +196,11 @@ class Recipe:
         """Whether the course of training depends on the validation figure."""
         return self.schedule == "halve" or self.patience is not None
 
+    @property
+    def on_one_device(self) -> bool:
+        one = self.devices in (1, "1") or (isinstance(self.devices, list) and len(self.devices) == 1)
+        return one and self.num_nodes == 1
+
     def to_dict(self) -> dict[str, Any]:
         """As in a recipe's file, with every field."""
         return dataclasses.asdict(self)

@@ -133,7 +133,7 @@ class Run:
         self.course = Course(recipe, self.objective.metric.higher_is_better)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        if recipe.seeds > 1 and (recipe.devices not in (1, "1", [0]) or recipe.num_nodes != 1):
+        if recipe.seeds > 1 and not recipe.on_one_device:
             raise ValueError(
                 f"seeds={recipe.seeds} needs one device, as one process trains all of them; "
                 f"got devices={recipe.devices!r}, num_nodes={recipe.num_nodes}"

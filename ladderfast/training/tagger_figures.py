@@ -52,6 +52,43 @@ def group_grid(
     return figure
 
 
+def sequence_grid(
+    x: Tensor,
+    corrupted: Tensor,
+    owner: Tensor,
+    z: Sequence[Tensor],
+    m: Sequence[Tensor],
+    shape: Sequence[int],
+) -> Figure:
+    """One column a step, six spread evenly: what is seen, what is to be predicted, its owners, masks and groups.
+
+    Args:
+        x, corrupted, owner: (T + 1, D) frames of a sequence.
+        z, m: (K, D) of each of the T steps, of the frame after it.
+        shape: (height, width).
+    """
+    steps = sorted({round(t) for t in np.linspace(0, len(z) - 1, min(len(z), IMAGES))})
+    after = [t + 1 for t in steps]
+    low, high = _range(x)
+    masks, groups = (torch.stack([ts[t] for t in steps]) for ts in (m, z))
+    figure = _mosaic(
+        {
+            "seen": _grey(corrupted[steps], low, high),
+            "next": _grey(x[after], low, high),
+            "owners": _owners(owner[after]),
+            "masks": _coloured(masks),
+            "groups": _coloured(masks * _scaled(groups, low, high)),
+        },
+        shape,
+    )
+    figure.set_label(
+        f"Steps {', '.join(str(t) for t in after)} of a test sequence: the frame that the network sees, the next one, "
+        "which it is to predict, and the digits that its pixels belong to. Then the masks, and the groups' predictions "
+        "where their masks are, a colour a group. Owners' colours are not the groups'."
+    )
+    return figure
+
+
 def group_panels(x: Tensor, z: Sequence[Tensor], m: Sequence[Tensor], shape: Sequence[int]) -> Figure:
     """One row a group, two columns an iteration: mask and reconstruction of one sample.
 

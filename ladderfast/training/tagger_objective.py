@@ -23,6 +23,14 @@ METRICS = {
     "test_error": Metric(),
 }
 SUMS = ("sum", "mean")
+# What is drawn over the iterations, and the name of its axis.
+CURVES = {
+    "ami": "AMI",
+    "clean_ami": "AMI, clean input",
+    "cost": "cost, nats",
+    "test_error": "error, %",
+    "clean_test_error": "error, %,\nclean input",
+}
 SHOWN = 1000  # test images behind the curves over iterations
 NOISE = 1  # seed of what is drawn in measurements and pictures
 
@@ -33,18 +41,20 @@ class TaggerObjective(Objective):
     The class cost is the cross-entropy of an image's classes under the groups' shares (`class_shares`); an image with
     two classes has the sum of both.
 
-    Test images are corrupted as training images are, by noise that is the same every time. A pixel's predicted group
+    Test images are corrupted as training images are, by noise that is the same every time; what the same network makes
+    of the images as they are is measured beside. A pixel's predicted group
     is the one with the largest mask; pixels of no owner are left out of the AMI, which is averaged over images.
-    Normalisation takes the statistics of the test batch. The classes an image is said to have are as many as it has.
+    The classes an image is said to have are as many as it has. Of sequences, whose next frames the groups predict, each
+    step's masks are held against the owners of the frame predicted, and figures are means over steps.
 
     Args:
         groups: K.
-        iterations: T.
+        iterations: T; of sequences, one less than their frames.
         over_iterations: whether costs are summed over iterations, as in the paper, or averaged, as in its code.
         over_pixels: the same over pixels. (Adam minds neither; but what class_weight means depends on both.)
         class_weight: of the class cost; 0: it is not computed.
         normaliser: of the AMI, "arithmetic" or "max".
-        judged_by: "ami" or, for labelled images, "test_error", both at the last iteration.
+        judged_by: "ami" or, for labelled images, "test_error", both at the last iteration (the mean, of sequences).
         test_batch: test images normalised together.
 
     Raises ValueError for arguments out of range, or labels of a model or of data without classes.
@@ -85,7 +95,7 @@ class TaggerObjective(Objective):
         out = model(x, self.groups, self.iterations)
         scale = 1.0 if self.over_iterations == "sum" else 1 / self.iterations
         if self.over_pixels == "mean":
-            scale /= x.shape[1]
+            scale /= x.shape[-1]
         terms = {f"iteration_{t}": cost * scale for t, cost in enumerate(out.cost.mean(1).unbind(), 1)}
         if self.class_weight:
             y = _k_hot(batch.y_labelled, _log_classes(out))
@@ -94,12 +104,12 @@ class TaggerObjective(Objective):
         return terms
 
     def measure(self, model: Any, data: Any) -> dict[str, Any]:
-        """AMI, cost and, where there are labels and classes, error in percent: of every iteration and of the last.
+        """AMI, cost and, where there are labels and classes, error in percent: of every iteration and as judged.
 
         ami, ami_1 .. ami_T, ami_normaliser; cost and cost_1 .. in nats an image; test_error, test_error_1 ..,
-        test_errors and test_samples (labels).
+        test_errors and test_samples (labels). With clean_ in front AMI and error of images that are not corrupted.
         """
-        figures = self._figures(model, data.x_test, data.owner_test, getattr(data, "y_test", None))
+        figures = self._measured(model, data.x_test, data.owner_test, getattr(data, "y_test", None))
         if self.metric.name not in figures:
             raise ValueError('judged_by="test_error" needs labelled test images and a model with num_classes')
         return figures
@@ -112,7 +122,7 @@ class TaggerObjective(Objective):
 
     @torch.no_grad()
     def figures(self, model: Any, data: Any) -> dict[str, Figure]:
-        from .tagger_figures import group_grid, group_panels, iteration_curves
+        from .tagger_figures import group_grid, group_panels, iteration_curves, sequence_grid
 
         drawn: dict[str, Figure] = {}
         training = model.training
@@ -121,28 +131,41 @@ class TaggerObjective(Objective):
         generator = torch.Generator(x.device).manual_seed(NOISE)
         corrupted = model.corrupt(x, generator=generator)
         out = model(x, self.groups, self.iterations, corrupted=corrupted, generator=generator)
-        x, corrupted = x.float().cpu(), corrupted.float().cpu()
+        x, corrupted, owner = x.float().cpu(), corrupted.float().cpu(), owner.cpu()
         z, m = ([t.float().cpu() for t in ts] for ts in (out.z, out.m))
-        drawn["Groups of test images, iteration by iteration"] = group_grid(
-            x, corrupted, owner.cpu(), z, m, data.image_shape
-        )
-        drawn["One image, group by group"] = group_panels(
-            x[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
-        )
+        if x.dim() == 3:
+            drawn["A test sequence, step by step"] = sequence_grid(
+                x[0], corrupted[0], owner[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
+            )
+        else:
+            drawn["Groups of test images, iteration by iteration"] = group_grid(
+                x, corrupted, owner, z, m, data.image_shape
+            )
+            drawn["One image, group by group"] = group_panels(
+                x[0], [t[0] for t in z], [t[0] for t in m], data.image_shape
+            )
         labels = getattr(data, "y_test", None)
-        figures = self._figures(
+        figures = self._measured(
             model, data.x_test[:SHOWN], data.owner_test[:SHOWN], None if labels is None else labels[:SHOWN]
         )
         model.train(training)
         curves = {
             name: [figures[f"{key}_{t}"] for t in range(1, self.iterations + 1)]
-            for key, name in (("ami", "AMI"), ("cost", "cost, nats"), ("test_error", "error, %"))
+            for key, name in CURVES.items()
             if f"{key}_1" in figures
         }
         drawn["By iteration"] = iteration_curves(curves, len(data.x_test[:SHOWN]), self.normaliser)
         return drawn
 
-    def _figures(self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    def _measured(self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        """The figures of corrupted images, and those of clean ones that say something of them."""
+        clean = self._figures(model, x, owner, labels, corrupted=False)
+        names = [n for n in clean if n.rstrip("0123456789").rstrip("_") in ("ami", "test_error")]
+        return {**self._figures(model, x, owner, labels), **{f"clean_{n}": clean[n] for n in names}}
+
+    def _figures(
+        self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None, *, corrupted: bool = True
+    ) -> dict[str, Any]:
         generator = torch.Generator(x.device).manual_seed(NOISE)
         parts = -(-len(x) // self.test_batch)
         ami = torch.zeros(self.iterations, dtype=torch.float64)
@@ -151,11 +174,13 @@ class TaggerObjective(Objective):
         split = [torch.tensor_split(t, parts) for t in (x, owner)]
         y_split = None if labels is None else torch.tensor_split(labels, parts)
         for index, (images, owners) in enumerate(zip(*split, strict=True)):
-            out = model(images, self.groups, self.iterations, generator=generator)
+            seen = None if corrupted else images
+            out = model(images, self.groups, self.iterations, corrupted=seen, generator=generator)
             cost += out.cost.double().sum(1).cpu()
             for t, m in enumerate(out.m):
+                asked_for = owners[:, t + 1] if owners.dim() == 3 else owners
                 ami[t] += adjusted_mutual_information(
-                    owners, m.argmax(1).cpu(), normaliser=self.normaliser
+                    asked_for, m.argmax(1).cpu(), normaliser=self.normaliser
                 ).sum()
             if y_split is not None and out.log_classes is not None:
                 y = _k_hot(y_split[index], out.log_classes)
@@ -166,7 +191,7 @@ class TaggerObjective(Objective):
         if asked:
             means["test_error"] = 100 * wrong / asked
         for name, values in means.items():
-            figures[name] = float(values[-1])
+            figures[name] = float(values.mean() if x.dim() == 3 else values[-1])
             figures.update((f"{name}_{t}", float(value)) for t, value in enumerate(values, 1))
         figures["ami_normaliser"] = self.normaliser
         if asked:

@@ -4,7 +4,7 @@ import torch
 from scipy.io import savemat
 
 from ladderfast.data import PianoRolls, piano_rolls
-from ladderfast.data.piano_rolls import Rolls
+from ladderfast.data.piano_rolls import PianoRollBatches, Rolls
 
 LENGTHS = {"train": (5, 17, 3, 40, 8, 12, 23, 9, 4, 31), "valid": (6, 21), "test": (7, 1, 30)}
 
@@ -91,6 +91,16 @@ def test_batches_are_a_function_of_seed_epoch_and_step(made, tmp_path):
             assert torch.equal(got, want)
     for other in (batches(tmp_path, truncate=10, seed=2).get(2, 0), direct.get(1, 0)):
         assert not any(torch.equal(other.notes, batch.notes) for batch in (kept[0], direct.get(2, 1)))
+
+
+def test_companions_change_from_epoch_to_epoch():
+    rolls = {split: Rolls(sequences([9] * 12)) for split in LENGTHS}
+    found = PianoRollBatches(rolls, 3, None, seed=1)
+    batches_of = [
+        {frozenset(roll.numpy().tobytes() for roll in found.get(epoch, step).notes) for step in range(4)}
+        for epoch in range(2)
+    ]
+    assert len(batches_of[0] | batches_of[1]) > 5
 
 
 @pytest.mark.parametrize(("sequences_of", "steps"), [(1, 5), (2, 100), (32, 256)])

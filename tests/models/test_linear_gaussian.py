@@ -1,7 +1,9 @@
 """The linear-Gaussian models of Prémont-Schwarz et al. 2017, appendices B and C: an RLadder whose weights are those of
 their message passing, run to convergence, against linear algebra and against the variational cost itself."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +171,28 @@ def test_appendix_c_minimises_its_variational_cost_at_every_time_step(p):
         found = converged(model, torch.cat((x.reshape(1), past[0])).unsqueeze(0))[0]
         torch.testing.assert_close(found, q[:2], rtol=1e-9, atol=1e-9)
         past = (q[:2], q[2:].exp())
+
+
+# The example
+
+
+@pytest.fixture(scope="module")
+def example():
+    path = Path(__file__).parents[2] / "docs" / "examples" / "linear_gaussian.py"
+    spec = importlib.util.spec_from_file_location("linear_gaussian_example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_examples_answer_is_that_of_conditioning(example):
+    _, seen, s = (t.double() for t in example.draw(50, torch.Generator().manual_seed(1)))
+    var = example.WX**2 * (example.WY**2 + example.SY) + example.SX
+    torch.testing.assert_close(example.exact(seen, s), var / (var + s) * seen)
+
+
+def test_an_rladder_is_trained_to_the_answer(example):
+    """A part of the example's training: E[x | x~] is near, and nearer after more iterations."""
+    distances = example.distances(example.train(steps=200, batch=64), 2000)
+    assert distances[-1] < 0.03
+    assert distances[-1] < distances[0]

@@ -135,3 +135,36 @@ def test_an_ensemble_is_trained_by_one_process(small):
         make(small, seeds=2, devices=2)
     with pytest.raises(IndexError, match="index must be from 0 to 0, got 1"):
         make(small).network(1)
+
+
+class Tied(nn.Module):
+    """Its two maps have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.down.weight = self.up.weight
+
+    def forward(self, x):
+        return self.down(self.up(x))
+
+
+def test_a_parameter_that_modules_share_stays_one():
+    networks = [Tied(), Tied()]
+    together = Ensemble(networks)
+    assert len(list(together.parameters())) == 1
+    x = torch.randn(4, 3)
+    out = together(x)
+    out.sum().backward()
+    for i, network in enumerate(networks):
+        torch.testing.assert_close(out[i], network(x))
+        network(x).sum().backward()
+        torch.testing.assert_close(next(together.parameters()).grad[i], network.up.weight.grad)
+        alone = together.extract(i)
+        assert alone.up.weight is alone.down.weight
+
+
+def test_one_device_may_be_any(small):
+    assert make(small, seeds=2, devices=1).step()["total"].shape == (2,)
+    with pytest.raises(ValueError, match="needs one device"):
+        make(small, seeds=2, devices=2)

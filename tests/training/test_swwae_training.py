@@ -299,6 +299,27 @@ def test_the_rows_of_mnist(row):
         assert bool(flat["objective.softmax_iterations"]) == (row == "_unsup_softmax")
 
 
+PRETRAINED = {
+    "swwae_mnist_600_unsup_pretr": "9.80",
+    "swwae_mnist_1000_unsup_pretr": "6.135",
+    "swwae_mnist_3000_unsup_pretr": "4.41",
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_the_rows_that_start_from_another(name):
+    recipe, before = read_recipe(name), read_recipe(name.replace("unsup_pretr", "unsup_softmax"))
+    assert recipe.published is not None
+    assert recipe.published.startswith(PRETRAINED[name])
+    assert recipe.start_from == f"runs/{before.name}-seed1"
+    assert recipe.data == before.data
+    assert {weight for weight in WEIGHTS if recipe.objective.init_args.get(weight)} == {"lambda_nll"}
+    own, given = (
+        {k: v.shape for k, v in one.model.build("model").state_dict().items()} for one in (recipe, before)
+    )
+    assert own.items() <= given.items()  # nothing in it starts anew
+
+
 # Published error, lambda_rec and lambda_m where the paper prints them, classes and side of the top map.
 OTHERS = {
     "swwae_mnist_all": ("0.71", None, None, 10, 4),
@@ -335,7 +356,8 @@ def test_the_other_rows(name):
 
 
 def test_every_recipe_of_the_paper_is_a_row_or_a_picture():
-    rows = {f"swwae_mnist_{n}{row}" for n in (100, 600, 1000, 3000) for row in ROWS} | set(OTHERS)
+    rows = {f"swwae_mnist_{n}{row}" for n in (100, 600, 1000, 3000) for row in ROWS}
+    rows |= {*OTHERS, *PRETRAINED}
     pictures = {"swwae_where", "swwae_equivariance"}
     assert {name for name in recipe_names() if name.startswith("swwae")} == rows | pictures
     where, equivariance = (read_recipe(name).flat() for name in sorted(pictures, reverse=True))

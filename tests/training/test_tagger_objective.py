@@ -1,11 +1,13 @@
 """A Tagger's objective, its measurement and pictures, its recipes, and a run of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 
 from ladderfast.data import Batch, GroupedImages
-from ladderfast.models import Tagger, TaggerOutput
+from ladderfast.models import RTagger, Tagger, TaggerOutput
 from ladderfast.training import Run, TaggerObjective, read_recipe
 from ladderfast.training.figures import PALETTE
 from ladderfast.training.mutual_information import adjusted_mutual_information
@@ -117,6 +119,16 @@ def test_what_is_measured_is_what_the_model_says(monkeypatch):
     ami = adjusted_mutual_information(data.owner_test, masks, normaliser="max")
     assert figures["ami"] == figures["ami_2"] == pytest.approx(float(ami.mean()))
     assert figures["ami_normaliser"] == "max"
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        outs = [model(x, 3, 2, corrupted=x, generator=generator) for x in parts]
+    clean = adjusted_mutual_information(
+        data.owner_test, torch.cat([o.m[0].argmax(1) for o in outs]), normaliser="max"
+    )
+    assert figures["clean_ami_1"] == pytest.approx(clean.mean().item())
+    assert {k for k in figures if k.startswith("clean")} == {
+        f"clean_{name}{t}" for name in ("ami", "test_error") for t in ("", "_1", "_2")
+    }
     assert figures["test_samples"] == int(data.y_test.sum())
     assert figures["test_error"] == figures["test_error_2"]
     assert figures["test_error"] == pytest.approx(100 * figures["test_errors"] / figures["test_samples"])
@@ -197,6 +209,32 @@ def test_a_run_starts_from_another_whose_layers_it_keeps(tmp_path):
         Run("digits", folder=None, start_from=str(tmp_path / "first"))
 
 
+def test_sequences_are_measured_on_the_frames_that_are_predicted():
+    x = torch.rand(6, 4, 16).round()
+    owner = torch.randint(0, 3, (6, 4, 16))
+    data = SimpleNamespace(x_test=x, owner_test=owner, image_shape=(4, 4))
+    model = RTagger((4, 4), [{"encoder": "convlstm", "channels": 3}], binary=True).eval()
+    objective = TaggerObjective(2, 3, test_batch=6)
+    with torch.no_grad():
+        figures = objective.measure(model, data)
+        out = model(x, 2, 3, generator=torch.Generator().manual_seed(1))
+        pictures = objective.figures(model, data)
+    wanted = [adjusted_mutual_information(owner[:, t + 1], m.argmax(1)).mean() for t, m in enumerate(out.m)]
+    assert [figures[f"ami_{t}"] for t in (1, 2, 3)] == pytest.approx([float(a) for a in wanted])
+    assert figures["ami"] == pytest.approx(float(sum(wanted)) / 3)
+    assert figures["cost"] == pytest.approx(float(out.cost.mean()))
+    assert list(pictures) == ["A test sequence, step by step", "By iteration"]
+    assert (
+        pictures["A test sequence, step by step"].get_label().startswith("Steps 1, 2, 3 of a test sequence")
+    )
+    terms = []
+    for over_pixels in ("mean", "sum"):
+        torch.manual_seed(0)
+        cost = TaggerObjective(2, 3, over_pixels=over_pixels)(model, Batch(x[:0], torch.zeros(0, 0), x))
+        terms.append(cost["iteration_1"].item())
+    assert terms[0] == pytest.approx(terms[1] / 16)
+
+
 def test_a_grid_shows_groups_in_their_colours():
     x = torch.zeros(2, 16)
     m = torch.zeros(2, 3, 16)
@@ -244,10 +282,19 @@ def test_the_published_runs(name):
 
 @pytest.mark.parametrize("labels", ["all", "1000"])
 def test_the_rows_of_textured_mnist(labels):
-    tagger, baseline = (read_recipe(f"textured_mnist_{labels}_{kind}") for kind in ("tagger", "baseline"))
-    assert tagger.data == baseline.data
+    tagger, rtagger, baseline = (
+        read_recipe(f"textured_mnist_{labels}_{kind}") for kind in ("tagger", "rtagger", "baseline")
+    )
+    assert tagger.data == rtagger.data == baseline.data
+    weights = [r.objective.init_args["class_weight"] for r in (tagger, rtagger)]
+    assert weights[0] == weights[1]
+    assert rtagger.learning_rate == 0.0004
+    assert rtagger.batch_labelled + rtagger.batch_unlabelled == 16
+    images = rtagger.batch_unlabelled or rtagger.batch_labelled
+    assert rtagger.epochs * (60_000 // images) == pytest.approx(160_000, rel=0.04)  # updates
     assert tagger.data.init_args["num_labels"] == (None if labels == "all" else 1000)
-    assert (tagger.objective.init_args["groups"], tagger.objective.init_args["iterations"]) == (3, 3)
+    for recipe in (tagger, rtagger):
+        assert (recipe.objective.init_args["groups"], recipe.objective.init_args["iterations"]) == (3, 3)
     assert tagger.objective.init_args["judged_by"] == "test_error"
     assert tagger.objective.init_args["class_weight"] > 0
     assert baseline.model.build("model").shapes[-1] == (10,)

@@ -1,0 +1,102 @@
+"""RTagger: Tagger whose groups are each a recurrent Ladder (Prémont-Schwarz et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .recurrent_ladder import Level, RLadder
+from .tagger import EPS, Grouping
+
+
+class RTagger(Grouping):
+    """RTagger: K copies of a recurrent Ladder that share their weights, each with a state of its own.
+
+        dz, L  = what the corrupted input tells each group, as in `Tagger`
+        a, b   = RLadder([z_k, m_k, dz_k, L_k] as four channels, state_k)
+        z_k    = c1 BN(a) + b1                               (binary: sigmoid of it)
+        m      = softmax over k of c2 BN(b)
+
+    The groups are folded into the batch. `x` (N, D) are images, seen in every iteration; or (N, T, D) sequences, whose
+    next frame each step predicts. Cells with a state and gates have batch normalisation where an RLadder has layer
+    normalisation, with statistics for evaluation by step; that of a and b is over batch, groups and positions, with
+    the statistics of the batch at hand in either mode.
+
+    Args:
+        image_shape: (height, width); D is their product.
+        levels: of the RLadder, see `Level`.
+        norm_steps: iterations or time steps with statistics for evaluation of their own.
+        num_classes: classes of the supervised head, which has a unit more, "no class"; 0: none.
+        binary, noise, input_mean, variance_start, variance_map, density_in_residual, square_variance, scale_residual,
+            feed_logits: as of `Tagger`.
+
+    Raises TypeError or ValueError for arguments that make no RTagger.
+
+    Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 3.3 and appendix C.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        levels: Sequence[Level | Mapping[str, Any]],
+        *,
+        norm_steps: int = 3,
+        num_classes: int = 0,
+        binary: bool = False,
+        noise: float = 0.2,
+        input_mean: float = 0.5,
+        variance_start: float = 1.0,
+        variance_map: str = "exp",
+        density_in_residual: bool = True,
+        square_variance: bool = False,
+        scale_residual: bool = False,
+        feed_logits: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            binary=binary,
+            noise=noise,
+            input_mean=input_mean,
+            variance_start=variance_start,
+            variance_map=variance_map,
+            density_in_residual=density_in_residual,
+            square_variance=square_variance,
+            scale_residual=scale_residual,
+            feed_logits=feed_logits,
+            device=device,
+            dtype=dtype,
+        )
+        if len(image_shape) != 2:
+            raise ValueError(f"image_shape must be (height, width), got {tuple(image_shape)}")
+        self.image_shape = tuple(image_shape)
+        self.num_pixels, self.num_classes = self.image_shape[0] * self.image_shape[1], num_classes
+        self.engine = RLadder(
+            (4, *self.image_shape),
+            levels,
+            num_classes + 1 if num_classes else None,
+            2,
+            norm="batch",
+            norm_steps=norm_steps,
+            device=device,
+            dtype=dtype,
+        )
+        assert self.engine.readout is not None
+        self.engine.readout.map.register_parameter("bias", None)  # what it puts out is normalised
+        self.scale = nn.Parameter(torch.ones(2, device=device, dtype=dtype))
+        self.shift = nn.Parameter(
+            torch.zeros(1, device=device, dtype=dtype)
+        )  # the masks' would change nothing
+
+    def _iterate(self, inputs: list[Tensor], state: Any) -> tuple[Tensor, Any, Any]:
+        groups = inputs[0].shape[:2]
+        x = torch.stack(inputs, 2).flatten(0, 1).unflatten(2, self.image_shape)
+        out, state = self.engine.step(x.to(self.scale.dtype), state)
+        assert out.prediction is not None
+        shift = F.pad(self.shift, (0, 1))
+        read = F.batch_norm(out.prediction.to(x.dtype), None, None, self.scale, shift, training=True, eps=EPS)
+        return read.flatten(1).unflatten(0, groups), out.logits, state

@@ -1,0 +1,97 @@
+import math
+
+import pytest
+import torch
+
+from ladderfast.models import RTagger
+
+N, K, SIDE = 4, 3, 6
+D = SIDE * SIDE
+LEVELS = [
+    {"encoder": "convlstm", "channels": 4, "decoder": "convg2"},
+    {"encoder": "conv", "channels": 5, "stride": 2},
+    {"encoder": "pool"},
+    {"encoder": "lstm", "channels": 6},
+]
+
+
+def make(binary=False, **options):
+    model = RTagger((SIDE, SIDE), LEVELS, binary=binary, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def data(*shape, binary=False):
+    x = torch.rand(*shape, D, dtype=torch.float64)
+    return x.round() if binary else x
+
+
+def masks():
+    return torch.rand(N, K, D, dtype=torch.float64).softmax(1)
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_iterations_written_out(sequences):
+    """The RLadder is fed group by group where it can be: it sees four channels, and keeps its state."""
+    model = make(num_classes=2)
+    x = data(N, 3) if sequences else data(N)
+    corrupted, m = model.corrupt(x), masks()
+    out = model(x, K, 2, corrupted=corrupted, mask=m)
+    v = torch.exp(model.log_variance)
+    wide = v + model.noise**2
+    z, state = torch.full_like(m, 0.5), None
+    for t in range(2):
+        seen, wanted = (corrupted[:, t], x[:, t + 1]) if sequences else (corrupted, x)
+        e = seen[:, None] - z
+        density = torch.exp(-(e**2) / (2 * wide)) / torch.sqrt(2 * math.pi * wide)
+        told = torch.stack([z, m, e * m * density, density / density.sum(1, keepdim=True)], 2)
+        step, state = model.engine.step(told.reshape(N * K, 4, SIDE, SIDE), state)
+        p = step.prediction
+        mean, var = p.mean((0, 2, 3), keepdim=True), p.var((0, 2, 3), correction=0, keepdim=True)
+        p = ((p - mean) / torch.sqrt(var + 1e-10)).reshape(N, K, 2, D)
+        z = model.scale[0] * p[:, :, 0] + model.shift
+        m = torch.softmax(model.scale[1] * p[:, :, 1], 1)
+        density = torch.exp(-((wanted[:, None] - z) ** 2) / (2 * v)) / torch.sqrt(2 * math.pi * v)
+        torch.testing.assert_close(out.z[t], z)
+        torch.testing.assert_close(out.m[t], m)
+        torch.testing.assert_close(out.cost[t], -(m * density).sum(1).log().sum(1))
+        share = torch.softmax(step.logits.reshape(N, K, 3), 2)[..., :2]
+        share = share.sum(1) / share.sum((1, 2))[:, None]
+        torch.testing.assert_close(out.log_classes[t], share.log())
+    assert state.step == 2
+
+
+def test_groups_are_interchangeable_and_have_a_state_each():
+    model, x, m = make(), data(N), masks()
+    corrupted, order = model.corrupt(x), [2, 0, 1]
+    out = model(x, K, 3, corrupted=corrupted, mask=m)
+    turned = model(x, K, 3, corrupted=corrupted, mask=m[:, order])
+    for t in range(3):
+        torch.testing.assert_close(turned.m[t], out.m[t][:, order])
+        torch.testing.assert_close(turned.z[t], out.z[t][:, order])
+    torch.testing.assert_close(turned.cost, out.cost)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_every_parameter_learns(binary):
+    model = make(binary, num_classes=2)
+    out = model(data(N, binary=binary), K, 2)
+    (out.cost.sum() - out.log_classes[-1, :, 0].sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_groups_and_steps_are_chosen_at_the_call():
+    model, x = make(), data(N, 4)
+    assert model(x, 2, 3).m[2].shape == (N, 2, D)
+    assert len(model(x, 4, 1).m) == 1
+    with pytest.raises(ValueError, match="x must hold at least 5 frames for 4 iterations, got 4"):
+        model(x, 2, 4)
+    with pytest.raises(ValueError, match=r"x must have shape \(N, T, 36\), got \(4, 4, 35\)"):
+        model(x[..., 1:], 2, 3)
+    with pytest.raises(ValueError, match=r"image_shape must be \(height, width\), got \(1, 6, 6\)"):
+        RTagger((1, 6, 6), LEVELS)
