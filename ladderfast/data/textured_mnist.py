@@ -37,7 +37,7 @@ class TexturedMNIST(GroupedImages):
 
     Raises FileNotFoundError, ValueError and OSError as `MNIST` and `read_textures` do.
 
-    Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 4.3 (with Brodatz textures).
+    Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 4.2 (with Brodatz textures).
     """
 
     def __init__(

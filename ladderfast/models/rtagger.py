@@ -36,7 +36,7 @@ class RTagger(Grouping):
 
     Raises TypeError or ValueError for arguments that make no RTagger.
 
-    Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 3.3 and appendix C.
+    Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 4.
     """
 
     def __init__(
