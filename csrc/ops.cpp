@@ -996,7 +996,6 @@ struct TaggerCall {
     }
 };
 
-// Calls f with a value of the CPU kernels' element type.
 template <class F>
 void tagger_cpu_dispatch(const char* op, const TaggerCall& call, const F& f) {
     const ScalarType dtype = call.z.scalar_type();
@@ -1182,10 +1181,11 @@ struct LnConvLstmArguments {
     int64_t axis;  // of the channels
     LnConvLstmShape shape;
     Tensor x, rec, c, bias;
-    std::optional<Tensor> y, weight, weight_y;
+    std::optional<Tensor> y, weight, weight_y, cell_weight, cell_bias;
 
     LnConvLstmArguments(const char* op, Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
-                        std::optional<Tensor> weight, std::optional<Tensor> weight_y, Tensor bias)
+                        std::optional<Tensor> weight, std::optional<Tensor> weight_y, Tensor bias,
+                        std::optional<Tensor> cell_weight, std::optional<Tensor> cell_bias, bool batch)
         : op(op), axis(bias.dim()), x(x), rec(rec), c(c), bias(bias), y(y), weight(weight), weight_y(weight_y) {
         STD_TORCH_CHECK(axis == 1 || axis == 2, op, ": bias must be (4C) or (S, 4C)");
         STD_TORCH_CHECK(x.dim() > axis && c.dim() == x.dim() && bias.size(axis - 1) == x.size(axis) &&
@@ -1199,8 +1199,16 @@ struct LnConvLstmArguments {
         for (const auto& w : {weight, weight_y})
             if (w.has_value()) check_like("weight", *w, bias);
         STD_TORCH_CHECK(bias.device() == x.device(), op, ": bias must be on the device of x");
+        STD_TORCH_CHECK(cell_weight.has_value() == cell_bias.has_value(), op, ": the cell needs a weight and a bias");
+        for (const auto& v : {cell_weight, cell_bias})
+            STD_TORCH_CHECK(!v.has_value() || (v->dim() == axis && v->size(axis - 1) == c.size(axis) &&
+                                               (axis == 1 || v->size(0) == x.size(0)) &&
+                                               v->scalar_type() == bias.scalar_type() && v->device() == x.device()),
+                            op, ": cell_weight and cell_bias must fit bias, with C for 4C");
 
-        shape = {axis == 2 ? x.size(0) : 1, x.size(axis - 1), c.size(axis), 1, weight.has_value() + y.has_value(), 0};
+        shape = {
+            axis == 2 ? x.size(0) : 1,   x.size(axis - 1),       c.size(axis), 1, weight.has_value() + y.has_value(), 0,
+            batch && weight.has_value(), cell_weight.has_value()};
         for (int64_t k = axis + 1; k < x.dim(); ++k) shape.positions *= x.size(k);
         if (!packed(x, [](int64_t k) { return k; })) {
             STD_TORCH_CHECK(is_channels_last(x), op, ": x must be contiguous or channels-last");
@@ -1258,70 +1266,91 @@ struct LnConvLstmArguments {
                 (const T*)rec.data_ptr(),
                 (const T*)c.data_ptr(),
                 {of(weight), of(weight_y)},
-                (const T*)bias.data_ptr()};
+                (const T*)bias.data_ptr(),
+                of(cell_weight),
+                of(cell_bias)};
     }
 
     int64_t elements() const { return shape.seeds * shape.samples * 4 * shape.channels * shape.positions; }
     Tensor none() const { return torch::stable::new_empty(x, {0}); }
     Tensor like(const std::optional<Tensor>& t) const { return t.has_value() ? torch::stable::empty_like(*t) : none(); }
     Tensor new_stats() const {
-        const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-        return torch::stable::new_empty(x, {shape.seeds, shape.samples, shape.inputs, 2}, dtype);
+        if (shape.batch)
+            return torch::stable::new_empty(x, {shape.seeds, shape.inputs, 3, 4 * shape.channels}, stats_dtype());
+        return torch::stable::new_empty(x, {shape.seeds, shape.samples, shape.inputs, 2}, stats_dtype());
+    }
+    Tensor new_cell_stats() const {
+        return torch::stable::new_empty(x, {shape.seeds, shape.cell ? shape.samples : 0, 2}, stats_dtype());
     }
 };
 
 template <class T>
-void run_ln_convlstm(const LnConvLstmArguments& args, Tensor& h, Tensor& c_new, Tensor& stats, double eps) {
+void run_ln_convlstm(const LnConvLstmArguments& args, const LnConvLstmForward& results, double eps) {
+    namespace cpu = ladderfast::cpu;
     const LnConvLstmShape& shape = args.shape;
     const LnConvLstmInputs<T> in = args.pointers<T>();
-    const LnConvLstmOutputs<T> out = {(T*)h.data_ptr(), (T*)c_new.data_ptr(), (T*)stats.data_ptr()};
-    const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
-    Tensor split;
-    if (splits > 0) {
-        split =
-            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
-    }
-    double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
-    parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_statistics<T>(in, sp, shape, begin, end);
+    const LnConvLstmOutputs<T> out = results.pointers<T>();
+    const Tensor split = ln_convlstm_split(args);
+    double* sp = (double*)split.data_ptr();
+    const int64_t cell_items = cpu::ln_convlstm_cell_items(shape);
+    parallel_items(cpu::ln_convlstm_statistics_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_statistics<T>(in, out, sp, eps, shape, begin, end);
     });
-    parallel_items(ladderfast::cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_forward<T>(in, out, sp, eps, shape, begin, end);
+    parallel_items(cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_forward<T>(in, out, sp, eps, shape, begin, end);
+    });
+    parallel_items(cell_items, args.elements() / 2, [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_cell_statistics<T>(out, sp, shape, begin, end);
+    });
+    parallel_items(cell_items, args.elements() / 2, [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_cell_forward<T>(in, out, sp, eps, shape, begin, end);
     });
 }
 
-std::tuple<Tensor, Tensor, Tensor> ln_convlstm_cpu(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
-                                                   std::optional<Tensor> weight, std::optional<Tensor> weight_y,
-                                                   Tensor bias, double eps) {
-    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias);
-    Tensor h = args.empty_cells(), c_new = args.empty_cells(), stats = args.new_stats();
+LnConvLstmResults ln_convlstm_cpu(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c, std::optional<Tensor> weight,
+                                  std::optional<Tensor> weight_y, Tensor bias, std::optional<Tensor> cell_weight,
+                                  std::optional<Tensor> cell_bias, bool batch, double eps) {
+    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias, batch);
+    const LnConvLstmForward out(args);
     const ScalarType dtype = x.scalar_type();
     STD_TORCH_CHECK(bias.scalar_type() == dtype, "ln_convlstm: bias must have the dtype of x on the CPU");
     if (dtype == ScalarType::Float) {
-        run_ln_convlstm<float>(args, h, c_new, stats, eps);
+        run_ln_convlstm<float>(args, out, eps);
     } else if (dtype == ScalarType::Double) {
-        run_ln_convlstm<double>(args, h, c_new, stats, eps);
+        run_ln_convlstm<double>(args, out, eps);
     } else {
         STD_TORCH_CHECK(false, "ln_convlstm: the CPU kernel takes float32 and float64");
     }
-    return {h, c_new, stats};
+    return {results.h, results.c_new, results.stats, results.cell_stats};
 }
 
-// The gradients of x, y, rec, c, weight, weight_y and bias. Those of what is not there are empty; so is that of an x
-// that is not normalised, which is that of rec.
-using LnConvLstmGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The gradients of x, y, rec, c, weight, weight_y, bias, cell_weight and cell_bias. Those of what is not there are
+// empty; so is that of an x that is not normalised, which is that of rec.
+using LnConvLstmGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct LnConvLstmBackward {
-    Tensor grad_h, grad_c_new, stats;
-    Tensor grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias;
+    Tensor grad_h, grad_c_new, stats, cell_stats;
+    std::optional<Tensor> after;
+    Tensor grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias, grad_cell_weight, grad_cell_bias;
 
-    LnConvLstmBackward(const LnConvLstmArguments& args, Tensor grad_h, Tensor grad_c_new, Tensor stats)
-        : stats(torch::stable::contiguous(stats)) {
+    LnConvLstmBackward(const LnConvLstmArguments& args, Tensor grad_h, Tensor grad_c_new, std::optional<Tensor> c_new,
+                       Tensor stats, Tensor cell_stats)
+        : stats(torch::stable::contiguous(stats)), cell_stats(torch::stable::contiguous(cell_stats)) {
         args.check_cells("grad_h", grad_h);
         args.check_cells("grad_c_new", grad_c_new);
-        STD_TORCH_CHECK(stats.numel() == args.shape.seeds * args.shape.samples * args.shape.inputs * 2 &&
-                            stats.device() == args.x.device(),
-                        args.op, ": stats does not fit x");
+        const LnConvLstmShape& s = args.shape;
+        const int64_t numbers = s.batch ? 12 * s.channels : 2 * s.samples;
+        for (const Tensor& t : {stats, cell_stats})
+            STD_TORCH_CHECK(t.scalar_type() == args.stats_dtype() && t.device() == args.x.device(), args.op,
+                            ": stats must be float64 where x is, else float32");
+        STD_TORCH_CHECK(
+            stats.numel() == s.seeds * s.inputs * numbers && cell_stats.numel() == s.seeds * s.samples * s.cell * 2,
+            args.op, ": stats do not fit x");
+        STD_TORCH_CHECK(c_new.has_value() == (s.cell != 0), args.op, ": c_new belongs to a normalised cell");
+        if (s.cell) {
+            args.check_cells("c_new", *c_new);
+            after = args.cells(*c_new);
+        }
         this->grad_h = args.cells(grad_h);
         this->grad_c_new = args.cells(grad_c_new);
         grad_x = args.weight.has_value() ? torch::stable::empty_like(args.x) : args.none();
@@ -1342,11 +1371,14 @@ struct LnConvLstmBackward {
                 (T*)grad_rec.data_ptr(),
                 (T*)grad_c.data_ptr(),
                 {(T*)grad_weight.data_ptr(), (T*)grad_weight_y.data_ptr()},
-                (T*)grad_bias.data_ptr()};
+                (T*)grad_bias.data_ptr(),
+                (T*)grad_cell_weight.data_ptr(),
+                (T*)grad_cell_bias.data_ptr()};
     }
 
     LnConvLstmGrads results() const {
-        return {grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias};
+        return {grad_x,        grad_y,    grad_rec,         grad_c,        grad_weight,
+                grad_weight_y, grad_bias, grad_cell_weight, grad_cell_bias};
     }
 };
 
@@ -1355,33 +1387,33 @@ void run_ln_convlstm_backward(const LnConvLstmArguments& args, const LnConvLstmB
     const LnConvLstmShape& shape = args.shape;
     const LnConvLstmInputs<T> in = args.pointers<T>();
     const LnConvLstmGradients<T> grad = out.pointers<T>();
-    const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
-    Tensor split, workspace = torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_reduce_workspace(shape)});
-    if (splits > 0) {
-        split =
-            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
-    }
-    double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
+    const Tensor split = ln_convlstm_split(args);
+    const Tensor workspace = torch::stable::new_empty(args.x, {cpu::ln_convlstm_reduce_workspace(shape)});
+    double* sp = (double*)split.data_ptr();
     T* ws = (T*)workspace.data_ptr();
-    parallel_items(ladderfast::cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_backward<T>(in, grad, sp, ws, shape, begin, end);
+    parallel_items(cpu::ln_convlstm_cell_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_cell_backward<T>(in, grad, sp, ws, shape, begin, end);
     });
-    parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_finish<T>(in, grad, sp, shape, begin, end);
+    parallel_items(cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_backward<T>(in, grad, sp, ws, shape, begin, end);
     });
-    parallel_items(
-        ladderfast::cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4,
-        [&](int64_t begin, int64_t end) { ladderfast::cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end); });
+    parallel_items(cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4,
+                   [&](int64_t begin, int64_t end) { cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end); });
+    parallel_items(cpu::ln_convlstm_finish_items(shape), args.elements(),
+                   [&](int64_t begin, int64_t end) { cpu::ln_convlstm_finish<T>(in, grad, sp, shape, begin, end); });
 }
 
 LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,
                                          Tensor rec, Tensor c, std::optional<Tensor> weight,
-                                         std::optional<Tensor> weight_y, Tensor bias, Tensor stats) {
-    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias);
+                                         std::optional<Tensor> weight_y, Tensor bias, std::optional<Tensor> cell_weight,
+                                         std::optional<Tensor> cell_bias, std::optional<Tensor> c_new, Tensor stats,
+                                         Tensor cell_stats, bool batch) {
+    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias,
+                                   batch);
     const ScalarType dtype = x.scalar_type();
     STD_TORCH_CHECK(bias.scalar_type() == dtype && stats.scalar_type() == dtype,
                     "ln_convlstm_backward: bias and stats must have the dtype of x on the CPU");
-    const LnConvLstmBackward out(args, grad_h, grad_c_new, stats);
+    const LnConvLstmBackward out(args, grad_h, grad_c_new, c_new, stats, cell_stats);
     if (dtype == ScalarType::Float) {
         run_ln_convlstm_backward<float>(args, out);
     } else if (dtype == ScalarType::Double) {
@@ -1394,30 +1426,34 @@ LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tenso
 
 #ifdef LADDERFAST_WITH_CUDA
 
-std::tuple<Tensor, Tensor, Tensor> ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
-                                                    std::optional<Tensor> weight, std::optional<Tensor> weight_y,
-                                                    Tensor bias, double eps) {
+LnConvLstmResults ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
+                                   std::optional<Tensor> weight, std::optional<Tensor> weight_y, Tensor bias,
+                                   std::optional<Tensor> cell_weight, std::optional<Tensor> cell_bias, bool batch,
+                                   double eps) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias);
-    Tensor h = args.empty_cells(), c_new = args.empty_cells(), stats = args.new_stats();
+    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias, batch);
+    const LnConvLstmForward results(args);
     Tensor workspace =
         torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
     const auto in = args.pointers<void>();
-    const LnConvLstmOutputs<void> out = {h.data_ptr(), c_new.data_ptr(), stats.data_ptr()};
+    const auto out = results.pointers<void>();
     STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_forward_cuda(
         &in, &out, workspace.data_ptr(), eps, dtype_code("ln_convlstm", x.scalar_type()),
         dtype_code("ln_convlstm", bias.scalar_type()), &args.shape, current_stream(x)));
-    return {h, c_new, stats};
+    return {out.h, out.c_new, out.stats, out.cell_stats};
 }
 
 LnConvLstmGrads ln_convlstm_backward_cuda(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,
                                           Tensor rec, Tensor c, std::optional<Tensor> weight,
-                                          std::optional<Tensor> weight_y, Tensor bias, Tensor stats) {
+        if (cell_weight.has_value()) this->cell_weight = torch::stable::contiguous(*cell_weight);
+        if (cell_bias.has_value()) this->cell_bias = torch::stable::contiguous(*cell_bias);
+                                          std::optional<Tensor> weight_y, Tensor bias,
+                                          std::optional<Tensor> cell_weight, std::optional<Tensor> cell_bias,
+                                          std::optional<Tensor> c_new, Tensor stats, Tensor cell_stats, bool batch) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias);
-    STD_TORCH_CHECK(stats.scalar_type() == args.new_stats().scalar_type(),
-                    "ln_convlstm_backward: stats must be float64 where x is, else float32");
-    const LnConvLstmBackward results(args, grad_h, grad_c_new, stats);
+    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias,
+                                   batch);
+    const LnConvLstmBackward results(args, grad_h, grad_c_new, c_new, stats, cell_stats);
     Tensor workspace =
         torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
     const auto in = args.pointers<void>();
@@ -1464,12 +1500,39 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "-> Tensor");
     m.def("soft_unpool2d(Tensor what, Tensor where, int kernel_h, int kernel_w) -> Tensor");
     m.def(
+    ScalarType stats_dtype() const {
+        return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    }
         "soft_unpool2d_backward(Tensor grad_z, Tensor what, Tensor where, int kernel_h, int kernel_w) -> (Tensor, "
         "Tensor)");
     m.def("gaussian_group_inputs(Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor)");
     m.def(
         "gaussian_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
         "variance) -> (Tensor, Tensor, Tensor, Tensor)");
+// h, c, the statistics and those of the cell, which are none where it is not normalised.
+struct LnConvLstmForward {
+    Tensor h, c_new, stats, cell_stats;
+
+    explicit LnConvLstmForward(const LnConvLstmArguments& args)
+        : h(args.empty_cells()),
+          c_new(args.empty_cells()),
+          stats(args.new_stats()),
+          cell_stats(args.new_cell_stats()) {}
+
+    template <class T>
+    LnConvLstmOutputs<T> pointers() const {
+        return {(T*)h.data_ptr(), (T*)c_new.data_ptr(), (T*)stats.data_ptr(), (T*)cell_stats.data_ptr()};
+    }
+};
+
+using LnConvLstmResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Doubles for passes that leave each other sums.
+Tensor ln_convlstm_split(const LnConvLstmArguments& args) {
+    return torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(args.shape)},
+                                    ScalarType::Double);
+}
+
     m.def("bernoulli_group_inputs(Tensor x, Tensor z, Tensor m, Tensor flip_prob) -> (Tensor, Tensor)");
     m.def(
         "bernoulli_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
@@ -1485,8 +1548,8 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "eps) -> (Tensor, Tensor, Tensor)");
     m.def(
         "ln_convlstm_backward(Tensor grad_h, Tensor grad_c_new, Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? "
-        "weight, Tensor? weight_y, Tensor bias, Tensor stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-        "Tensor)");
+        "weight, Tensor? weight_y, Tensor bias, Tensor? cell_weight, Tensor? cell_bias, Tensor? c_new, Tensor stats, "
+        "Tensor cell_stats, bool batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
@@ -1531,8 +1594,13 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("gaussian_mixture_nll", TORCH_BOX(&TaggerCuda::gaussian_nll));
     m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCuda::gaussian_nll_backward));
     m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCuda::bernoulli_nll));
+        grad_cell_weight = args.like(args.cell_weight);
+        grad_cell_bias = args.like(args.cell_bias);
     m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCuda::bernoulli_nll_backward));
     m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cuda));
     m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cuda));
 }
 #endif
+                (const T*)cell_stats.data_ptr(),
+                (const T*)pointer(after),
+    namespace cpu = ladderfast::cpu;
