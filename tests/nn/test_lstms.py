@@ -226,6 +226,8 @@ def test_batch_norm_in_the_place_of_layer_norm(spatial):
     )
     running = module.cell.batch_norm[0]
     torch.testing.assert_close(running.running_mean, 0.1 * gates.mean(axes))
+    torch.testing.assert_close(running.running_var, 0.9 + 0.1 * gates.var(axes))
+    assert running.num_batches_tracked == 1
     found = module.eval()(x)[0][0]
     a = (gates - shaped(running.running_mean)) / (shaped(running.running_var) + 1e-5).sqrt()
     torch.testing.assert_close(found, activated(a * shaped(weight) + shaped(module.cell.bias)))
