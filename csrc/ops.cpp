@@ -18,6 +18,7 @@
 #include "ladder_decoder.h"
 #include "what_where.h"
 #include "tagger.h"
+#include "tagger_step.h"
 #include "ln_convlstm.h"
 
 #include <optional>
@@ -996,25 +997,17 @@ struct TaggerCall {
     }
 };
 
-// Calls f with a value of the CPU kernels' element type.
 template <class F>
 void tagger_cpu_dispatch(const char* op, const TaggerCall& call, const F& f) {
-    const ScalarType dtype = call.z.scalar_type();
-    STD_TORCH_CHECK(call.in.scalar == nullptr || call.scalar.scalar_type() == dtype, op,
+    STD_TORCH_CHECK(call.in.scalar == nullptr || call.scalar.scalar_type() == call.z.scalar_type(), op,
                     ": the scalar must have the dtype of z on the CPU");
-    if (dtype == ScalarType::Float) {
-        f(float{});
-    } else if (dtype == ScalarType::Double) {
-        f(double{});
-    } else {
-        STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32 and float64");
-    }
+    dispatch_cpu(op, call.z, f);
 }
 
 std::tuple<Tensor, Tensor> tagger_inputs_cpu(const char* op, bool gaussian, const TaggerCall& call) {
     Tensor dz = call.like_groups(), likelihood = call.like_groups();
-    tagger_cpu_dispatch(op, call, [&](auto type) {
-        using T = decltype(type);
+    tagger_cpu_dispatch(op, call, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
         T *dzp = (T*)dz.data_ptr(), *lp = (T*)likelihood.data_ptr();
         parallel_items(ladderfast::cpu::tagger_items(call.shape), call.elements(), [&](int64_t begin, int64_t end) {
             ladderfast::cpu::tagger_inputs<T>(gaussian, call.in, dzp, lp, call.shape, begin, end);
@@ -1025,8 +1018,8 @@ std::tuple<Tensor, Tensor> tagger_inputs_cpu(const char* op, bool gaussian, cons
 
 Tensor tagger_nll_cpu(const char* op, bool gaussian, const TaggerCall& call) {
     Tensor nll = call.like_pixels();
-    tagger_cpu_dispatch(op, call, [&](auto type) {
-        using T = decltype(type);
+    tagger_cpu_dispatch(op, call, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
         T* out = (T*)nll.data_ptr();
         parallel_items(ladderfast::cpu::tagger_items(call.shape), call.elements(), [&](int64_t begin, int64_t end) {
             ladderfast::cpu::tagger_nll<T>(gaussian, call.in, out, call.shape, begin, end);
@@ -1049,8 +1042,8 @@ TaggerGradients tagger_backward_cpu(const char* op, bool gaussian, const TaggerC
     const int64_t items = ladderfast::cpu::tagger_items(call.shape);
     std::vector<double> partials(gaussian ? items : 0);
     if (gaussian) out.scalar = torch::stable::empty_like(call.scalar);
-    tagger_cpu_dispatch(op, call, [&](auto type) {
-        using T = decltype(type);
+    tagger_cpu_dispatch(op, call, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
         T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gm = (T*)out.m.data_ptr();
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
             if (grad_b == nullptr)
@@ -1175,6 +1168,212 @@ struct TaggerOps {
 };
 
 using TaggerCpu = TaggerOps<tagger_inputs_cpu, tagger_nll_cpu, tagger_backward_cpu>;
+// tagger_step
+
+// As TaggerCall, with logits for m; the groups of the CPU kernels are limited.
+struct TaggerStepCall : TaggerCall {
+    TaggerStepCall(const char* op, const Tensor& x, const Tensor& z, const Tensor& logits, const Tensor& scalar)
+        : TaggerCall(op, x, z, logits, &scalar) {
+        STD_TORCH_CHECK(shape.groups <= ladderfast::cpu::kTaggerGroups, op, ": z must have at most 64 groups");
+    }
+};
+
+Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerStepCall& call) {
+    const TaggerShape& s = call.shape;
+    Tensor out = torch::stable::new_empty(call.z, {s.rows * s.groups, 4 * s.pixels});
+    tagger_cpu_dispatch(op, call, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        T* to = (T*)out.data_ptr();
+        parallel_items(ladderfast::cpu::tagger_items(s), 2 * call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_inputs<T>(gaussian, call.in, to, s, begin, end);
+        });
+    });
+    return out;
+}
+
+TaggerGradients tagger_step_inputs_backward_cpu(const char* op, bool gaussian, const TaggerStepCall& call,
+                                                const Tensor& grad_) {
+    const TaggerShape& s = call.shape;
+    STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == s.rows * s.groups && grad_.size(1) == 4 * s.pixels &&
+                        grad_.scalar_type() == call.z.scalar_type() && grad_.device() == call.z.device(),
+                    op, ": grad must be (N K, 4 D) with the dtype and device of z");
+    const Tensor grad = unit_stride(grad_);
+    const TaggerInput g = {grad.data_ptr(), grad.stride(0) * s.groups, grad.stride(0)};
+    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    const int64_t items = ladderfast::cpu::tagger_items(s);
+    std::vector<double> partials(gaussian ? items : 0);
+    if (gaussian) out.scalar = torch::stable::empty_like(call.scalar);
+    tagger_cpu_dispatch(op, call, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gl = (T*)out.m.data_ptr();
+        parallel_items(items, 2 * call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_inputs_backward<T>(gaussian, g, call.in, gx, gz, gl, partials.data(), s, begin,
+                                                            end);
+        });
+        if (gaussian)
+            ladderfast::cpu::tagger_sum<T>(partials.data(), (const T*)call.in.scalar, (T*)out.scalar.data_ptr(), s);
+    });
+    return out;
+}
+
+// The arguments of the outputs. variance is null for Bernoulli.
+struct TaggerOutputsCall {
+    Tensor x, z, m, c1, b1, c2, variance;
+    TaggerShape shape;
+    TaggerOutputs in;
+
+    TaggerOutputsCall(const char* op, const Tensor& x_, const Tensor& z_, const Tensor& m_, const Tensor& c1_,
+                      const Tensor& b1_, const Tensor& c2_, const Tensor* variance_)
+        : x(unit_stride(x_)),
+          z(torch::stable::contiguous(z_)),
+          m(torch::stable::contiguous(m_)),
+          c1(torch::stable::contiguous(c1_)),
+          b1(torch::stable::contiguous(b1_)),
+          c2(torch::stable::contiguous(c2_)) {
+        STD_TORCH_CHECK(z.dim() == 3 && z.size(1) > 0 && z.size(1) <= ladderfast::cpu::kTaggerGroups, op,
+                        ": z must be (N, K, D) with 1 to 64 groups");
+        check_same_shape(op, "m", m, z);
+        STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == z.size(0) && x.size(1) == z.size(2) &&
+                            x.scalar_type() == z.scalar_type() && x.device() == z.device(),
+                        op, ": x must be (N, D), with the dtype and device of z");
+        shape = {z.size(0), z.size(1), z.size(2), c2.numel()};
+        STD_TORCH_CHECK(c2.dim() <= 1 && (shape.seeds > 0 ? shape.rows % shape.seeds == 0 : shape.rows == 0), op,
+                        ": c2 must be () or (S,), with S a divisor of N");
+        for (const Tensor& t : {c1, b1})
+            STD_TORCH_CHECK(t.dim() == 1 + c2.dim() && t.numel() == shape.seeds * shape.pixels &&
+                                t.size(t.dim() - 1) == shape.pixels,
+                            op, ": c1 and b1 must be (D) or (S, D)");
+        for (const Tensor& t : {c1, b1, c2})
+            STD_TORCH_CHECK(t.scalar_type() == z.scalar_type() && t.device() == z.device(), op,
+                            ": c1, b1 and c2 must have the dtype and device of z");
+        in = {tagger_input(x), z.data_ptr(), m.data_ptr(), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
+        if (variance_ == nullptr) return;
+        variance = torch::stable::contiguous(*variance_);
+        STD_TORCH_CHECK(variance.numel() == shape.seeds && variance.dim() == c2.dim() &&
+                            variance.scalar_type() == z.scalar_type() && variance.device() == z.device(),
+                        op, ": variance must be as c2");
+        in.variance = variance.data_ptr();
+    }
+
+    int64_t elements() const { return 2 * shape.rows * shape.groups * shape.pixels; }
+    Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
+};
+
+using TaggerOutputsResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call, double eps) {
+    const TaggerShape& s = call.shape;
+    Tensor z = torch::stable::empty_like(call.z), logits = torch::stable::empty_like(call.z);
+    Tensor nll = call.like_pixels(), stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels});
+    dispatch_cpu(op, call.z, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
+        T* to_stats = (T*)stats.data_ptr();
+        parallel_items(ladderfast::cpu::tagger_outputs_items(s), call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, eps, s, begin, end);
+        });
+    });
+    return {z, logits, nll, stats};
+}
+
+// Gradients of x, z, m, c1, b1, c2 and, for Gaussian, variance.
+struct TaggerOutputsGrads {
+    Tensor x, z, m, c1, b1, c2, variance;
+};
+
+TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call,
+                                                    const Tensor& grad_z, const Tensor& grad_logits,
+                                                    const Tensor& grad_nll, const Tensor& stats_) {
+    const TaggerShape& s = call.shape;
+    check_same_shape(op, "grad_z", grad_z, call.z);
+    check_same_shape(op, "grad_logits", grad_logits, call.z);
+    check_same_shape(op, "grad_nll", grad_nll, call.x, "x");
+    const Tensor gz = unit_stride(grad_z), gl = unit_stride(grad_logits), gn = unit_stride(grad_nll);
+    const Tensor stats = torch::stable::contiguous(stats_);
+    STD_TORCH_CHECK(stats.numel() == 4 * s.seeds * s.pixels && stats.scalar_type() == call.z.scalar_type() &&
+                        stats.device() == call.z.device(),
+                    op, ": stats does not fit z");
+    TaggerOutputsGrads out{call.like_pixels(),
+                           torch::stable::empty_like(call.z),
+                           torch::stable::empty_like(call.z),
+                           torch::stable::empty_like(call.c1),
+                           torch::stable::empty_like(call.b1),
+                           torch::stable::empty_like(call.c2),
+                           Tensor()};
+    const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
+    std::vector<double> of_c2(items), of_variance(gaussian ? items : 0);
+    if (gaussian) out.variance = torch::stable::empty_like(call.variance);
+    dispatch_cpu(op, call.z, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const TaggerOutputsGradients<T> grad = {
+            tagger_input(gz),      tagger_input(gl),     tagger_input(gn),     (const T*)stats.data_ptr(),
+            (T*)out.x.data_ptr(),  (T*)out.z.data_ptr(), (T*)out.m.data_ptr(), (T*)out.c1.data_ptr(),
+            (T*)out.b1.data_ptr(), of_c2.data(),         of_variance.data()};
+        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, s, begin, end);
+        });
+        const int64_t per_seed = s.seeds > 0 ? items / s.seeds : 0;
+        for (int64_t seed = 0; seed < s.seeds; ++seed) {
+            double c2 = 0, variance = 0;
+            for (int64_t i = seed * per_seed; i < (seed + 1) * per_seed; ++i) {
+                c2 += of_c2[i];
+                if (gaussian) variance += of_variance[i];
+            }
+            ((T*)out.c2.data_ptr())[seed] = (T)c2;
+            if (gaussian)
+                ((T*)out.variance.data_ptr())[seed] = (T)(variance / (2.0 * ((const T*)call.in.variance)[seed]));
+        }
+    });
+    return out;
+}
+
+Tensor gaussian_step_inputs_cpu(Tensor x, Tensor z, Tensor logits, Tensor variance) {
+    const char* op = "gaussian_step_inputs";
+    return tagger_step_inputs_cpu(op, true, TaggerStepCall(op, x, z, logits, variance));
+}
+Tensor bernoulli_step_inputs_cpu(Tensor x, Tensor z, Tensor logits, Tensor flip_prob) {
+    const char* op = "bernoulli_step_inputs";
+    return tagger_step_inputs_cpu(op, false, TaggerStepCall(op, x, z, logits, flip_prob));
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_step_inputs_backward_cpu(Tensor grad, Tensor x, Tensor z,
+                                                                             Tensor logits, Tensor variance) {
+    const char* op = "gaussian_step_inputs_backward";
+    const auto g = tagger_step_inputs_backward_cpu(op, true, TaggerStepCall(op, x, z, logits, variance), grad);
+    return {g.x, g.z, g.m, g.scalar};
+}
+std::tuple<Tensor, Tensor, Tensor> bernoulli_step_inputs_backward_cpu(Tensor grad, Tensor x, Tensor z, Tensor logits,
+                                                                      Tensor flip_prob) {
+    const char* op = "bernoulli_step_inputs_backward";
+    const auto g = tagger_step_inputs_backward_cpu(op, false, TaggerStepCall(op, x, z, logits, flip_prob), grad);
+    return {g.x, g.z, g.m};
+}
+TaggerOutputsResults gaussian_step_outputs_cpu(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
+                                               Tensor variance, double eps) {
+    const char* op = "gaussian_step_outputs";
+    return tagger_step_outputs_cpu(op, true, TaggerOutputsCall(op, x, z, m, c1, b1, c2, &variance), eps);
+}
+TaggerOutputsResults bernoulli_step_outputs_cpu(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
+                                                double eps) {
+    const char* op = "bernoulli_step_outputs";
+    return tagger_step_outputs_cpu(op, false, TaggerOutputsCall(op, x, z, m, c1, b1, c2, nullptr), eps);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_step_outputs_backward_cpu(
+    Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
+    Tensor variance, Tensor stats) {
+    const char* op = "gaussian_step_outputs_backward";
+    const auto g = tagger_step_outputs_backward_cpu(op, true, TaggerOutputsCall(op, x, z, m, c1, b1, c2, &variance),
+                                                    grad_z, grad_logits, grad_nll, stats);
+    return {g.x, g.z, g.m, g.c1, g.b1, g.c2, g.variance};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bernoulli_step_outputs_backward_cpu(
+    Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
+    Tensor stats) {
+    const char* op = "bernoulli_step_outputs_backward";
+    const auto g = tagger_step_outputs_backward_cpu(op, false, TaggerOutputsCall(op, x, z, m, c1, b1, c2, nullptr),
+                                                    grad_z, grad_logits, grad_nll, stats);
+    return {g.x, g.z, g.m, g.c1, g.b1, g.c2};
+}
+
 // The arguments of an ln_convlstm pass, laid out alike: gates (N, 4C, *) and cells (N, C, *) with vectors (4C), or with
 // an axis of seeds in front of each.
 struct LnConvLstmArguments {
@@ -1182,10 +1381,11 @@ struct LnConvLstmArguments {
     int64_t axis;  // of the channels
     LnConvLstmShape shape;
     Tensor x, rec, c, bias;
-    std::optional<Tensor> y, weight, weight_y;
+    std::optional<Tensor> y, weight, weight_y, cell_weight, cell_bias;
 
     LnConvLstmArguments(const char* op, Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
-                        std::optional<Tensor> weight, std::optional<Tensor> weight_y, Tensor bias)
+                        std::optional<Tensor> weight, std::optional<Tensor> weight_y, Tensor bias,
+                        std::optional<Tensor> cell_weight, std::optional<Tensor> cell_bias, bool batch)
         : op(op), axis(bias.dim()), x(x), rec(rec), c(c), bias(bias), y(y), weight(weight), weight_y(weight_y) {
         STD_TORCH_CHECK(axis == 1 || axis == 2, op, ": bias must be (4C) or (S, 4C)");
         STD_TORCH_CHECK(x.dim() > axis && c.dim() == x.dim() && bias.size(axis - 1) == x.size(axis) &&
@@ -1199,8 +1399,16 @@ struct LnConvLstmArguments {
         for (const auto& w : {weight, weight_y})
             if (w.has_value()) check_like("weight", *w, bias);
         STD_TORCH_CHECK(bias.device() == x.device(), op, ": bias must be on the device of x");
+        STD_TORCH_CHECK(cell_weight.has_value() == cell_bias.has_value(), op, ": the cell needs a weight and a bias");
+        for (const auto& v : {cell_weight, cell_bias})
+            STD_TORCH_CHECK(!v.has_value() || (v->dim() == axis && v->size(axis - 1) == c.size(axis) &&
+                                               (axis == 1 || v->size(0) == x.size(0)) &&
+                                               v->scalar_type() == bias.scalar_type() && v->device() == x.device()),
+                            op, ": cell_weight and cell_bias must fit bias, with C for 4C");
 
-        shape = {axis == 2 ? x.size(0) : 1, x.size(axis - 1), c.size(axis), 1, weight.has_value() + y.has_value(), 0};
+        shape = {
+            axis == 2 ? x.size(0) : 1,   x.size(axis - 1),       c.size(axis), 1, weight.has_value() + y.has_value(), 0,
+            batch && weight.has_value(), cell_weight.has_value()};
         for (int64_t k = axis + 1; k < x.dim(); ++k) shape.positions *= x.size(k);
         if (!packed(x, [](int64_t k) { return k; })) {
             STD_TORCH_CHECK(is_channels_last(x), op, ": x must be contiguous or channels-last");
@@ -1212,6 +1420,8 @@ struct LnConvLstmArguments {
         this->bias = torch::stable::contiguous(bias);
         if (weight.has_value()) this->weight = torch::stable::contiguous(*weight);
         if (weight_y.has_value()) this->weight_y = torch::stable::contiguous(*weight_y);
+        if (cell_weight.has_value()) this->cell_weight = torch::stable::contiguous(*cell_weight);
+        if (cell_bias.has_value()) this->cell_bias = torch::stable::contiguous(*cell_bias);
     }
 
     void check_like(const char* name, const Tensor& t, const Tensor& other) const {
@@ -1258,70 +1468,118 @@ struct LnConvLstmArguments {
                 (const T*)rec.data_ptr(),
                 (const T*)c.data_ptr(),
                 {of(weight), of(weight_y)},
-                (const T*)bias.data_ptr()};
+                (const T*)bias.data_ptr(),
+                of(cell_weight),
+                of(cell_bias)};
     }
 
     int64_t elements() const { return shape.seeds * shape.samples * 4 * shape.channels * shape.positions; }
     Tensor none() const { return torch::stable::new_empty(x, {0}); }
     Tensor like(const std::optional<Tensor>& t) const { return t.has_value() ? torch::stable::empty_like(*t) : none(); }
+    ScalarType stats_dtype() const {
+        return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    }
     Tensor new_stats() const {
-        const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-        return torch::stable::new_empty(x, {shape.seeds, shape.samples, shape.inputs, 2}, dtype);
+        if (shape.batch)
+            return torch::stable::new_empty(x, {shape.seeds, shape.inputs, 3, 4 * shape.channels}, stats_dtype());
+        return torch::stable::new_empty(x, {shape.seeds, shape.samples, shape.inputs, 2}, stats_dtype());
+    }
+    Tensor new_cell_stats() const {
+        return torch::stable::new_empty(x, {shape.seeds, shape.cell ? shape.samples : 0, 2}, stats_dtype());
     }
 };
 
+// h, c, the statistics and those of the cell, which are none where it is not normalised.
+struct LnConvLstmForward {
+    Tensor h, c_new, stats, cell_stats;
+
+    explicit LnConvLstmForward(const LnConvLstmArguments& args)
+        : h(args.empty_cells()),
+          c_new(args.empty_cells()),
+          stats(args.new_stats()),
+          cell_stats(args.new_cell_stats()) {}
+
+    template <class T>
+    LnConvLstmOutputs<T> pointers() const {
+        return {(T*)h.data_ptr(), (T*)c_new.data_ptr(), (T*)stats.data_ptr(), (T*)cell_stats.data_ptr()};
+    }
+};
+
+using LnConvLstmResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Doubles for passes that leave each other sums.
+Tensor ln_convlstm_split(const LnConvLstmArguments& args) {
+    return torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(args.shape)},
+                                    ScalarType::Double);
+}
+
 template <class T>
-void run_ln_convlstm(const LnConvLstmArguments& args, Tensor& h, Tensor& c_new, Tensor& stats, double eps) {
+void run_ln_convlstm(const LnConvLstmArguments& args, const LnConvLstmForward& results, double eps) {
+    namespace cpu = ladderfast::cpu;
     const LnConvLstmShape& shape = args.shape;
     const LnConvLstmInputs<T> in = args.pointers<T>();
-    const LnConvLstmOutputs<T> out = {(T*)h.data_ptr(), (T*)c_new.data_ptr(), (T*)stats.data_ptr()};
-    const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
-    Tensor split;
-    if (splits > 0) {
-        split =
-            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
-    }
-    double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
-    parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_statistics<T>(in, sp, shape, begin, end);
+    const LnConvLstmOutputs<T> out = results.pointers<T>();
+    const Tensor split = ln_convlstm_split(args);
+    double* sp = (double*)split.data_ptr();
+    const int64_t cell_items = cpu::ln_convlstm_cell_items(shape);
+    parallel_items(cpu::ln_convlstm_statistics_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_statistics<T>(in, out, sp, eps, shape, begin, end);
     });
-    parallel_items(ladderfast::cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_forward<T>(in, out, sp, eps, shape, begin, end);
+    parallel_items(cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_forward<T>(in, out, sp, eps, shape, begin, end);
+    });
+    parallel_items(cell_items, args.elements() / 2, [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_cell_statistics<T>(out, sp, shape, begin, end);
+    });
+    parallel_items(cell_items, args.elements() / 2, [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_cell_forward<T>(in, out, sp, eps, shape, begin, end);
     });
 }
 
-std::tuple<Tensor, Tensor, Tensor> ln_convlstm_cpu(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
-                                                   std::optional<Tensor> weight, std::optional<Tensor> weight_y,
-                                                   Tensor bias, double eps) {
-    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias);
-    Tensor h = args.empty_cells(), c_new = args.empty_cells(), stats = args.new_stats();
+LnConvLstmResults ln_convlstm_cpu(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c, std::optional<Tensor> weight,
+                                  std::optional<Tensor> weight_y, Tensor bias, std::optional<Tensor> cell_weight,
+                                  std::optional<Tensor> cell_bias, bool batch, double eps) {
+    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias, batch);
+    const LnConvLstmForward out(args);
     const ScalarType dtype = x.scalar_type();
     STD_TORCH_CHECK(bias.scalar_type() == dtype, "ln_convlstm: bias must have the dtype of x on the CPU");
     if (dtype == ScalarType::Float) {
-        run_ln_convlstm<float>(args, h, c_new, stats, eps);
+        run_ln_convlstm<float>(args, out, eps);
     } else if (dtype == ScalarType::Double) {
-        run_ln_convlstm<double>(args, h, c_new, stats, eps);
+        run_ln_convlstm<double>(args, out, eps);
     } else {
         STD_TORCH_CHECK(false, "ln_convlstm: the CPU kernel takes float32 and float64");
     }
-    return {h, c_new, stats};
+    return {out.h, out.c_new, out.stats, out.cell_stats};
 }
 
-// The gradients of x, y, rec, c, weight, weight_y and bias. Those of what is not there are empty; so is that of an x
-// that is not normalised, which is that of rec.
-using LnConvLstmGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The gradients of x, y, rec, c, weight, weight_y, bias, cell_weight and cell_bias. Those of what is not there are
+// empty; so is that of an x that is not normalised, which is that of rec.
+using LnConvLstmGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct LnConvLstmBackward {
-    Tensor grad_h, grad_c_new, stats;
-    Tensor grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias;
+    Tensor grad_h, grad_c_new, stats, cell_stats;
+    std::optional<Tensor> after;
+    Tensor grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias, grad_cell_weight, grad_cell_bias;
 
-    LnConvLstmBackward(const LnConvLstmArguments& args, Tensor grad_h, Tensor grad_c_new, Tensor stats)
-        : stats(torch::stable::contiguous(stats)) {
+    LnConvLstmBackward(const LnConvLstmArguments& args, Tensor grad_h, Tensor grad_c_new, std::optional<Tensor> c_new,
+                       Tensor stats, Tensor cell_stats)
+        : stats(torch::stable::contiguous(stats)), cell_stats(torch::stable::contiguous(cell_stats)) {
         args.check_cells("grad_h", grad_h);
         args.check_cells("grad_c_new", grad_c_new);
-        STD_TORCH_CHECK(stats.numel() == args.shape.seeds * args.shape.samples * args.shape.inputs * 2 &&
-                            stats.device() == args.x.device(),
-                        args.op, ": stats does not fit x");
+        const LnConvLstmShape& s = args.shape;
+        const int64_t numbers = s.batch ? 12 * s.channels : 2 * s.samples;
+        for (const Tensor& t : {stats, cell_stats})
+            STD_TORCH_CHECK(t.scalar_type() == args.stats_dtype() && t.device() == args.x.device(), args.op,
+                            ": stats must be float64 where x is, else float32");
+        STD_TORCH_CHECK(
+            stats.numel() == s.seeds * s.inputs * numbers && cell_stats.numel() == s.seeds * s.samples * s.cell * 2,
+            args.op, ": stats do not fit x");
+        STD_TORCH_CHECK(c_new.has_value() == (s.cell != 0), args.op, ": c_new belongs to a normalised cell");
+        if (s.cell) {
+            args.check_cells("c_new", *c_new);
+            after = args.cells(*c_new);
+        }
         this->grad_h = args.cells(grad_h);
         this->grad_c_new = args.cells(grad_c_new);
         grad_x = args.weight.has_value() ? torch::stable::empty_like(args.x) : args.none();
@@ -1331,6 +1589,8 @@ struct LnConvLstmBackward {
         grad_weight = args.like(args.weight);
         grad_weight_y = args.like(args.weight_y);
         grad_bias = torch::stable::empty_like(args.bias);
+        grad_cell_weight = args.like(args.cell_weight);
+        grad_cell_bias = args.like(args.cell_bias);
     }
 
     template <class T>
@@ -1338,50 +1598,56 @@ struct LnConvLstmBackward {
         return {(const T*)grad_h.data_ptr(),
                 (const T*)grad_c_new.data_ptr(),
                 (const T*)stats.data_ptr(),
+                (const T*)cell_stats.data_ptr(),
+                (const T*)pointer(after),
                 {(T*)grad_x.data_ptr(), (T*)grad_y.data_ptr()},
                 (T*)grad_rec.data_ptr(),
                 (T*)grad_c.data_ptr(),
                 {(T*)grad_weight.data_ptr(), (T*)grad_weight_y.data_ptr()},
-                (T*)grad_bias.data_ptr()};
+                (T*)grad_bias.data_ptr(),
+                (T*)grad_cell_weight.data_ptr(),
+                (T*)grad_cell_bias.data_ptr()};
     }
 
     LnConvLstmGrads results() const {
-        return {grad_x, grad_y, grad_rec, grad_c, grad_weight, grad_weight_y, grad_bias};
+        return {grad_x,        grad_y,    grad_rec,         grad_c,        grad_weight,
+                grad_weight_y, grad_bias, grad_cell_weight, grad_cell_bias};
     }
 };
 
 template <class T>
 void run_ln_convlstm_backward(const LnConvLstmArguments& args, const LnConvLstmBackward& out) {
+    namespace cpu = ladderfast::cpu;
     const LnConvLstmShape& shape = args.shape;
     const LnConvLstmInputs<T> in = args.pointers<T>();
     const LnConvLstmGradients<T> grad = out.pointers<T>();
-    const int64_t splits = ladderfast::cpu::ln_convlstm_split_items(shape);
-    Tensor split, workspace = torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_reduce_workspace(shape)});
-    if (splits > 0) {
-        split =
-            torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(shape)}, ScalarType::Double);
-    }
-    double* sp = splits > 0 ? (double*)split.data_ptr() : nullptr;
+    const Tensor split = ln_convlstm_split(args);
+    const Tensor workspace = torch::stable::new_empty(args.x, {cpu::ln_convlstm_reduce_workspace(shape)});
+    double* sp = (double*)split.data_ptr();
     T* ws = (T*)workspace.data_ptr();
-    parallel_items(ladderfast::cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_backward<T>(in, grad, sp, ws, shape, begin, end);
+    parallel_items(cpu::ln_convlstm_cell_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_cell_backward<T>(in, grad, sp, ws, shape, begin, end);
     });
-    parallel_items(splits, args.elements(), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::ln_convlstm_finish<T>(in, grad, sp, shape, begin, end);
+    parallel_items(cpu::ln_convlstm_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
+        cpu::ln_convlstm_backward<T>(in, grad, sp, ws, shape, begin, end);
     });
-    parallel_items(
-        ladderfast::cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4,
-        [&](int64_t begin, int64_t end) { ladderfast::cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end); });
+    parallel_items(cpu::ln_convlstm_reduce_items(shape), workspace.numel() / 4,
+                   [&](int64_t begin, int64_t end) { cpu::ln_convlstm_reduce<T>(ws, grad, shape, begin, end); });
+    parallel_items(cpu::ln_convlstm_finish_items(shape), args.elements(),
+                   [&](int64_t begin, int64_t end) { cpu::ln_convlstm_finish<T>(in, grad, sp, shape, begin, end); });
 }
 
 LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,
                                          Tensor rec, Tensor c, std::optional<Tensor> weight,
-                                         std::optional<Tensor> weight_y, Tensor bias, Tensor stats) {
-    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias);
+                                         std::optional<Tensor> weight_y, Tensor bias, std::optional<Tensor> cell_weight,
+                                         std::optional<Tensor> cell_bias, std::optional<Tensor> c_new, Tensor stats,
+                                         Tensor cell_stats, bool batch) {
+    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias,
+                                   batch);
     const ScalarType dtype = x.scalar_type();
     STD_TORCH_CHECK(bias.scalar_type() == dtype && stats.scalar_type() == dtype,
                     "ln_convlstm_backward: bias and stats must have the dtype of x on the CPU");
-    const LnConvLstmBackward out(args, grad_h, grad_c_new, stats);
+    const LnConvLstmBackward out(args, grad_h, grad_c_new, c_new, stats, cell_stats);
     if (dtype == ScalarType::Float) {
         run_ln_convlstm_backward<float>(args, out);
     } else if (dtype == ScalarType::Double) {
@@ -1394,30 +1660,32 @@ LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tenso
 
 #ifdef LADDERFAST_WITH_CUDA
 
-std::tuple<Tensor, Tensor, Tensor> ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
-                                                    std::optional<Tensor> weight, std::optional<Tensor> weight_y,
-                                                    Tensor bias, double eps) {
+LnConvLstmResults ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
+                                   std::optional<Tensor> weight, std::optional<Tensor> weight_y, Tensor bias,
+                                   std::optional<Tensor> cell_weight, std::optional<Tensor> cell_bias, bool batch,
+                                   double eps) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias);
-    Tensor h = args.empty_cells(), c_new = args.empty_cells(), stats = args.new_stats();
+    const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias, batch);
+    const LnConvLstmForward results(args);
     Tensor workspace =
         torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
     const auto in = args.pointers<void>();
-    const LnConvLstmOutputs<void> out = {h.data_ptr(), c_new.data_ptr(), stats.data_ptr()};
+    const auto out = results.pointers<void>();
     STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_forward_cuda(
         &in, &out, workspace.data_ptr(), eps, dtype_code("ln_convlstm", x.scalar_type()),
         dtype_code("ln_convlstm", bias.scalar_type()), &args.shape, current_stream(x)));
-    return {h, c_new, stats};
+    return {results.h, results.c_new, results.stats, results.cell_stats};
 }
 
 LnConvLstmGrads ln_convlstm_backward_cuda(Tensor grad_h, Tensor grad_c_new, Tensor x, std::optional<Tensor> y,
                                           Tensor rec, Tensor c, std::optional<Tensor> weight,
-                                          std::optional<Tensor> weight_y, Tensor bias, Tensor stats) {
+                                          std::optional<Tensor> weight_y, Tensor bias,
+                                          std::optional<Tensor> cell_weight, std::optional<Tensor> cell_bias,
+                                          std::optional<Tensor> c_new, Tensor stats, Tensor cell_stats, bool batch) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias);
-    STD_TORCH_CHECK(stats.scalar_type() == args.new_stats().scalar_type(),
-                    "ln_convlstm_backward: stats must be float64 where x is, else float32");
-    const LnConvLstmBackward results(args, grad_h, grad_c_new, stats);
+    const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias,
+                                   batch);
+    const LnConvLstmBackward results(args, grad_h, grad_c_new, c_new, stats, cell_stats);
     Tensor workspace =
         torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
     const auto in = args.pointers<void>();
@@ -1480,13 +1748,35 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "Tensor, Tensor)");
     m.def("bernoulli_mixture_nll(Tensor x, Tensor z, Tensor m) -> Tensor");
     m.def("bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) -> (Tensor, Tensor, Tensor)");
+    m.def("gaussian_step_inputs(Tensor x, Tensor z, Tensor mask_logits, Tensor variance) -> Tensor");
+    m.def("bernoulli_step_inputs(Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob) -> Tensor");
     m.def(
-        "ln_convlstm(Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? weight, Tensor? weight_y, Tensor bias, float "
-        "eps) -> (Tensor, Tensor, Tensor)");
+        "gaussian_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor variance) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "bernoulli_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob) -> "
+        "(Tensor, Tensor, Tensor)");
+    m.def(
+        "gaussian_step_outputs(Tensor x, Tensor z_pre, Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor "
+        "mask_weight, Tensor variance, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "bernoulli_step_outputs(Tensor x, Tensor z_pre, Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor "
+        "mask_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "gaussian_step_outputs_backward(Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z_pre, "
+        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor variance, Tensor stats) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "bernoulli_step_outputs_backward(Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z_pre, "
+        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor stats) -> (Tensor, Tensor, "
+        "Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "ln_convlstm(Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? weight, Tensor? weight_y, Tensor bias, Tensor? "
+        "cell_weight, Tensor? cell_bias, bool batch, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "ln_convlstm_backward(Tensor grad_h, Tensor grad_c_new, Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? "
-        "weight, Tensor? weight_y, Tensor bias, Tensor stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-        "Tensor)");
+        "weight, Tensor? weight_y, Tensor bias, Tensor? cell_weight, Tensor? cell_bias, Tensor? c_new, Tensor stats, "
+        "Tensor cell_stats, bool batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
@@ -1508,6 +1798,14 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCpu::gaussian_nll_backward));
     m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCpu::bernoulli_nll));
     m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCpu::bernoulli_nll_backward));
+    m.impl("gaussian_step_inputs", TORCH_BOX(&gaussian_step_inputs_cpu));
+    m.impl("gaussian_step_inputs_backward", TORCH_BOX(&gaussian_step_inputs_backward_cpu));
+    m.impl("gaussian_step_outputs", TORCH_BOX(&gaussian_step_outputs_cpu));
+    m.impl("gaussian_step_outputs_backward", TORCH_BOX(&gaussian_step_outputs_backward_cpu));
+    m.impl("bernoulli_step_inputs", TORCH_BOX(&bernoulli_step_inputs_cpu));
+    m.impl("bernoulli_step_inputs_backward", TORCH_BOX(&bernoulli_step_inputs_backward_cpu));
+    m.impl("bernoulli_step_outputs", TORCH_BOX(&bernoulli_step_outputs_cpu));
+    m.impl("bernoulli_step_outputs_backward", TORCH_BOX(&bernoulli_step_outputs_backward_cpu));
     m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cpu));
     m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cpu));
 }

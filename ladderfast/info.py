@@ -23,6 +23,10 @@ OPS = (
     "bernoulli_group_inputs",
     "gaussian_mixture_nll",
     "bernoulli_mixture_nll",
+    "gaussian_step_inputs",
+    "bernoulli_step_inputs",
+    "gaussian_step_outputs",
+    "bernoulli_step_outputs",
     "ln_convlstm_step",
 )
 _DTYPES = {
@@ -92,7 +96,7 @@ def _backend_lines() -> list[str]:
                     continue
                 lines.append(f"  {op} on {device}, {_short(dtype)}: {chosen}")
                 for name in backend.NAMES:
-                    reason = backend.unavailable(name, device, dtype)
+                    reason = backend.unavailable(name, device, dtype, op)
                     if name != chosen:
                         lines.append(f"      not {name}: {reason or 'it would serve, but slower'}")
     return lines

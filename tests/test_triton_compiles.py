@@ -135,21 +135,31 @@ for element in ("*fp32", "*bf16"):
 LN_CONVLSTM = r"""
 from ladderfast.triton import ln_convlstm as c
 
+wide = ("weight", "weight_y", "bias", "stats", "partial", "means", "sums", "out", "grad_n", "grad_after")
 for element in ("*fp32", "*bf16"):
     names = ("x", "y", "rec", "c", "h", "c_new", "grad_h", "grad_c_new", "grad_c", "grad_rec", "grad_x", "grad_y")
     tensors = {f"{n}_ptr": element for n in names}
-    tensors |= {f"{n}_ptr": "*fp32" for n in ("weight", "weight_y", "bias", "stats", "partial", "means", "sums", "out")}
-    tensors["eps"] = "fp32"
-    for inputs in (0, 1, 2) if element == "*fp32" else (2,):
+    tensors |= {f"{n}_ptr": "*fp32" for n in (*wide, "cell_weight", "cell_bias", "cell_stats")}
+    tensors |= {"eps": "fp32", "share": "fp32", "count": "fp32"}
+    tiles = ((4, 128), (16, 16))
+    for inputs, batch, cell in ((0, 0, 0), (1, 0, 0), (2, 0, 0), (2, 1, 1)) if element == "*fp32" else ((2, 1, 1),):
         for last in (0, 1):
-            constants = {"INPUTS": inputs, "LAST": last, "BLOCK": c.CELLS}
-            compile(c._forward_kernel, tensors, constants)
-            compile(c._backward_kernel, tensors, constants)
-            for rows, columns in ((4, 128), (16, 16)):
-                constants = {"INPUTS": inputs, "LAST": last, "ROWS": rows, "COLUMNS": columns}
-                compile(c._finish_kernel, tensors, constants)
+            constants = {"INPUTS": inputs, "BATCH": batch, "LAST": last}
+            cells = constants | {"BLOCK": c.CELLS}
+            compile(c._forward_kernel, tensors, cells | {"CELL": cell})
+            compile(c._backward_kernel, tensors, cells | {"CELL": cell})
+            if cell:
+                compile(c._cell_forward_kernel, tensors, cells)
+                compile(c._cell_backward_kernel, tensors, cells)
+            for rows, columns in tiles[:1] if cell else tiles:
+                tile = {"LAST": last, "ROWS": rows, "COLUMNS": columns}
+                for finish in (1, 2) if batch else (0,):
+                    compile(c._finish_kernel, tensors, constants | tile | {"BATCH": finish})
+                if batch:
+                    compile(c._batch_moments_kernel, tensors, tile)
     compile(c._moments_kernel, tensors, {"BLOCK": c.MOMENTS})
 compile(c._merge_moments_kernel, tensors, {"BLOCK": c.MOMENTS, "CHUNKS": c.CHUNKS})
+compile(c._merge_batch_kernel, tensors, {"SLOTS": c.SLOTS, "COLUMNS": 128})
 compile(c._merge_projections_kernel, tensors, {"WIDTH": 4, "CHUNKS": c.CHUNKS})
 compile(c._sum_kernel, tensors, {"SLOTS": c.SLOTS, "COLUMNS": 128})
 """
@@ -170,7 +180,7 @@ CODE = {
     "ladder_decoder": (LADDER_DECODER, 2 * 19 + 5 + 7),
     "ladder_encoder": (LADDER_ENCODER, 5 * 6 + 2 * 2),
     "what_where": (WHAT_WHERE, 16),
-    "ln_convlstm": (LN_CONVLSTM, 37),
+    "ln_convlstm": (LN_CONVLSTM, 58),
     "tagger": (TAGGER, 17),
 }
 

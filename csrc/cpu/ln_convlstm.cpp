@@ -6,10 +6,14 @@
 //
 // Two ways through a sample:
 //
-//   columns  channels-last, dense, or fewer than 16 positions: a row is `width` cells, each gate of which is
-//   contiguous.
-//            A vector covers neighbouring cells, each with its own parameters.
+//   columns  channels-last, dense, or fewer than 16 positions where only the inputs are normalised, by sample: a row is
+//            `width` cells, each gate of which is contiguous. A vector covers neighbouring cells, each with its own
+//            parameters.
 //   runs     a vector runs along the positions of a channel, whose parameters are broadcast.
+//
+// Statistics by channel are made before, and the gradient of an input is finished when the sums over the batch, which
+// are the gradients of bias and weight, are there. A normalised cell has passes of its own: h holds s(o) in between,
+// and in backward the gradient of the normalised cell lies where that of c will be.
 //
 // Work items and the partial sums they leave depend on the shape alone.
 #undef LF_THIS_FILE
@@ -20,12 +24,11 @@
 
 #include "../ln_convlstm.h"
 #include "isa.h"
+#include "plan.h"
 
 namespace ladderfast::cpu {
 
-static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static const int64_t kBlock = 256;       // cells of a row whose parameters and sums are kept in the first-level cache
 static const int64_t kTile = 16;         // rows that are summed in registers
@@ -49,7 +52,7 @@ struct LnPlan {
 
     explicit LnPlan(const LnConvLstmShape& s) {
         cells = s.channels * s.positions;
-        columns = s.channels_last || s.positions < kLongRun;
+        columns = s.channels_last || s.positions == 1 || (s.positions < kLongRun && !s.batch && !s.cell);
         rows = s.channels_last ? s.positions : 1;
         inner = s.channels_last || !columns ? 1 : s.positions;
         width = s.channels * inner;
@@ -65,7 +68,10 @@ struct LnPlan {
 
     int64_t items(const LnConvLstmShape& s) const { return s.seeds * groups * chunks; }
     int64_t slots() const { return groups * chunks; }  // of partial sums, for each seed
-    static int64_t sums(const LnConvLstmShape& s) { return 4 * (1 + s.inputs); }
+    // Rows of the sums of an item: of bias and each weight, then of the cell's.
+    static int64_t sums(const LnConvLstmShape& s) { return 4 * (1 + s.inputs) + 2 * s.cell; }
+    // Doubles that passes over the cell leave for each other, before what the others leave.
+    int64_t cell_split(const LnConvLstmShape& s) const { return s.cell ? 3 * s.seeds * s.samples * chunks : 0; }
 };
 
 }  // namespace ladderfast::cpu
@@ -78,20 +84,8 @@ namespace ladderfast::cpu {
 namespace LF_ISA {
 
 #include "vec.h"
+#include "moments.h"
 #include "../math/ln_convlstm.h"
-
-// Mean and sum of squared deviations of a growing number of elements.
-struct Moments {
-    double n, mean, m2;
-
-    LF_HD void merge(double count, double other_mean, double other_m2) {
-        if (count == 0) return;
-        const double total = n + count, delta = other_mean - mean;
-        m2 += other_m2 + delta * delta * (n * count / total);
-        mean += delta * (count / total);
-        n = total;
-    }
-};
 
 // Adds `count` neighbouring elements. Each block is summed less the mean of what came before it: one pass, in which a
 // large mean does no harm.
@@ -171,8 +165,9 @@ static inline Moments moments_of(const T* x, const LnPlan& plan, const LnConvLst
 }
 
 template <class T>
-static inline void statistics(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,
-                              const LnPlan& plan, int64_t begin, int64_t end) {
+static inline void split_statistics(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,
+                                    const LnPlan& plan, int64_t begin, int64_t end) {
+    split += plan.cell_split(s);
     for (int64_t i = begin; i < end; ++i) {
         const LnItem item(plan, s, i);
         for (int64_t k = 0; k < s.inputs; ++k) {
@@ -183,6 +178,43 @@ static inline void statistics(const LnConvLstmInputs<T>& in, double* split, cons
             to[2] = all.m2;
         }
     }
+}
+
+// Of kReduceBlock of the 4C channels of one input and seed, over samples and positions.
+template <class T>
+static inline void batch_statistics(const LnConvLstmInputs<T>& in, T* stats, double eps, const LnConvLstmShape& s,
+                                    const LnPlan& plan, int64_t begin, int64_t end) {
+    const int64_t gates = 4 * s.channels, blocks = ceil_div(gates, kReduceBlock);
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item % blocks * kReduceBlock, k = item / blocks % s.inputs,
+                      seed = item / blocks / s.inputs;
+        const int64_t count = min_of(kReduceBlock, gates - first);
+        const T* x = in.x[k] + seed * s.samples * 4 * plan.cells;
+        Moments all[kReduceBlock] = {};
+        if (plan.columns) {
+            add_column_moments<kReduceBlock>(all, x + first, gates, s.samples * s.positions, count);
+        } else {
+            for (int64_t c = 0; c < count; ++c)
+                for (int64_t n = 0; n < s.samples; ++n)
+                    add_moments(all[c], x + (n * gates + first + c) * s.positions, s.positions);
+        }
+        T* to = stats + (seed * s.inputs + k) * 3 * gates + first;
+        for (int64_t c = 0; c < count; ++c) {
+            const double variance = all[c].n > 0 ? all[c].m2 / all[c].n : 0;
+            to[c] = (T)all[c].mean;
+            to[gates + c] = (T)inverse_root(variance + eps);
+            to[2 * gates + c] = (T)variance;
+        }
+    }
+}
+
+template <class T>
+static inline void statistics(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, double* split, double eps,
+                              const LnConvLstmShape& s, const LnPlan& plan, int64_t begin, int64_t end) {
+    if (s.batch)
+        batch_statistics(in, out.stats, eps, s, plan, begin, end);
+    else
+        split_statistics(in, split, s, plan, begin, end);
 }
 
 // mean and 1 / std of one input of a sample.
@@ -204,23 +236,39 @@ struct Ahead {
     }
 };
 
-// Parameters of a vector of cells.
-template <int K, class T>
+// How the inputs are normalised; `kind` where it matters.
+enum Kind { kBySample, kByChannel };
+
+// Parameters of a vector of cells; mean and rstd where they are the channel's.
+template <int K, Kind kind, class T>
 struct CellParams {
-    Vec<T> weight[K > 0 ? K : 1][4], bias[4];
+    static constexpr int own = kind == kByChannel ? K : 1;
+    Vec<T> weight[K > 0 ? K : 1][4], bias[4], mean[own][4], rstd[own][4];
+};
+
+// Of a sample, for the gradient of its normalised cell: its statistics, and the means of w grad_n and of w grad_n
+// c_hat.
+template <class T>
+struct CellStat {
+    Stat<T> stat;
+    Vec<T> mean, projection;
 };
 
 // The four gates of n cells at `at`, gates `stride` apart; n is ignored where `whole`.
-template <int K, bool whole, class T>
+template <int K, Kind kind, bool whole, class T>
 static LF_HD void load_gates(const T* const (&x)[2], const T* rec, int64_t at, int64_t stride, int64_t n,
-                             const Stat<T> (&stat)[2], const CellParams<K, T>& p, Vec<T> (&x_hat)[K > 0 ? K : 1][4],
-                             Vec<T> (&a)[4]) {
+                             const Stat<T> (&stat)[2], const CellParams<K, kind, T>& p,
+                             Vec<T> (&x_hat)[K > 0 ? K : 1][4], Vec<T> (&a)[4]) {
     using V = Vec<T>;
     for (int gate = 0; gate < 4; ++gate) {
         const int64_t i = at + gate * stride;
         V sum = (whole ? V::load(rec + i) : V::load(rec + i, n)) + p.bias[gate];
         for (int k = 0; k < K; ++k) {
-            x_hat[k][gate] = ((whole ? V::load(x[k] + i) : V::load(x[k] + i, n)) - stat[k].mean) * stat[k].rstd;
+            const V value = whole ? V::load(x[k] + i) : V::load(x[k] + i, n);
+            if constexpr (kind == kByChannel)
+                x_hat[k][gate] = (value - p.mean[k][gate]) * p.rstd[k][gate];
+            else
+                x_hat[k][gate] = (value - stat[k].mean) * stat[k].rstd;
             sum = sum + x_hat[k][gate] * p.weight[k][gate];
         }
         if (K == 0) sum = sum + (whole ? V::load(x[0] + i) : V::load(x[0] + i, n));
@@ -228,10 +276,10 @@ static LF_HD void load_gates(const T* const (&x)[2], const T* rec, int64_t at, i
     }
 }
 
-template <int K, bool whole, class T>
+template <int K, Kind kind, bool cell, bool whole, class T>
 static LF_HD void forward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, int64_t gates,
                                 int64_t stride, int64_t cells, int64_t n, const Ahead& ahead, const Stat<T> (&stat)[2],
-                                const CellParams<K, T>& p) {
+                                const CellParams<K, kind, T>& p) {
     using V = Vec<T>;
     if (whole) {
         for (int gate = 0; gate < 4; ++gate) {
@@ -244,8 +292,12 @@ static LF_HD void forward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmO
         __builtin_prefetch(out.c_new + cells + ahead.cells, 1);
     }
     V x_hat[K > 0 ? K : 1][4], a[4], c_new, h;
-    load_gates<K, whole>(in.x, in.rec, gates, stride, n, stat, p, x_hat, a);
-    lstm_forward(a, whole ? V::load(in.c + cells) : V::load(in.c + cells, n), c_new, h);
+    load_gates<K, kind, whole>(in.x, in.rec, gates, stride, n, stat, p, x_hat, a);
+    const V c = whole ? V::load(in.c + cells) : V::load(in.c + cells, n);
+    if (cell)
+        normalised_cell_forward(a, c, c_new, h);
+    else
+        lstm_forward(a, c, c_new, h);
     if (whole) {
         c_new.store(out.c_new + cells);
         h.store(out.h + cells);
@@ -257,10 +309,11 @@ static LF_HD void forward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmO
 
 // sums[0]: of grad_a; sums[1 + k]: of grad_a x_hat of input k. With `project` the same weighted, over the four gates:
 // projection[k].
-template <int K, bool whole, bool project, class T>
+template <int K, Kind kind, bool cell, bool whole, bool project, class T>
 static LF_HD void backward_cells(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, int64_t gates,
                                  int64_t stride, int64_t cells, int64_t n, const Ahead& ahead, const Stat<T> (&stat)[2],
-                                 const CellParams<K, T>& p, Vec<T> (&sums)[1 + K][4], Vec<T> (&projection)[2][2]) {
+                                 const CellStat<T>& of_cell, const CellParams<K, kind, T>& p, Vec<T> (&sums)[1 + K][4],
+                                 Vec<T> (&projection)[2][2]) {
     using V = Vec<T>;
     if (whole) {
         for (int gate = 0; gate < 4; ++gate) {
@@ -275,10 +328,26 @@ static LF_HD void backward_cells(const LnConvLstmInputs<T>& in, const LnConvLstm
         __builtin_prefetch(grad.c + cells + ahead.cells, 1);
     }
     V x_hat[K > 0 ? K : 1][4], a[4], grad_a[4], grad_c;
-    load_gates<K, whole>(in.x, in.rec, gates, stride, n, stat, p, x_hat, a);
-    lstm_backward(whole ? V::load(grad.h + cells) : V::load(grad.h + cells, n),
-                  whole ? V::load(grad.c_new + cells) : V::load(grad.c_new + cells, n), a,
-                  whole ? V::load(in.c + cells) : V::load(in.c + cells, n), grad_a, grad_c);
+    load_gates<K, kind, whole>(in.x, in.rec, gates, stride, n, stat, p, x_hat, a);
+    const V grad_c_new = whole ? V::load(grad.c_new + cells) : V::load(grad.c_new + cells, n);
+    const V c = whole ? V::load(in.c + cells) : V::load(in.c + cells, n);
+    if constexpr (cell) {
+        // What cell_backward has left: w grad_n, and the gradient of the output gate.
+        const T* o = grad.rec + gates + 3 * stride;
+        const V c_hat = ((whole ? V::load(grad.after + cells) : V::load(grad.after + cells, n)) - of_cell.stat.mean) *
+                        of_cell.stat.rstd;
+        V total =
+            grad_c_new + normalised_backward(whole ? V::load(grad.c + cells) : V::load(grad.c + cells, n), c_hat,
+                                             V::broadcast(1), of_cell.stat.rstd, of_cell.mean, of_cell.projection);
+        if (!whole) {  // nothing of cells that are not there
+            total.store(grad.c + cells, n);
+            total = V::load(grad.c + cells, n);
+        }
+        grad_a[3] = whole ? V::load(o) : V::load(o, n);
+        normalised_cell_backward(total, a, c, grad_a, grad_c);
+    } else {
+        lstm_backward(whole ? V::load(grad.h + cells) : V::load(grad.h + cells, n), grad_c_new, a, c, grad_a, grad_c);
+    }
     if (whole)
         grad_c.store(grad.c + cells);
     else
@@ -300,27 +369,42 @@ static LF_HD void backward_cells(const LnConvLstmInputs<T>& in, const LnConvLstm
     }
 }
 
-template <int K, class T>
-static LF_HD CellParams<K, T> broadcast_params(const LnConvLstmInputs<T>& in, const LnConvLstmShape& s, int64_t seed,
-                                               int64_t channel) {
-    CellParams<K, T> p;
+template <int K, Kind kind, class T>
+static LF_HD CellParams<K, kind, T> broadcast_params(const LnConvLstmInputs<T>& in, const T* stats,
+                                                     const LnConvLstmShape& s, int64_t seed, int64_t channel) {
+    CellParams<K, kind, T> p = {};
     for (int gate = 0; gate < 4; ++gate) {
         const int64_t i = (seed * 4 + gate) * s.channels + channel;
         p.bias[gate] = Vec<T>::broadcast(in.bias[i]);
-        for (int k = 0; k < K; ++k) p.weight[k][gate] = Vec<T>::broadcast(in.weight[k][i]);
+        for (int k = 0; k < K; ++k) {
+            p.weight[k][gate] = Vec<T>::broadcast(in.weight[k][i]);
+            if constexpr (kind == kByChannel) {
+                const T* of = stats + (seed * K + k) * 12 * s.channels + gate * s.channels + channel;
+                p.mean[k][gate] = Vec<T>::broadcast(of[0]);
+                p.rstd[k][gate] = Vec<T>::broadcast(of[4 * s.channels]);
+            }
+        }
     }
     return p;
 }
 
-// The parameters of a block of cells, rows padded to whole vectors: bias, then each weight, four gates each.
-template <int K, class T>
+// The parameters of a block of cells, rows padded to whole vectors: bias, each weight and, where they are the
+// channel's, mean and rstd of each input; four gates each. Also the sums for bias and each weight.
+template <int K, Kind kind, class T>
 struct Table {
-    alignas(64) T at[(1 + K) * 4][kBlock];
+    static constexpr int rows = 4 * (1 + (kind == kByChannel ? 3 : 1) * K);
+    alignas(64) T at[rows][kBlock];
 
-    void fill(const LnConvLstmInputs<T>& in, const LnPlan& plan, const LnConvLstmShape& s, int64_t seed, int64_t first,
-              int64_t count) {
-        for (int j = 0; j < (1 + K) * 4; ++j) {
-            const T* from = (j < 4 ? in.bias : in.weight[j / 4 - 1]) + (seed * 4 + j % 4) * s.channels;
+    void fill(const LnConvLstmInputs<T>& in, const T* stats, const LnPlan& plan, const LnConvLstmShape& s, int64_t seed,
+              int64_t first, int64_t count) {
+        for (int j = 0; j < rows; ++j) {
+            const T* from = nullptr;
+            if (j < 4 * (1 + K)) {
+                from = (j < 4 ? in.bias : in.weight[j / 4 - 1]) + (seed * 4 + j % 4) * s.channels;
+            } else {
+                const int row = j / 4 - 1 - K;  // mean and rstd of the first input, then of the second
+                from = stats + ((seed * K + row / 2) * 12 + row % 2 * 4 + j % 4) * s.channels;
+            }
             if (plan.inner == 1) {
                 memcpy(at[j], from + first, count * sizeof(T));
             } else {
@@ -330,11 +414,17 @@ struct Table {
         }
     }
 
-    LF_HD CellParams<K, T> load(int64_t i) const {
-        CellParams<K, T> p;
+    LF_HD CellParams<K, kind, T> load(int64_t i) const {
+        CellParams<K, kind, T> p;
         for (int gate = 0; gate < 4; ++gate) {
             p.bias[gate] = Vec<T>::load(at[gate] + i);
-            for (int k = 0; k < K; ++k) p.weight[k][gate] = Vec<T>::load(at[4 * (1 + k) + gate] + i);
+            for (int k = 0; k < K; ++k) {
+                p.weight[k][gate] = Vec<T>::load(at[4 * (1 + k) + gate] + i);
+                if constexpr (kind == kByChannel) {
+                    p.mean[k][gate] = Vec<T>::load(at[4 * (1 + K + 2 * k) + gate] + i);
+                    p.rstd[k][gate] = Vec<T>::load(at[4 * (2 + K + 2 * k) + gate] + i);
+                }
+            }
         }
         return p;
     }
@@ -352,7 +442,8 @@ static inline void finish_statistics(const LnConvLstmInputs<T>& in, const LnConv
                 add_moments(all, in.x[k] + (item.first + n) * 4 * plan.cells, 4 * plan.cells);
             } else {
                 for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-                    const double* from = split + ((item.first * plan.chunks + chunk) * s.inputs + k) * 3;
+                    const double* from =
+                        split + plan.cell_split(s) + ((item.first * plan.chunks + chunk) * s.inputs + k) * 3;
                     all.merge(from[0], from[1], from[2]);
                 }
             }
@@ -368,7 +459,7 @@ static inline void finish_statistics(const LnConvLstmInputs<T>& in, const LnConv
     }
 }
 
-template <int K, class T>
+template <int K, Kind kind, bool cell, class T>
 static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split,
                            double eps, const LnConvLstmShape& s, const LnPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
@@ -376,12 +467,12 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
     T stats[kMostSamples][2][2] = {};
     for (int64_t i = begin; i < end; ++i) {
         const LnItem item(plan, s, i);
-        finish_statistics(in, out, split, eps, s, plan, item, stats);
+        if (kind == kBySample) finish_statistics(in, out, split, eps, s, plan, item, stats);
         if (plan.columns) {
-            Table<K, T> table;
+            Table<K, kind, T> table;
             for (int64_t block = 0; block < plan.width; block += kBlock) {
                 const int64_t count = min_of(kBlock, plan.width - block);
-                table.fill(in, plan, s, item.seed, block, count);
+                table.fill(in, out.stats, plan, s, item.seed, block, count);
                 for (int64_t n = 0; n < item.count; ++n) {
                     const Stat<T> stat[2] = {Stat<T>::load(stats[n][0]), Stat<T>::load(stats[n][1])};
                     for (int64_t row = item.unit; row < item.unit_end; ++row) {
@@ -389,11 +480,11 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
                         const int64_t gates = 4 * at + block, cells = at + block;
                         int64_t e = 0;
                         for (; e + V::width <= count; e += V::width)
-                            forward_cells<K, true>(in, out, gates + e, plan.width, cells + e, 0, ahead, stat,
-                                                   table.load(e));
+                            forward_cells<K, kind, cell, true>(in, out, gates + e, plan.width, cells + e, 0, ahead,
+                                                               stat, table.load(e));
                         if (e < count)
-                            forward_cells<K, false>(in, out, gates + e, plan.width, cells + e, count - e, ahead, stat,
-                                                    table.load(e));
+                            forward_cells<K, kind, cell, false>(in, out, gates + e, plan.width, cells + e, count - e,
+                                                                ahead, stat, table.load(e));
                     }
                 }
             }
@@ -401,15 +492,16 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
             for (int64_t n = 0; n < item.count; ++n) {
                 const Stat<T> stat[2] = {Stat<T>::load(stats[n][0]), Stat<T>::load(stats[n][1])};
                 for (int64_t channel = item.unit; channel < item.unit_end; ++channel) {
-                    const auto p = broadcast_params<K>(in, s, item.seed, channel);
+                    const auto p = broadcast_params<K, kind>(in, out.stats, s, item.seed, channel);
                     const int64_t gates = (item.first + n) * 4 * plan.cells + channel * s.positions;
                     const int64_t cells = (item.first + n) * plan.cells + channel * s.positions;
                     int64_t e = 0;
                     for (; e + V::width <= s.positions; e += V::width)
-                        forward_cells<K, true>(in, out, gates + e, plan.cells, cells + e, 0, ahead, stat, p);
+                        forward_cells<K, kind, cell, true>(in, out, gates + e, plan.cells, cells + e, 0, ahead, stat,
+                                                           p);
                     if (e < s.positions)
-                        forward_cells<K, false>(in, out, gates + e, plan.cells, cells + e, s.positions - e, ahead, stat,
-                                                p);
+                        forward_cells<K, kind, cell, false>(in, out, gates + e, plan.cells, cells + e, s.positions - e,
+                                                            ahead, stat, p);
                 }
             }
         }
@@ -466,10 +558,10 @@ static inline void finish_item(const LnConvLstmInputs<T>& in, const LnConvLstmGr
                                const double (&means)[kMostSamples][2][2]) {
     using V = Vec<T>;
     if (plan.columns && plan.inner == 1) return finish_rows<K>(in, grad, plan, item, means);
-    Table<K, T> table;
+    Table<K, kBySample, T> table;
     for (int64_t block = 0; block < (plan.columns ? plan.width : 1); block += kBlock) {
         const int64_t count = min_of(kBlock, plan.width - block);
-        if (plan.columns) table.fill(in, plan, s, item.seed, block, count);
+        if (plan.columns) table.fill(in, grad.stats, plan, s, item.seed, block, count);
         for (int64_t n = 0; n < item.count; ++n) {
             for (int k = 0; k < K; ++k) {
                 const int64_t sample = item.first + n;
@@ -509,7 +601,8 @@ static inline void finish_item(const LnConvLstmInputs<T>& in, const LnConvLstmGr
 
 // What a tile adds to the sums of w grad_a and of w grad_a x_hat over its sample.
 template <int K, class T>
-static LF_HD void add_projections(const CellParams<K, T>& p, const Vec<T> (&sums)[1 + K][4], Vec<T> (&to)[2][2]) {
+static LF_HD void add_projections(const CellParams<K, kBySample, T>& p, const Vec<T> (&sums)[1 + K][4],
+                                  Vec<T> (&to)[2][2]) {
     for (int k = 0; k < K; ++k) {
         for (int gate = 0; gate < 4; ++gate) {
             to[k][0] = to[k][0] + p.weight[k][gate] * sums[0][gate];
@@ -519,7 +612,7 @@ static LF_HD void add_projections(const CellParams<K, T>& p, const Vec<T> (&sums
 }
 
 template <int K, class T>
-static LF_HD void add_to_totals(Table<K, T>& totals, int64_t e, const Vec<T> (&sums)[1 + K][4]) {
+static LF_HD void add_to_totals(Table<K, kBySample, T>& totals, int64_t e, const Vec<T> (&sums)[1 + K][4]) {
     for (int j = 0; j < 4 * (1 + K); ++j) {
         T* total = totals.at[j] + e;
         (Vec<T>::load(total) + sums[j / 4][j % 4]).store(total);
@@ -531,21 +624,38 @@ static LF_HD void load_stats(const LnConvLstmGradients<T>& grad, int64_t sample,
     for (int k = 0; k < K; ++k) stat[k] = Stat<T>::load(grad.stats + (sample * K + k) * 2);
 }
 
-template <int K, class T>
-static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, T* out,
-                                    const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
-                                    double (&projections)[kMostSamples][2][2]) {
+// The sums that cell_backward has left for a sample, made means.
+template <bool cell, class T>
+static LF_HD CellStat<T> load_cell_stat(const LnConvLstmGradients<T>& grad, const double* split, const LnPlan& plan,
+                                        int64_t sample) {
+    CellStat<T> of_cell = {};
+    if (!cell) return of_cell;
+    double sums[2] = {0, 0};
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+        for (int j = 0; j < 2; ++j) sums[j] += split[(sample * plan.chunks + chunk) * 3 + j];
+    of_cell.stat = Stat<T>::load(grad.cell_stats + sample * 2);
+    of_cell.mean = Vec<T>::broadcast((T)(sums[0] / (double)plan.cells));
+    of_cell.projection = Vec<T>::broadcast((T)(sums[1] / (double)plan.cells));
+    return of_cell;
+}
+
+template <int K, Kind kind, bool cell, class T>
+static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,
+                                    const double* split, T* out, const LnConvLstmShape& s, const LnPlan& plan,
+                                    const LnItem& item, double (&projections)[kMostSamples][2][2]) {
     using V = Vec<T>;
     const Ahead ahead(plan, sizeof(T));
     const V zero = V::broadcast(0);
-    Table<K, T> table, totals;
+    Table<K, kind, T> table;
+    Table<K, kBySample, T> totals;
     for (int64_t block = 0; block < plan.width; block += kBlock) {
         const int64_t count = min_of(kBlock, plan.width - block);
-        table.fill(in, plan, s, item.seed, block, count);
+        table.fill(in, grad.stats, plan, s, item.seed, block, count);
         memset(totals.at, 0, sizeof(totals.at));
         for (int64_t n = 0; n < item.count; ++n) {
             Stat<T> stat[2] = {};
-            load_stats<K>(grad, item.first + n, stat);
+            if (kind == kBySample) load_stats<K>(grad, item.first + n, stat);
+            const auto of_cell = load_cell_stat<cell>(grad, split, plan, item.first + n);
             for (int64_t tile = item.unit; tile < item.unit_end; tile += kTile) {
                 const int64_t tile_end = min_of(tile + kTile, item.unit_end);
                 V projection[2][2] = {{zero, zero}, {zero, zero}};
@@ -557,14 +667,14 @@ static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvL
                         const int64_t at = (item.first + n) * plan.cells + row * plan.width;
                         const int64_t gates = 4 * at + block + e, cells = at + block + e;
                         if (e + V::width <= count)
-                            backward_cells<K, true, false>(in, grad, gates, plan.width, cells, 0, ahead, stat, p, sums,
-                                                           projection);
+                            backward_cells<K, kind, cell, true, false>(in, grad, gates, plan.width, cells, 0, ahead,
+                                                                       stat, of_cell, p, sums, projection);
                         else
-                            backward_cells<K, false, false>(in, grad, gates, plan.width, cells, count - e, ahead, stat,
-                                                            p, sums, projection);
+                            backward_cells<K, kind, cell, false, false>(in, grad, gates, plan.width, cells, count - e,
+                                                                        ahead, stat, of_cell, p, sums, projection);
                     }
                     add_to_totals<K>(totals, e, sums);
-                    add_projections<K>(p, sums, projection);
+                    if constexpr (kind == kBySample) add_projections<K>(p, sums, projection);
                 }
                 for (int k = 0; k < K; ++k)
                     for (int j = 0; j < 2; ++j) projections[n][k][j] += projection[k][j].sum();
@@ -575,18 +685,19 @@ static inline void backward_columns(const LnConvLstmInputs<T>& in, const LnConvL
 }
 
 // A sample that is a single row: what is summed in registers goes down the samples of the item instead.
-template <int K, class T>
-static inline void backward_samples(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, T* out,
-                                    const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
-                                    double (&projections)[kMostSamples][2][2]) {
+template <int K, Kind kind, bool cell, class T>
+static inline void backward_samples(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,
+                                    const double* split, T* out, const LnConvLstmShape& s, const LnPlan& plan,
+                                    const LnItem& item, double (&projections)[kMostSamples][2][2]) {
     using V = Vec<T>;
     const Ahead ahead(plan, sizeof(T));
     const V zero = V::broadcast(0);
-    Table<K, T> table, totals;
+    Table<K, kind, T> table;
+    Table<K, kBySample, T> totals;
     V projection[kMostSamples][2][2];
     for (int64_t block = 0; block < plan.width; block += kBlock) {
         const int64_t count = min_of(kBlock, plan.width - block);
-        table.fill(in, plan, s, item.seed, block, count);
+        table.fill(in, grad.stats, plan, s, item.seed, block, count);
         memset(totals.at, 0, sizeof(totals.at));
         for (int64_t n = 0; n < item.count; ++n)
             for (int j = 0; j < 2 * K; ++j) projection[n][j / 2][j % 2] = zero;
@@ -597,15 +708,17 @@ static inline void backward_samples(const LnConvLstmInputs<T>& in, const LnConvL
                 for (int j = 0; j < 4 * (1 + K); ++j) sums[j / 4][j % 4] = zero;
                 for (int64_t n = tile; n < min_of(tile + kTile, item.count); ++n) {
                     Stat<T> stat[2] = {};
-                    load_stats<K>(grad, item.first + n, stat);
+                    if (kind == kBySample) load_stats<K>(grad, item.first + n, stat);
+                    const auto of_cell = load_cell_stat<cell>(grad, split, plan, item.first + n);
                     const int64_t cells = (item.first + n) * plan.cells + block + e;
                     const int64_t gates = cells + (item.first + n) * 3 * plan.cells;
                     if (e + V::width <= count)
-                        backward_cells<K, true, true>(in, grad, gates, plan.width, cells, 0, ahead, stat, p, sums,
-                                                      projection[n]);
+                        backward_cells<K, kind, cell, true, kind == kBySample>(
+                            in, grad, gates, plan.width, cells, 0, ahead, stat, of_cell, p, sums, projection[n]);
                     else
-                        backward_cells<K, false, true>(in, grad, gates, plan.width, cells, count - e, ahead, stat, p,
-                                                       sums, projection[n]);
+                        backward_cells<K, kind, cell, false, kind == kBySample>(in, grad, gates, plan.width, cells,
+                                                                                count - e, ahead, stat, of_cell, p,
+                                                                                sums, projection[n]);
                 }
                 add_to_totals<K>(totals, e, sums);
             }
@@ -616,19 +729,20 @@ static inline void backward_samples(const LnConvLstmInputs<T>& in, const LnConvL
     }
 }
 
-template <int K, class T>
-static inline void backward_runs(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, T* out,
-                                 const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
+template <int K, Kind kind, bool cell, class T>
+static inline void backward_runs(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, const double* split,
+                                 T* out, const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
                                  double (&projections)[kMostSamples][2][2]) {
     using V = Vec<T>;
     const Ahead ahead(plan, sizeof(T));
     const V zero = V::broadcast(0);
     for (int64_t channel = item.unit; channel < item.unit_end; ++channel) {
-        const auto p = broadcast_params<K>(in, s, item.seed, channel);
+        const auto p = broadcast_params<K, kind>(in, grad.stats, s, item.seed, channel);
         double totals[1 + K][4] = {};
         for (int64_t n = 0; n < item.count; ++n) {
             Stat<T> stat[2] = {};
-            load_stats<K>(grad, item.first + n, stat);
+            if (kind == kBySample) load_stats<K>(grad, item.first + n, stat);
+            const auto of_cell = load_cell_stat<cell>(grad, split, plan, item.first + n);
             const int64_t gates = (item.first + n) * 4 * plan.cells + channel * s.positions;
             const int64_t cells = (item.first + n) * plan.cells + channel * s.positions;
             for (int64_t e = 0; e < s.positions;) {
@@ -636,14 +750,15 @@ static inline void backward_runs(const LnConvLstmInputs<T>& in, const LnConvLstm
                 for (int j = 0; j < 4 * (1 + K); ++j) sums[j / 4][j % 4] = zero;
                 const int64_t tile_end = min_of(e + kRunTile * V::width, s.positions);
                 for (; e + V::width <= tile_end; e += V::width)
-                    backward_cells<K, true, false>(in, grad, gates + e, plan.cells, cells + e, 0, ahead, stat, p, sums,
-                                                   projection);
+                    backward_cells<K, kind, cell, true, false>(in, grad, gates + e, plan.cells, cells + e, 0, ahead,
+                                                               stat, of_cell, p, sums, projection);
                 if (e < tile_end) {
-                    backward_cells<K, false, false>(in, grad, gates + e, plan.cells, cells + e, tile_end - e, ahead,
-                                                    stat, p, sums, projection);
+                    backward_cells<K, kind, cell, false, false>(in, grad, gates + e, plan.cells, cells + e,
+                                                                tile_end - e, ahead, stat, of_cell, p, sums,
+                                                                projection);
                     e = tile_end;
                 }
-                add_projections<K>(p, sums, projection);
+                if constexpr (kind == kBySample) add_projections<K>(p, sums, projection);
                 for (int k = 0; k < K; ++k)
                     for (int j = 0; j < 2; ++j) projections[n][k][j] += projection[k][j].sum();
                 for (int j = 0; j < 4 * (1 + K); ++j) totals[j / 4][j % 4] += sums[j / 4][j % 4].sum();
@@ -653,7 +768,7 @@ static inline void backward_runs(const LnConvLstmInputs<T>& in, const LnConvLstm
     }
 }
 
-template <int K, class T>
+template <int K, Kind kind, bool cell, class T>
 static inline void backward(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,
                             T* workspace, const LnConvLstmShape& s, const LnPlan& plan, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -661,13 +776,14 @@ static inline void backward(const LnConvLstmInputs<T>& in, const LnConvLstmGradi
         double projections[kMostSamples][2][2] = {};
         T* out = workspace + i * LnPlan::sums(s) * plan.width;
         if (plan.columns && plan.rows == 1)
-            backward_samples<K>(in, grad, out, s, plan, item, projections);
+            backward_samples<K, kind, cell>(in, grad, split, out, s, plan, item, projections);
         else if (plan.columns)
-            backward_columns<K>(in, grad, out, s, plan, item, projections);
+            backward_columns<K, kind, cell>(in, grad, split, out, s, plan, item, projections);
         else
-            backward_runs<K>(in, grad, out, s, plan, item, projections);
+            backward_runs<K, kind, cell>(in, grad, split, out, s, plan, item, projections);
+        if (kind == kByChannel) continue;
         if (plan.chunks > 1) {
-            memcpy(split + i * s.inputs * 2, projections[0], s.inputs * 2 * sizeof(double));
+            memcpy(split + plan.cell_split(s) + i * s.inputs * 2, projections[0], s.inputs * 2 * sizeof(double));
         } else if (K > 0) {
             for (int64_t n = 0; n < item.count; ++n)
                 for (int j = 0; j < 4; ++j) projections[n][j / 2][j % 2] /= (double)(4 * plan.cells);
@@ -676,11 +792,70 @@ static inline void backward(const LnConvLstmInputs<T>& in, const LnConvLstmGradi
     }
 }
 
+// The same by channel: the sums over samples and positions are the gradients of bias and weight.
 template <int K, class T>
+static inline void finish_batch(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,
+                                const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item) {
+    using V = Vec<T>;
+    const int64_t gates = 4 * s.channels, of_seed = item.seed * gates;
+    const V share = V::broadcast((T)(1.0 / (double)(s.samples * s.positions)));
+    for (int k = 0; k < K; ++k) {
+        const T *weight = in.weight[k] + of_seed, *stats = grad.stats + (item.seed * K + k) * 3 * gates;
+        const T *sum = grad.bias + of_seed, *sum_x = grad.weight[k] + of_seed;
+        for (int64_t n = item.first; n < item.first + item.count; ++n) {
+            if (plan.columns) {
+                for (int64_t row = item.unit; row < item.unit_end; ++row) {
+                    const int64_t at = n * 4 * plan.cells + row * gates;
+                    const T *x = in.x[k] + at, *grad_a = grad.rec + at;
+                    T* grad_x = grad.x[k] + at;
+                    int64_t e = 0;
+                    for (; e + V::width <= gates; e += V::width) {
+                        const V w = V::load(weight + e), scale = w * share;
+                        finish_gates<true>(x + e, grad_a + e, grad_x + e, 0,
+                                           {V::load(stats + e), V::load(stats + gates + e)}, w,
+                                           scale * V::load(sum + e), scale * V::load(sum_x + e));
+                    }
+                    if (e < gates) {
+                        const int64_t rest = gates - e;
+                        const V w = V::load(weight + e, rest), scale = w * share;
+                        finish_gates<false>(x + e, grad_a + e, grad_x + e, rest,
+                                            {V::load(stats + e, rest), V::load(stats + gates + e, rest)}, w,
+                                            scale * V::load(sum + e, rest), scale * V::load(sum_x + e, rest));
+                    }
+                }
+            } else {
+                for (int64_t unit = item.unit; unit < item.unit_end; ++unit) {
+                    for (int64_t channel = unit; channel < gates; channel += s.channels) {
+                        const int64_t at = (n * gates + channel) * s.positions;
+                        const T *x = in.x[k] + at, *grad_a = grad.rec + at;
+                        T* grad_x = grad.x[k] + at;
+                        const V w = V::broadcast(weight[channel]), scale = w * share;
+                        const Stat<T> stat = {V::broadcast(stats[channel]), V::broadcast(stats[gates + channel])};
+                        const V mean = scale * V::broadcast(sum[channel]);
+                        const V projection = scale * V::broadcast(sum_x[channel]);
+                        int64_t e = 0;
+                        for (; e + V::width <= s.positions; e += V::width)
+                            finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, stat, w, mean, projection);
+                        if (e < s.positions)
+                            finish_gates<false>(x + e, grad_a + e, grad_x + e, s.positions - e, stat, w, mean,
+                                                projection);
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <int K, Kind kind, bool cell, class T>
 static inline void finish(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, const double* split,
                           const LnConvLstmShape& s, const LnPlan& plan, int64_t begin, int64_t end) {
+    split += plan.cell_split(s);
     for (int64_t i = begin; i < end; ++i) {
         const LnItem item(plan, s, i);
+        if (kind == kByChannel) {
+            finish_batch<K>(in, grad, s, plan, item);
+            continue;
+        }
         double means[kMostSamples][2][2] = {};
         for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
             for (int64_t j = 0; j < s.inputs * 2; ++j)
@@ -690,7 +865,209 @@ static inline void finish(const LnConvLstmInputs<T>& in, const LnConvLstmGradien
     }
 }
 
-// Final sums of kReduceBlock channels of one gate, in double, in the order of the slots.
+// Where the cells of unit `unit` of a sample begin, and how many they are: a row, or a channel's positions.
+static inline int64_t unit_size(const LnPlan& plan, const LnConvLstmShape& s) {
+    return plan.columns ? plan.width : s.positions;
+}
+
+template <class T>
+static inline void cell_statistics(const LnConvLstmOutputs<T>& out, double* split, const LnConvLstmShape& s,
+                                   const LnPlan& plan, int64_t begin, int64_t end) {
+    const int64_t size = unit_size(plan, s);
+    for (int64_t i = begin; i < end; ++i) {
+        const LnItem item(plan, s, i);
+        for (int64_t n = item.first; n < item.first + item.count; ++n) {
+            Moments all = {0, 0, 0};
+            add_moments(all, out.c_new + n * plan.cells + item.unit * size, (item.unit_end - item.unit) * size);
+            double* to = split + (n * plan.chunks + i % plan.chunks) * 3;
+            to[0] = all.n;
+            to[1] = all.mean;
+            to[2] = all.m2;
+        }
+    }
+}
+
+template <bool whole, class T>
+static LF_HD void cell_output(const T* c, T* h, int64_t n, const Stat<T>& stat, Vec<T> weight, Vec<T> bias) {
+    using V = Vec<T>;
+    const V c_hat = ((whole ? V::load(c) : V::load(c, n)) - stat.mean) * stat.rstd;
+    const V out = normalised_cell_output(whole ? V::load(h) : V::load(h, n), c_hat, weight, bias);
+    if (whole)
+        out.store(h);
+    else
+        out.store(h, n);
+}
+
+template <class T>
+static inline void cell_forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split,
+                                double eps, const LnConvLstmShape& s, const LnPlan& plan, int64_t begin, int64_t end) {
+    using V = Vec<T>;
+    const int64_t size = unit_size(plan, s);
+    for (int64_t i = begin; i < end; ++i) {
+        const LnItem item(plan, s, i);
+        const T *weight = in.cell_weight + item.seed * s.channels, *bias = in.cell_bias + item.seed * s.channels;
+        for (int64_t n = item.first; n < item.first + item.count; ++n) {
+            Moments all = {0, 0, 0};
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+                const double* from = split + (n * plan.chunks + chunk) * 3;
+                all.merge(from[0], from[1], from[2]);
+            }
+            const T stats[2] = {(T)all.mean, (T)inverse_root(all.m2 / all.n + eps)};
+            if (item.unit == 0) memcpy(out.cell_stats + n * 2, stats, sizeof(stats));
+            const auto stat = Stat<T>::load(stats);
+            for (int64_t unit = item.unit; unit < item.unit_end; ++unit) {
+                const T* c = out.c_new + n * plan.cells + unit * size;
+                T* h = out.h + n * plan.cells + unit * size;
+                V w = V::broadcast(weight[plan.columns ? 0 : unit]), b = V::broadcast(bias[plan.columns ? 0 : unit]);
+                int64_t e = 0;
+                for (; e + V::width <= size; e += V::width) {
+                    if (plan.columns) w = V::load(weight + e), b = V::load(bias + e);
+                    cell_output<true>(c + e, h + e, 0, stat, w, b);
+                }
+                if (e < size) {
+                    if (plan.columns) w = V::load(weight + e, size - e), b = V::load(bias + e, size - e);
+                    cell_output<false>(c + e, h + e, size - e, stat, w, b);
+                }
+            }
+        }
+    }
+}
+
+// The part of load_gates that makes the output gate, without parameters of its own for each vector.
+template <int K, Kind kind, class T>
+struct OutputGate {
+    const T *x[K > 0 ? K : 1], *rec, *weight[K > 0 ? K : 1], *bias, *stats;
+    int64_t channels;
+
+    OutputGate(const LnConvLstmInputs<T>& in, const T* stats, const LnConvLstmShape& s, int64_t seed)
+        : rec(in.rec), bias(in.bias + (seed * 4 + 3) * s.channels), stats(stats), channels(s.channels) {
+        for (int k = 0; k < K; ++k) weight[k] = in.weight[k] + (seed * 4 + 3) * s.channels;
+        for (int k = 0; k < (K > 0 ? K : 1); ++k) x[k] = in.x[k];
+        if (kind == kByChannel) this->stats += (seed * 12 * K + 3) * s.channels;
+    }
+
+    // n values from `from` on, or one of them for all where a vector stays in a channel.
+    template <bool columns, bool whole>
+    static LF_HD Vec<T> of_channels(const T* from, int64_t n) {
+        using V = Vec<T>;
+        if constexpr (!columns) return V::broadcast(from[0]);
+        if constexpr (whole) return V::load(from);
+        return V::load(from, n);
+    }
+
+    template <bool columns, bool whole>
+    LF_HD Vec<T> load(int64_t at, int64_t channel, int64_t n, const Stat<T> (&stat)[2]) const {
+        using V = Vec<T>;
+        V sum = (whole ? V::load(rec + at) : V::load(rec + at, n)) + of_channels<columns, whole>(bias + channel, n);
+        for (int k = 0; k < (K > 0 ? K : 1); ++k) {
+            V value = whole ? V::load(x[k] + at) : V::load(x[k] + at, n);
+            if constexpr (K > 0 && kind == kByChannel) {
+                const T* of = stats + k * 12 * channels + channel;
+                value =
+                    (value - of_channels<columns, whole>(of, n)) * of_channels<columns, whole>(of + 4 * channels, n);
+            } else if constexpr (K > 0) {
+                value = (value - stat[k].mean) * stat[k].rstd;
+            }
+            sum = sum + (K > 0 ? value * of_channels<columns, whole>(weight[k] + channel, n) : value);
+        }
+        return sum;
+    }
+};
+
+// Of a vector of cells, the first step of backward: leaves w grad_n where the gradient of c will be and the gradient of
+// the output gate; returns grad_n and grad_n c_hat, and adds their products with w to `projection`.
+template <int K, Kind kind, bool columns, bool whole, class T>
+static LF_HD void cell_gradient(const OutputGate<K, kind, T>& gate, const LnConvLstmInputs<T>& in,
+                                const LnConvLstmGradients<T>& grad, int64_t at, int64_t cells, int64_t parameter,
+                                int64_t channel, int64_t n, const Stat<T> (&stat)[2], const Stat<T>& of_cell,
+                                Vec<T> (&sums)[2], Vec<T> (&projection)[2]) {
+    using V = Vec<T>;
+    using Gate = OutputGate<K, kind, T>;
+    const V weight = Gate::template of_channels<columns, whole>(in.cell_weight + parameter, n);
+    const V bias = Gate::template of_channels<columns, whole>(in.cell_bias + parameter, n);
+    const V c_hat =
+        ((whole ? V::load(grad.after + cells) : V::load(grad.after + cells, n)) - of_cell.mean) * of_cell.rstd;
+    V grad_o, grad_n;
+    normalised_cell_output_backward(whole ? V::load(grad.h + cells) : V::load(grad.h + cells, n),
+                                    gate.template load<columns, whole>(at, channel, n, stat), c_hat, weight, bias,
+                                    grad_o, grad_n);
+    const V weighted = weight * grad_n;
+    if (whole) {
+        grad_o.store(grad.rec + at);
+        weighted.store(grad.c + cells);
+    } else {
+        grad_o.store(grad.rec + at, n);
+        weighted.store(grad.c + cells, n);
+    }
+    sums[0] = sums[0] + grad_n * c_hat;
+    sums[1] = sums[1] + grad_n;
+    projection[0] = projection[0] + weighted;
+    projection[1] = projection[1] + weighted * c_hat;
+}
+
+template <int K, Kind kind, bool cell, class T>
+static inline void cell_backward(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,
+                                 T* workspace, const LnConvLstmShape& s, const LnPlan& plan, int64_t begin,
+                                 int64_t end) {
+    using V = Vec<T>;
+    const V zero = V::broadcast(0);
+    const int64_t size = unit_size(plan, s);
+    for (int64_t i = begin; i < end; ++i) {
+        const LnItem item(plan, s, i);
+        const OutputGate<K, kind, T> gate(in, grad.stats, s, item.seed);
+        T* total_x = workspace + (i * LnPlan::sums(s) + 4 * (1 + K)) * plan.width;
+        T* total = total_x + plan.width;
+        memset(total_x, 0, 2 * plan.width * sizeof(T));
+        for (int64_t n = item.first; n < item.first + item.count; ++n) {
+            const auto of_cell = Stat<T>::load(grad.cell_stats + n * 2);
+            Stat<T> stat[2] = {};
+            if (kind == kBySample) load_stats<K>(grad, n, stat);
+            double projections[2] = {0, 0};
+            for (int64_t unit = item.unit; unit < item.unit_end; ++unit) {
+                const int64_t cells = n * plan.cells + unit * size;
+                V projection[2] = {zero, zero};
+                int64_t e = 0;
+                if (plan.columns) {
+                    const int64_t at = 4 * cells + 3 * plan.width, first = item.seed * s.channels;
+                    for (; e < size; e += V::width) {
+                        V sums[2] = {zero, zero};
+                        if (e + V::width <= size) {
+                            cell_gradient<K, kind, true, true>(gate, in, grad, at + e, cells + e, first + e, e, 0, stat,
+                                                               of_cell, sums, projection);
+                            (V::load(total_x + e) + sums[0]).store(total_x + e);
+                            (V::load(total + e) + sums[1]).store(total + e);
+                        } else {
+                            const int64_t rest = size - e;
+                            cell_gradient<K, kind, true, false>(gate, in, grad, at + e, cells + e, first + e, e, rest,
+                                                                stat, of_cell, sums, projection);
+                            (V::load(total_x + e, rest) + sums[0]).store(total_x + e, rest);
+                            (V::load(total + e, rest) + sums[1]).store(total + e, rest);
+                        }
+                    }
+                } else {
+                    const int64_t at = (n * 4 + 3) * plan.cells + unit * size, first = item.seed * s.channels + unit;
+                    while (e < size) {
+                        const int64_t tile_end = min_of(e + kRunTile * V::width, size);
+                        V sums[2] = {zero, zero};
+                        for (; e + V::width <= tile_end; e += V::width)
+                            cell_gradient<K, kind, false, true>(gate, in, grad, at + e, cells + e, first, unit, 0, stat,
+                                                                of_cell, sums, projection);
+                        if (e < tile_end)
+                            cell_gradient<K, kind, false, false>(gate, in, grad, at + e, cells + e, first, unit,
+                                                                 tile_end - e, stat, of_cell, sums, projection);
+                        e = tile_end;
+                        total_x[unit] += sums[0].sum();
+                        total[unit] += sums[1].sum();
+                    }
+                }
+                for (int j = 0; j < 2; ++j) projections[j] += projection[j].sum();
+            }
+            memcpy(split + (n * plan.chunks + i % plan.chunks) * 3, projections, sizeof(projections));
+        }
+    }
+}
+
+// Final sums of kReduceBlock channels of one gate, or of the cell, in double, in the order of the slots.
 template <class T>
 static inline void reduce(const T* workspace, const LnConvLstmGradients<T>& grad, const LnConvLstmShape& s,
                           const LnPlan& plan, int64_t begin, int64_t end) {
@@ -713,43 +1090,72 @@ static inline void reduce(const T* workspace, const LnConvLstmGradients<T>& grad
                     for (int64_t k = 0; k < plan.inner; ++k) sums[c] += from[c * plan.inner + k];
             }
         }
-        T* to = (row < 4 ? grad.bias : grad.weight[row / 4 - 1]) + (seed * 4 + row % 4) * s.channels + first;
+        const int64_t gate_rows = 4 * (1 + s.inputs);
+        T* to = row >= gate_rows ? (row == gate_rows ? grad.cell_weight : grad.cell_bias) + seed * s.channels
+                                 : (row < 4 ? grad.bias : grad.weight[row / 4 - 1]) + (seed * 4 + row % 4) * s.channels;
+        to += first;
         for (int64_t c = 0; c < count; ++c) to[c] = (T)sums[c];
     }
 }
 
-#define LF_LN_CONVLSTM_BY_INPUTS(function, ...)  \
-    const LnPlan plan(s);                        \
-    if (s.inputs == 0) function<0>(__VA_ARGS__); \
-    if (s.inputs == 1) function<1>(__VA_ARGS__); \
-    if (s.inputs == 2) function<2>(__VA_ARGS__);
+#define LF_LN_CONVLSTM_BY_KIND(function, cell, ...)                           \
+    if (s.inputs == 0) function<0, kBySample, cell>(__VA_ARGS__);             \
+    if (s.inputs == 1 && !s.batch) function<1, kBySample, cell>(__VA_ARGS__); \
+    if (s.inputs == 2 && !s.batch) function<2, kBySample, cell>(__VA_ARGS__); \
+    if (s.inputs == 1 && s.batch) function<1, kByChannel, cell>(__VA_ARGS__); \
+    if (s.inputs == 2 && s.batch) function<2, kByChannel, cell>(__VA_ARGS__);
+
+#define LF_LN_CONVLSTM_BY_CELL(function, ...)                \
+    const LnPlan plan(s);                                    \
+    if (s.cell) {                                            \
+        LF_LN_CONVLSTM_BY_KIND(function, true, __VA_ARGS__)  \
+    } else {                                                 \
+        LF_LN_CONVLSTM_BY_KIND(function, false, __VA_ARGS__) \
+    }
 
 #define LF_LN_CONVLSTM_INSTANCES(T, suffix)                                                                           \
-    static void statistics_##suffix(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,           \
-                                    int64_t begin, int64_t end) {                                                     \
-        statistics(in, split, s, LnPlan(s), begin, end);                                                              \
+    static void statistics_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, double* split,    \
+                                    double eps, const LnConvLstmShape& s, int64_t begin, int64_t end) {               \
+        statistics(in, out, split, eps, s, LnPlan(s), begin, end);                                                    \
     }                                                                                                                 \
     static void forward_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split, \
                                  double eps, const LnConvLstmShape& s, int64_t begin, int64_t end) {                  \
-        LF_LN_CONVLSTM_BY_INPUTS(forward, in, out, split, eps, s, plan, begin, end)                                   \
+        LF_LN_CONVLSTM_BY_CELL(forward, in, out, split, eps, s, plan, begin, end)                                     \
+    }                                                                                                                 \
+    static void cell_statistics_##suffix(const LnConvLstmOutputs<T>& out, double* split, const LnConvLstmShape& s,    \
+                                         int64_t begin, int64_t end) {                                                \
+        cell_statistics(out, split, s, LnPlan(s), begin, end);                                                        \
+    }                                                                                                                 \
+    static void cell_forward_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out,                 \
+                                      const double* split, double eps, const LnConvLstmShape& s, int64_t begin,       \
+                                      int64_t end) {                                                                  \
+        cell_forward(in, out, split, eps, s, LnPlan(s), begin, end);                                                  \
+    }                                                                                                                 \
+    static void cell_backward_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,             \
+                                       double* split, T* workspace, const LnConvLstmShape& s, int64_t begin,          \
+                                       int64_t end) {                                                                 \
+        const LnPlan plan(s);                                                                                         \
+        LF_LN_CONVLSTM_BY_KIND(cell_backward, true, in, grad, split, workspace, s, plan, begin, end)                  \
     }                                                                                                                 \
     static void backward_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,   \
                                   T* workspace, const LnConvLstmShape& s, int64_t begin, int64_t end) {               \
-        LF_LN_CONVLSTM_BY_INPUTS(backward, in, grad, split, workspace, s, plan, begin, end)                           \
-    }                                                                                                                 \
-    static void finish_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,                    \
-                                const double* split, const LnConvLstmShape& s, int64_t begin, int64_t end) {          \
-        LF_LN_CONVLSTM_BY_INPUTS(finish, in, grad, split, s, plan, begin, end)                                        \
+        LF_LN_CONVLSTM_BY_CELL(backward, in, grad, split, workspace, s, plan, begin, end)                             \
     }                                                                                                                 \
     static void reduce_##suffix(const T* workspace, const LnConvLstmGradients<T>& grad, const LnConvLstmShape& s,     \
                                 int64_t begin, int64_t end) {                                                         \
         reduce(workspace, grad, s, LnPlan(s), begin, end);                                                            \
+    }                                                                                                                 \
+    static void finish_##suffix(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,                    \
+                                const double* split, const LnConvLstmShape& s, int64_t begin, int64_t end) {          \
+        const LnPlan plan(s);                                                                                         \
+        LF_LN_CONVLSTM_BY_KIND(finish, false, in, grad, split, s, plan, begin, end)                                   \
     }
 
 LF_LN_CONVLSTM_INSTANCES(float, f32)
 LF_LN_CONVLSTM_INSTANCES(double, f64)
 #undef LF_LN_CONVLSTM_INSTANCES
-#undef LF_LN_CONVLSTM_BY_INPUTS
+#undef LF_LN_CONVLSTM_BY_CELL
+#undef LF_LN_CONVLSTM_BY_KIND
 
 }  // namespace LF_ISA
 }  // namespace ladderfast::cpu
@@ -759,16 +1165,27 @@ namespace ladderfast::cpu {
 
 int64_t ln_convlstm_items(const LnConvLstmShape& s) { return LnPlan(s).items(s); }
 
-int64_t ln_convlstm_split_items(const LnConvLstmShape& s) {
+int64_t ln_convlstm_cell_items(const LnConvLstmShape& s) { return s.cell ? LnPlan(s).items(s) : 0; }
+
+int64_t ln_convlstm_statistics_items(const LnConvLstmShape& s) {
     const LnPlan plan(s);
+    if (s.batch) return s.seeds * s.inputs * ceil_div(4 * s.channels, kReduceBlock);
     return plan.chunks > 1 && s.inputs > 0 ? plan.items(s) : 0;
+}
+
+int64_t ln_convlstm_finish_items(const LnConvLstmShape& s) {
+    const LnPlan plan(s);
+    return (plan.chunks > 1 || s.batch) && s.inputs > 0 ? plan.items(s) : 0;
 }
 
 int64_t ln_convlstm_reduce_items(const LnConvLstmShape& s) {
     return s.seeds * LnPlan::sums(s) * ceil_div(s.channels, kReduceBlock);
 }
 
-int64_t ln_convlstm_split_workspace(const LnConvLstmShape& s) { return 3 * s.inputs * ln_convlstm_split_items(s); }
+int64_t ln_convlstm_split_workspace(const LnConvLstmShape& s) {
+    const LnPlan plan(s);
+    return plan.cell_split(s) + (plan.chunks > 1 ? 3 * s.inputs * plan.items(s) : 0);
+}
 
 int64_t ln_convlstm_reduce_workspace(const LnConvLstmShape& s) {
     const LnPlan plan(s);
@@ -777,10 +1194,10 @@ int64_t ln_convlstm_reduce_workspace(const LnConvLstmShape& s) {
 
 #define LF_LN_CONVLSTM_DISPATCH(T, suffix)                                                                             \
     template <>                                                                                                        \
-    void ln_convlstm_statistics<T>(const LnConvLstmInputs<T>& in, double* split, const LnConvLstmShape& s,             \
-                                   int64_t begin, int64_t end) {                                                       \
+    void ln_convlstm_statistics<T>(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, double* split,      \
+                                   double eps, const LnConvLstmShape& s, int64_t begin, int64_t end) {                 \
         static const auto kernel = LF_SELECT(statistics_##suffix);                                                     \
-        kernel(in, split, s, begin, end);                                                                              \
+        kernel(in, out, split, eps, s, begin, end);                                                                    \
     }                                                                                                                  \
     template <>                                                                                                        \
     void ln_convlstm_forward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out, const double* split,   \
@@ -789,22 +1206,42 @@ int64_t ln_convlstm_reduce_workspace(const LnConvLstmShape& s) {
         kernel(in, out, split, eps, s, begin, end);                                                                    \
     }                                                                                                                  \
     template <>                                                                                                        \
+    void ln_convlstm_cell_statistics<T>(const LnConvLstmOutputs<T>& out, double* split, const LnConvLstmShape& s,      \
+                                        int64_t begin, int64_t end) {                                                  \
+        static const auto kernel = LF_SELECT(cell_statistics_##suffix);                                                \
+        kernel(out, split, s, begin, end);                                                                             \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void ln_convlstm_cell_forward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmOutputs<T>& out,                   \
+                                     const double* split, double eps, const LnConvLstmShape& s, int64_t begin,         \
+                                     int64_t end) {                                                                    \
+        static const auto kernel = LF_SELECT(cell_forward_##suffix);                                                   \
+        kernel(in, out, split, eps, s, begin, end);                                                                    \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void ln_convlstm_cell_backward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad,               \
+                                      double* split, T* workspace, const LnConvLstmShape& s, int64_t begin,            \
+                                      int64_t end) {                                                                   \
+        static const auto kernel = LF_SELECT(cell_backward_##suffix);                                                  \
+        kernel(in, grad, split, workspace, s, begin, end);                                                             \
+    }                                                                                                                  \
+    template <>                                                                                                        \
     void ln_convlstm_backward<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, double* split,     \
                                  T* workspace, const LnConvLstmShape& s, int64_t begin, int64_t end) {                 \
         static const auto kernel = LF_SELECT(backward_##suffix);                                                       \
         kernel(in, grad, split, workspace, s, begin, end);                                                             \
     }                                                                                                                  \
     template <>                                                                                                        \
-    void ln_convlstm_finish<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, const double* split, \
-                               const LnConvLstmShape& s, int64_t begin, int64_t end) {                                 \
-        static const auto kernel = LF_SELECT(finish_##suffix);                                                         \
-        kernel(in, grad, split, s, begin, end);                                                                        \
-    }                                                                                                                  \
-    template <>                                                                                                        \
     void ln_convlstm_reduce<T>(const T* workspace, const LnConvLstmGradients<T>& grad, const LnConvLstmShape& s,       \
                                int64_t begin, int64_t end) {                                                           \
         static const auto kernel = LF_SELECT(reduce_##suffix);                                                         \
         kernel(workspace, grad, s, begin, end);                                                                        \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void ln_convlstm_finish<T>(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, const double* split, \
+                               const LnConvLstmShape& s, int64_t begin, int64_t end) {                                 \
+        static const auto kernel = LF_SELECT(finish_##suffix);                                                         \
+        kernel(in, grad, split, s, begin, end);                                                                        \
     }
 
 LF_LN_CONVLSTM_DISPATCH(float, f32)

@@ -47,6 +47,37 @@ LF_HD void column_moments(const T* x, int64_t stride, int64_t rows, T* mean, T* 
     }
 }
 
+// Mean and sum of squared deviations of a growing number of elements.
+struct Moments {
+    double n, mean, m2;
+
+    LF_HD void merge(double count, double other_mean, double other_m2) {
+        if (count == 0) return;
+        const double total = n + count, delta = other_mean - mean;
+        m2 += other_m2 + delta * delta * (n * count / total);
+        mean += delta * (count / total);
+        n = total;
+    }
+};
+
+// Adds `rows` rows of `count` columns, at most `most`.
+template <int most, class T>
+static inline void add_column_moments(Moments* all, const T* x, int64_t stride, int64_t rows, int64_t count) {
+    using V = Vec<T>;
+    T mean[most], squares[most];
+    for (int64_t row = 0; row < rows; row += kMaxRows) {
+        const T* from = x + row * stride;
+        const int64_t n = min_of(kMaxRows, rows - row);
+        int64_t c = 0;
+        for (; c + 4 * V::width <= count; c += 4 * V::width)
+            column_moments<4, false>(from + c, stride, n, mean + c, squares + c, 0);
+        for (; c + V::width <= count; c += V::width)
+            column_moments<1, false>(from + c, stride, n, mean + c, squares + c, 0);
+        if (c < count) column_moments<1, true>(from + c, stride, n, mean + c, squares + c, count - c);
+        for (c = 0; c < count; ++c) all[c].merge((double)n, (double)from[c] + (double)mean[c], squares[c]);
+    }
+}
+
 // `rows` runs of `count` elements, relative to `first`: their mean and sum of squares.
 template <class T>
 LF_HD void run_moments(const T* x, int64_t stride, int64_t rows, int64_t count, T first, double& mean,

@@ -6,37 +6,9 @@
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger.cpp"
 
-#ifndef LADDERFAST_CPU_TAGGER_PLAN
-#define LADDERFAST_CPU_TAGGER_PLAN
-
 #include "../tagger.h"
 #include "isa.h"
-
-extern "C" double log(double);
-extern "C" double sqrt(double);
-
-namespace ladderfast::cpu {
-
-// How a shape is cut: an item is some rows of one seed, and a block of their pixels.
-struct TaggerPlan {
-    int64_t rows;  // of a seed
-    int64_t rows_per_item, chunks, blocks;
-
-    static constexpr int64_t kBlock = 2048;     // pixels of an item, at most
-    static constexpr int64_t kElements = 4096;  // elements of an item, where its rows are short
-
-    explicit TaggerPlan(const TaggerShape& s) {
-        rows = s.seeds > 0 ? s.rows / s.seeds : 0;
-        const int64_t row = s.groups * (s.pixels < kBlock ? s.pixels : kBlock);
-        rows_per_item = row > 0 && row < kElements ? kElements / row : 1;
-        chunks = (rows + rows_per_item - 1) / rows_per_item;
-        blocks = (s.pixels + kBlock - 1) / kBlock;
-    }
-};
-
-}  // namespace ladderfast::cpu
-
-#endif
+#include "tagger_plan.h"
 
 #include "foreach_isa.h"
 
@@ -46,104 +18,7 @@ namespace LF_ISA {
 #include "vec.h"
 #include "elementary.h"
 #include "../math/tagger.h"
-
-static const int64_t kKept = 64;  // groups whose intermediate results are kept
-
-template <class T>
-struct TaggerView {
-    const T* data;
-    int64_t row, group;
-
-    explicit LF_HD TaggerView(const TaggerInput& t) : data(static_cast<const T*>(t.data)), row(t.row), group(t.group) {}
-
-    // Of n pixels from (row r, group k, pixel d) on; `whole` says that n is the width of V.
-    template <class V, bool whole>
-    LF_HD V load(int64_t r, int64_t k, int64_t d, int64_t n) const {
-        const T* at = data + r * row + k * group + d;
-        if constexpr (whole)
-            return V::load(at);
-        else
-            return V::load(at, n);
-    }
-};
-
-template <bool whole, class V, class T>
-static LF_HD void write(V value, T* to, int64_t n) {
-    if constexpr (whole)
-        value.store(to);
-    else
-        value.store(to, n);
-}
-
-template <class T>
-static LF_HD GaussianScalar<T> gaussian_scalar(const void* variance, int64_t seed) {
-    const double v = static_cast<const T*>(variance)[seed];
-    const double two_pi_v = 6.283185307179586 * v;
-    return {T(-0.7213475204444817 / v), T(1 / sqrt(two_pi_v)), T(1 / v), T(0.5 * log(two_pi_v)),
-            T(sizeof(T) == 4 ? 126 : 1022)};
-}
-
-template <class V, class T>
-static LF_HD GaussianScalar<V> broadcast(const GaussianScalar<T>& s) {
-    return {V::broadcast(s.scale), V::broadcast(s.norm), V::broadcast(s.precision), V::broadcast(s.offset),
-            V::broadcast(s.most)};
-}
-
-template <class T>
-static LF_HD BernoulliScalar<T> bernoulli_scalar(const void* flip_prob, int64_t seed) {
-    const T b = static_cast<const T*>(flip_prob)[seed];
-    return {b, 1 - 2 * b};
-}
-
-template <class V, class T>
-static LF_HD BernoulliScalar<V> broadcast(const BernoulliScalar<T>& s) {
-    return {V::broadcast(s.flip), V::broadcast(s.keep)};
-}
-
-// Each pass is a struct: start(seed), pixels<V, whole>(row, pixel, count), and for sums end_row() and end_item(item).
-template <class T>
-struct TaggerPass {
-    TaggerView<T> x, z, m;
-    const void* scalar;
-    int64_t groups, width;
-
-    LF_HD TaggerPass(const TaggerInputs& in, const TaggerShape& s)
-        : x(in.x), z(in.z), m(in.m), scalar(in.scalar), groups(s.groups), width(s.pixels) {}
-    LF_HD int64_t packed(int64_t r, int64_t k, int64_t d) const { return (r * groups + k) * width + d; }
-    LF_HD void start(int64_t) {}
-    LF_HD void end_row() {}
-    LF_HD void end_item(int64_t) {}
-};
-
-// Sum over an item: over a row's whole vectors in T, over the rest in double.
-template <class T>
-struct ItemSum {
-    double* partials;
-    double total;
-    Vec<T> row;
-
-    explicit LF_HD ItemSum(double* partials) : partials(partials), total(0), row(Vec<T>::broadcast(0)) {}
-    template <bool whole>
-    LF_HD void add(Vec<T> terms, int64_t n) {
-        if (whole) {
-            row = row + terms;
-        } else {
-            for (int64_t i = 0; i < n; ++i) total += terms.raw[i];
-        }
-    }
-    template <bool whole>
-    LF_HD void add(Pair<T> terms, int64_t) {
-        row = row + (terms.a + terms.b);
-    }
-    LF_HD void end_row() {
-        total += row.sum();
-        row = Vec<T>::broadcast(0);
-    }
-    LF_HD void end_item(int64_t item) {
-        partials[item] = total;
-        total = 0;
-    }
-};
+#include "tagger_pass.h"
 
 template <class T>
 struct GaussianInputs : TaggerPass<T> {
@@ -414,29 +289,6 @@ struct BernoulliNllBackward : TaggerPass<T> {
         }
     }
 };
-
-template <class T, class Pass>
-static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int64_t end) {
-    const TaggerPlan plan(s);
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t first = item % plan.blocks * TaggerPlan::kBlock;
-        const int64_t chunk = item / plan.blocks % plan.chunks, seed = item / plan.blocks / plan.chunks;
-        const int64_t last = s.pixels - first < TaggerPlan::kBlock ? s.pixels : first + TaggerPlan::kBlock;
-        const int64_t row = chunk * plan.rows_per_item;
-        const int64_t row_end = plan.rows - row < plan.rows_per_item ? plan.rows : row + plan.rows_per_item;
-        pass.start(seed);
-        for (int64_t r = seed * plan.rows + row; r < seed * plan.rows + row_end; ++r) {
-            int64_t d = first;
-            for (; d + Pair<T>::width <= last; d += Pair<T>::width)
-                pass.template pixels<Pair<T>, true>(r, d, Pair<T>::width);
-            for (; d + Vec<T>::width <= last; d += Vec<T>::width)
-                pass.template pixels<Vec<T>, true>(r, d, Vec<T>::width);
-            if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
-            pass.end_row();
-        }
-        pass.end_item(item);
-    }
-}
 
 #define LF_TAGGER_INSTANCES(T, suffix)                                                                             \
     static void inputs_##suffix(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s, \

@@ -542,11 +542,11 @@ Plan plan_for(const LnConvLstmShape& s) {
 
 bool empty(const LnConvLstmShape& s) { return s.seeds * s.samples * s.channels * s.positions == 0; }
 
-// A sample's gates are counted in 32 bits.
+// A sample's gates are counted in 32 bits. There are no kernels for statistics by channel or for a normalised cell.
 bool fits(const LnConvLstmShape& s) {
     constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);
     return s.channels <= kMost / 8 && s.positions <= kMost / 8 / (s.channels > 0 ? s.channels : 1) && s.inputs >= 0 &&
-           s.inputs <= 2;
+           s.inputs <= 2 && !s.batch && !s.cell;
 }
 
 // The parts of the workspace, in numbers of Compute<T>.

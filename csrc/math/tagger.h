@@ -7,6 +7,8 @@
 //               nll = -x log p - (1 - x) log(1 - p), p = sum_k m_k z_k
 //   both        likelihood_k = density_k / sum_h density_h
 //
+// Masks may be given by their logits: m = softmax over k.
+//
 // A kernel goes over the groups of a pixel a few times: to gather, then to write. What a pixel gathers is a struct
 // here. Exponents are to the base 2: y_k = -(x - z_k)^2 / (2 v ln 2).
 //
@@ -199,6 +201,54 @@ struct BernoulliMixture {
         return if_less(p, low, zero, if_less(high, p, zero, slope));
     }
 };
+
+// Logits to the base 2, as exp2_of takes them.
+template <class V>
+LF_HD V logit_exponent(V logit) {
+    return logit * constant<V>(1.4426950408889634);
+}
+
+// Masks from logits: 1. top. 2. of a_k = 2^(l_k - top), total. m_k = a_k / total.
+template <class V>
+struct MaskPixel {
+    V top, total, share;
+    V dot;  // in backward sum_k m_k grad_m_k
+
+    LF_HD MaskPixel() : top(constant<V>(-1e37)), total(constant<V>(0)), dot(total) {}
+    LF_HD void compare(V l) { top = larger(l, top); }
+    LF_HD V weigh(V l) {
+        const V a = exp2_of(l - top);
+        total = total + a;
+        return a;
+    }
+    LF_HD void finish() { share = constant<V>(1) / total; }
+    LF_HD V mask(V a) const { return a * share; }
+    LF_HD void gather(V m, V grad_m) { dot = dot + m * grad_m; }
+    LF_HD V backward(V m, V grad_m) const { return m * (grad_m - dot); }
+};
+
+// The Gaussian mixture's cost from logits: nll = log(2 pi v) / 2 + log sum_k exp(l_k) - log sum_k exp(l_k) density_k,
+// whose sums are those of two MaskPixel, of l and of l + y. Here m and share are the two softmaxes.
+template <class V>
+LF_HD V gaussian_logits_nll(const MaskPixel<V>& masks, const MaskPixel<V>& joint, const GaussianScalar<V>& s) {
+    return s.offset + constant<V>(0.693147180559945309) * (masks.top - joint.top) + log_of(masks.total / joint.total);
+}
+// Adds to sum_v, which starts as the pixel's grad, the group's part of 2 v grad_variance.
+template <class V>
+LF_HD void gaussian_logits_backward(V grad, V e, V m, V share, const GaussianScalar<V>& s, V& grad_z, V& grad_logit,
+                                    V& sum_v) {
+    grad_z = constant<V>(0) - ((grad * share) * (e * s.precision));
+    grad_logit = grad * (m - share);
+    sum_v = sum_v + e * grad_z;
+}
+
+// What the network's outputs become: z = c1 z_hat + b1 and logits = c2 m_hat of normalised values, for binary pixels z
+// the logistic function of that. logistic(V), by exp2_of.
+template <class V>
+LF_HD V logistic(V x) {
+    // The exponent is cut off where the sum stays finite.
+    return constant<V>(1) / (constant<V>(1) + exp2_of(smaller(constant<V>(126), x * constant<V>(-1.4426950408889634))));
+}
 
 #undef LF_TAGGER_CLIP
 #undef LF_TAGGER_POLE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
+def _keep_running(module: nn.BatchNorm1d, mean: Tensor, var: Tensor) -> None:
+    """What torch's batch norm does in training."""
+    assert module.num_batches_tracked is not None
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    module.num_batches_tracked.add_(1)
+    for running, new in ((module.running_mean, mean), (module.running_var, var)):
+        running.lerp_(new.to(running.dtype), module.momentum or 0.0)
+
+
 class _Cell(nn.Module):
     """What the dense and the convolutional cell share: the norm, the bias, the step, the state."""
 
@@ -32,7 +43,8 @@ class _Cell(nn.Module):
         hidden: int,
         inputs: int,
         spatial: int,
-        norm: str,
+        norm: str | None,
+        normalise_cell: bool,
         bias: bool,
         forget_bias: float,
         eps: float,
@@ -40,6 +52,7 @@ class _Cell(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        norm = norm or "none"
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
         self.hidden, self.inputs, self.spatial = _positive("hidden size", hidden), inputs, spatial
@@ -59,6 +72,11 @@ class _Cell(nn.Module):
             for module in self.batch_norm:
                 module.register_parameter("bias", None)
         self.bias = nn.Parameter(torch.empty(vector, device=device, dtype=dtype)) if bias else None
+        self.cell_weight: nn.Parameter | None = None
+        self.cell_bias: nn.Parameter | None = None
+        if normalise_cell:
+            self.cell_weight = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype))
+            self.cell_bias = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype))
 
     def _reset_vectors(self) -> None:
         if self.norm_weight is not None:
@@ -72,6 +90,9 @@ class _Cell(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
             nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], self.forget_bias)
+        if self.cell_weight is not None and self.cell_bias is not None:
+            nn.init.ones_(self.cell_weight)
+            nn.init.zeros_(self.cell_bias)
 
     @abstractmethod
     def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -96,10 +117,33 @@ class _Cell(nn.Module):
             c = first.new_zeros((first.shape[0], self.hidden, *first.shape[2:]))
         else:
             rec, c = self.project_state(state[0]), state[1]
-        if self.batch_norm is not None:
-            gates = [module(g) for module, g in zip(self.batch_norm, gates, strict=True)]
-        weight = None if self.norm_weight is None else tuple(self.norm_weight)
-        return ln_convlstm_step(tuple(gates), rec, c, weight, self.bias, eps=self.eps)
+        eps, cell_weight, cell_bias = self.eps, self.cell_weight, self.cell_bias
+        if self.batch_norm is None or not self.training:
+            weight = None if self.norm_weight is None else tuple(self.norm_weight)
+            if self.batch_norm is not None:
+                gates = [module(g) for module, g in zip(self.batch_norm, gates, strict=True)]
+            return ln_convlstm_step(
+                tuple(gates), rec, c, weight, self.bias, eps=eps, cell_weight=cell_weight, cell_bias=cell_bias
+            )
+        count = first.shape[0] * first[0, 0].numel()
+        if count < 2:
+            raise ValueError(f"batch norm needs more than 1 value for each channel in training, got {count}")
+        modules = cast(list[nn.BatchNorm1d], list(self.batch_norm))
+        h, c, mean, var = ln_convlstm_step(
+            tuple(gates),
+            rec,
+            c,
+            tuple(module.weight for module in modules),
+            self.bias,
+            eps=eps,
+            norm="batch",
+            cell_weight=cell_weight,
+            cell_bias=cell_bias,
+        )
+        with torch.no_grad():
+            for module, of_batch, variance in zip(modules, mean, var, strict=True):
+                _keep_running(module, of_batch, variance * (count / (count - 1)))
+        return h, c
 
     def check_state(self, state: State, shape: tuple[int, ...]) -> None:
         if not isinstance(state, tuple) or len(state) != 2:
@@ -110,8 +154,10 @@ class _Cell(nn.Module):
 
 
 class _DenseCell(_Cell):
-    def __init__(self, input_size: int, hidden: int, norm, bias, forget_bias, eps, device, dtype) -> None:
-        super().__init__(hidden, 1, 0, norm, bias, forget_bias, eps, device, dtype)
+    def __init__(
+        self, input_size: int, hidden: int, norm, normalise_cell, bias, forget_bias, eps, device, dtype
+    ) -> None:
+        super().__init__(hidden, 1, 0, norm, normalise_cell, bias, forget_bias, eps, device, dtype)
         self.weight_ih = nn.Parameter(
             torch.empty(4 * hidden, _positive("input_size", input_size), device=device, dtype=dtype)
         )
@@ -163,8 +209,9 @@ class LayerNormConvLSTMCell(_Cell):
             second input, have the size of that convolution's result, and are convolved with stride 1 and kept in size.
         dilation, groups: of all convolutions.
         bias: whether b is there. It starts at 0, and at `forget_bias` for the forget gate.
-        norm: "layer"; "batch", batch normalisation over the batch and all positions of a step in the place of LN; or
-            "none".
+        norm: "layer"; "batch", batch normalisation over the batch and all positions of a step in the place of LN, with
+            running statistics in evaluation; or "none" (None is the same).
+        normalise_cell: h' = s(o) tanh(LN(c')), with a gain and a shift for each of the C channels.
         spatial: 1 or 2, the number of spatial axes.
 
     Shape:
@@ -187,7 +234,8 @@ class LayerNormConvLSTMCell(_Cell):
         groups: int = 1,
         bias: bool = True,
         *,
-        norm: str = "layer",
+        norm: str | None = "layer",
+        normalise_cell: bool = False,
         forget_bias: float = 1.0,
         eps: float = 1e-5,
         spatial: int = 2,
@@ -199,7 +247,18 @@ class LayerNormConvLSTMCell(_Cell):
             raise ValueError(f"in_channels must be one number or a pair, got {in_channels}")
         if spatial not in _CONVOLUTIONS:
             raise ValueError(f"spatial must be 1 or 2, got {spatial}")
-        super().__init__(hidden_channels, len(channels), spatial, norm, bias, forget_bias, eps, device, dtype)
+        super().__init__(
+            hidden_channels,
+            len(channels),
+            spatial,
+            norm,
+            normalise_cell,
+            bias,
+            forget_bias,
+            eps,
+            device,
+            dtype,
+        )
         self.in_channels, self.hidden_channels, self.groups = channels, hidden_channels, groups
         self.kernel_size = _sizes("kernel_size", kernel_size, spatial, 1)
         self.stride = _sizes("stride", stride, spatial, 1)
@@ -358,7 +417,8 @@ class LayerNormConvLSTM(_Sequence):
         bias: bool = True,
         batch_first: bool = False,
         *,
-        norm: str = "layer",
+        norm: str | None = "layer",
+        normalise_cell: bool = False,
         forget_bias: float = 1.0,
         eps: float = 1e-5,
         spatial: int = 2,
@@ -375,6 +435,7 @@ class LayerNormConvLSTM(_Sequence):
             groups,
             bias,
             norm=norm,
+            normalise_cell=normalise_cell,
             forget_bias=forget_bias,
             eps=eps,
             spatial=spatial,
@@ -396,7 +457,8 @@ class LayerNormLSTM(_Sequence):
         input_size, hidden_size: features of x, and C, those of h and c.
         bias: whether b is there. It starts at 0, and at `forget_bias` for the forget gate.
         batch_first: x, the output and the mask are (N, T, ...) rather than (T, N, ...).
-        norm: "layer", "batch" (over the batch of a step) or "none".
+        norm: "layer", "batch" (over the batch of a step) or "none" (None is the same).
+        normalise_cell: h = s(o) tanh(LN(c)), with a gain and a shift for each of the C units.
 
     Shape:
         x (T, N, input_size) -> output (T, N, C), (h, c); the state, in and out, is a pair of (1, N, C). mask (T, N)
@@ -416,13 +478,16 @@ class LayerNormLSTM(_Sequence):
         bias: bool = True,
         batch_first: bool = False,
         *,
-        norm: str = "layer",
+        norm: str | None = "layer",
+        normalise_cell: bool = False,
         forget_bias: float = 1.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        cell = _DenseCell(input_size, hidden_size, norm, bias, forget_bias, eps, device, dtype)
+        cell = _DenseCell(
+            input_size, hidden_size, norm, normalise_cell, bias, forget_bias, eps, device, dtype
+        )
         super().__init__(cell, batch_first)
         self.input_size, self.hidden_size = input_size, hidden_size
 

@@ -10,14 +10,24 @@ from ladderfast.ops.tagger import (
     gaussian_group_inputs,
     gaussian_mixture_nll,
 )
+from ladderfast.ops.tagger_step import (
+    bernoulli_step_inputs,
+    bernoulli_step_outputs,
+    gaussian_step_inputs,
+    gaussian_step_outputs,
+)
 from ladderfast.ops.what_where import soft_pool2d, soft_unpool2d
 
 __all__ = [
     "bernoulli_group_inputs",
     "bernoulli_mixture_nll",
+    "bernoulli_step_inputs",
+    "bernoulli_step_outputs",
     "gaussian_combinator",
     "gaussian_group_inputs",
     "gaussian_mixture_nll",
+    "gaussian_step_inputs",
+    "gaussian_step_outputs",
     "ladder_decoder",
     "ladder_encoder",
     "ln_convlstm_step",

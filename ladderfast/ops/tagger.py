@@ -178,30 +178,36 @@ def _fits(x: Tensor, z: Tensor, m: Tensor) -> bool:
     )
 
 
-def _check(op: str, x: Tensor, z: Tensor, m: Tensor) -> None:
+def _check(op: str, x: Tensor, z: Tensor, m: Tensor, z_name: str, m_name: str) -> None:
     if z.dim() != 3 or z.shape[1] == 0:
-        raise ValueError(f"{op}: z must have shape (N, K, D) with at least one group; got {shape_text(z)}")
+        raise ValueError(
+            f"{op}: {z_name} must have shape (N, K, D) with at least one group; got {shape_text(z)}"
+        )
     if m.shape != z.shape:
-        raise ValueError(f"{op}: m must have the shape of z, {shape_text(z)}; got {shape_text(m)}")
+        raise ValueError(
+            f"{op}: {m_name} must have the shape of {z_name}, {shape_text(z)}; got {shape_text(m)}"
+        )
     wanted = (z.shape[0], z.shape[2])
     if x.shape != wanted:
         raise ValueError(
-            f"{op}: x must have shape {wanted} for z of shape {shape_text(z)}; got {shape_text(x)}"
+            f"{op}: x must have shape {wanted} for {z_name} of shape {shape_text(z)}; got {shape_text(x)}"
         )
-    for name, t in (("x", x), ("m", m)):
+    for name, t in (("x", x), (m_name, m)):
         if t.dtype != z.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of z, {z.dtype}; got {t.dtype}")
+            raise TypeError(f"{op}: {name} must have the dtype of {z_name}, {z.dtype}; got {t.dtype}")
         if t.device != z.device:
-            raise ValueError(f"{op}: {name} must be on the device of z, {z.device}; got {t.device}")
+            raise ValueError(f"{op}: {name} must be on the device of {z_name}, {z.device}; got {t.device}")
 
 
-def _prepare(op: str, x: Tensor, z: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-    """x, z and m, checked and under autocast widened."""
+def prepare(
+    op: str, x: Tensor, z: Tensor, m: Tensor, z_name: str = "z", m_name: str = "m"
+) -> tuple[Tensor, ...]:
+    """x, z and m, checked and under autocast widened; the names are those of the op's arguments."""
     if not (isinstance(x, Tensor) and isinstance(z, Tensor) and isinstance(m, Tensor) and _fits(x, z, m)):
-        for name, t in (("x", x), ("z", z), ("m", m)):
+        for name, t in (("x", x), (z_name, z), (m_name, m)):
             check_dtype(op, name, t)
         x, z, m = autocast_float32(x, z, m)
-        _check(op, x, z, m)
+        _check(op, x, z, m, z_name, m_name)
         return x, z, m
     return autocast_float32(x, z, m)
 
@@ -236,11 +242,23 @@ def _prepare_scalar(op: str, name: str, scalar: Tensor | float, z: Tensor) -> Te
     return scalar
 
 
-def _prepare_variance(op: str, variance: Tensor | float, z: Tensor) -> Tensor:
+def prepare_variance(op: str, variance: Tensor | float, z: Tensor) -> Tensor:
+    """The variance as a tensor without axes, checked."""
     scalar = _prepare_scalar(op, "variance", variance, z)
     value = _known_value(variance)
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{op}: variance must be above 0 and finite; got {value}")
+    return scalar
+
+
+def prepare_flip_prob(op: str, flip_prob: Tensor | float, z: Tensor) -> Tensor:
+    """The probability as a tensor without axes, checked."""
+    scalar = _prepare_scalar(op, "flip_prob", flip_prob, z)
+    if scalar.requires_grad:
+        raise ValueError(f"{op}: flip_prob is a constant; got a tensor that requires a gradient")
+    value = _known_value(flip_prob)
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{op}: flip_prob must lie in [0, 1]; got {value}")
     return scalar
 
 
@@ -274,8 +292,8 @@ def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | fl
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 15 and 24.
     """
     op = "gaussian_group_inputs"
-    x, z, m = _prepare(op, x, z, m)
-    variance = _prepare_variance(op, variance, z)
+    x, z, m = prepare(op, x, z, m)
+    variance = prepare_variance(op, variance, z)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.gaussian_group_inputs(x, z, m, variance)
@@ -318,13 +336,8 @@ def bernoulli_group_inputs(
     binary case of A.5; the limit of 1e-4 is that of its published code.
     """
     op = "bernoulli_group_inputs"
-    x, z, m = _prepare(op, x, z, m)
-    scalar = _prepare_scalar(op, "flip_prob", flip_prob, z)
-    if scalar.requires_grad:
-        raise ValueError(f"{op}: flip_prob is a constant; got a tensor that requires a gradient")
-    value = _known_value(flip_prob)
-    if value is not None and not 0 <= value <= 1:
-        raise ValueError(f"{op}: flip_prob must lie in [0, 1]; got {value}")
+    x, z, m = prepare(op, x, z, m)
+    scalar = prepare_flip_prob(op, flip_prob, z)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.bernoulli_group_inputs(x, z, m, scalar)
@@ -357,8 +370,8 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | flo
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2 (the training cost).
     """
     op = "gaussian_mixture_nll"
-    x, z, m = _prepare(op, x, z, m)
-    variance = _prepare_variance(op, variance, z)
+    x, z, m = prepare(op, x, z, m)
+    variance = prepare_variance(op, variance, z)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.gaussian_mixture_nll(x, z, m, variance)
@@ -391,7 +404,7 @@ def bernoulli_mixture_nll(x: Tensor, z: Tensor, m: Tensor) -> Tensor:
     Bernoulli mixture in the binary case); the limit of 1e-4 is that of its published code.
     """
     op = "bernoulli_mixture_nll"
-    x, z, m = _prepare(op, x, z, m)
+    x, z, m = prepare(op, x, z, m)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.bernoulli_mixture_nll(x, z, m)

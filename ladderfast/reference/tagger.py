@@ -15,12 +15,12 @@ POLE = CLIP / 2  # least |denominator| of the binary dz; only an x between 0 and
 FLOOR = 1e-30  # least likelihood of a pixel that enters a ratio of likelihoods
 
 
-def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
     """16-bit tensors as float32, so that there is one rounding, at the end."""
     return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
 
 
-def _by_row(scalar: Tensor, z: Tensor) -> Tensor:
+def by_row(scalar: Tensor, z: Tensor) -> Tensor:
     """The scalar, shaped to broadcast over z (N, K, D)."""
     if scalar.dim() == 0:
         return scalar
@@ -38,8 +38,8 @@ def _sum_for(scalar: Tensor, terms: Tensor) -> Tensor:
 def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """dz and likelihood of the continuous case; shapes and meaning as `ladderfast.ops.gaussian_group_inputs`."""
     dtype = z.dtype
-    x, z, m, variance = _widened(x, z, m, variance)
-    v = _by_row(variance, z)
+    x, z, m, variance = widened(x, z, m, variance)
+    v = by_row(variance, z)
     e = x.unsqueeze(1) - z
     q = e.square() / (2 * v)
     density = torch.exp(-q) * torch.rsqrt(2 * math.pi * v)
@@ -51,8 +51,8 @@ def gaussian_group_inputs_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to x, z, m and variance, in operations that are differentiable in their turn."""
     dtype, variance_dtype = z.dtype, variance.dtype
-    g, h, x, z, m, variance = _widened(grad_dz, grad_likelihood, x, z, m, variance)
-    v = _by_row(variance, z)
+    g, h, x, z, m, variance = widened(grad_dz, grad_likelihood, x, z, m, variance)
+    v = by_row(variance, z)
     e = x.unsqueeze(1) - z
     two_q = e.square() / v
     grad_m = g * e * torch.exp(-two_q / 2) * torch.rsqrt(2 * math.pi * v)
@@ -77,8 +77,8 @@ def _bernoulli(x: Tensor, z: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, ...]
 def bernoulli_group_inputs(x: Tensor, z: Tensor, m: Tensor, flip_prob: Tensor) -> tuple[Tensor, Tensor]:
     """dz and likelihood of the binary case; shapes and meaning as `ladderfast.ops.bernoulli_group_inputs`."""
     dtype = z.dtype
-    x, z, m, flip_prob = _widened(x, z, m, flip_prob)
-    _, _, t, pixel = _bernoulli(x, z, m, _by_row(flip_prob, z))
+    x, z, m, flip_prob = widened(x, z, m, flip_prob)
+    _, _, t, pixel = _bernoulli(x, z, m, by_row(flip_prob, z))
     return (m / t).to(dtype), (pixel / pixel.sum(1, keepdim=True)).to(dtype)
 
 
@@ -87,8 +87,8 @@ def bernoulli_group_inputs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x, z and m, in operations that are differentiable in their turn."""
     dtype = z.dtype
-    g, h, x, z, m, flip_prob = _widened(grad_dz, grad_likelihood, x, z, m, flip_prob)
-    b = _by_row(flip_prob, z)
+    g, h, x, z, m, flip_prob = widened(grad_dz, grad_likelihood, x, z, m, flip_prob)
+    b = by_row(flip_prob, z)
     xi, s, t, pixel = _bernoulli(x, z, m, b)
     sign = 2 * x.unsqueeze(1) - 1
     grad_t = -(g * m).sum(1, keepdim=True) / t.square() * (t.abs() > POLE)
@@ -119,8 +119,8 @@ def _responsibilities(x: Tensor, z: Tensor, m: Tensor, v: Tensor) -> tuple[Tenso
 def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor) -> Tensor:
     """-log sum_k m_k Normal(x; z_k, variance); shapes and meaning as `ladderfast.ops.gaussian_mixture_nll`."""
     dtype = z.dtype
-    x, z, m, variance = _widened(x, z, m, variance)
-    v = _by_row(variance, z)
+    x, z, m, variance = widened(x, z, m, variance)
+    v = by_row(variance, z)
     _, _, top, _, total = _responsibilities(x, z, m, v)
     return (0.5 * torch.log(2 * math.pi * v) - top - torch.log(total)).squeeze(1).to(dtype)
 
@@ -130,8 +130,8 @@ def gaussian_mixture_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to x, z, m and variance, in operations that are differentiable in their turn."""
     dtype, variance_dtype = z.dtype, variance.dtype
-    grad, x, z, m, variance = _widened(grad, x, z, m, variance)
-    v = _by_row(variance, z)
+    grad, x, z, m, variance = widened(grad, x, z, m, variance)
+    v = by_row(variance, z)
     e, y, _, w, total = _responsibilities(x, z, m, v)
     g = grad.unsqueeze(1)
     grad_m = -g * (w / total)
@@ -144,7 +144,7 @@ def gaussian_mixture_nll_backward(
 def bernoulli_mixture_nll(x: Tensor, z: Tensor, m: Tensor) -> Tensor:
     """Cross-entropy of x under sum_k m_k z_k; shapes and meaning as `ladderfast.ops.bernoulli_mixture_nll`."""
     dtype = z.dtype
-    x, z, m = _widened(x, z, m)
+    x, z, m = widened(x, z, m)
     p = (m * z).sum(1).clamp(CLIP, 1 - CLIP)
     return (-x * torch.log(p) - (1 - x) * torch.log1p(-p)).to(dtype)
 
@@ -154,7 +154,7 @@ def bernoulli_mixture_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x, z and m, in operations that are differentiable in their turn."""
     dtype = z.dtype
-    grad, x, z, m = _widened(grad, x, z, m)
+    grad, x, z, m = widened(grad, x, z, m)
     s = (m * z).sum(1)
     p = s.clamp(CLIP, 1 - CLIP)
     grad_s = grad * ((1 - x) / (1 - p) - x / p) * ((s >= CLIP) & (s <= 1 - CLIP))

@@ -114,6 +114,31 @@ def test_dense_with_norm():
         torch.testing.assert_close(found, h)
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch", None])
+def test_a_normalised_cell(norm):
+    """tanh of the cell's layer norm; in evaluation as in training, and the cell state stays as it is."""
+    cell = double(LayerNormConvLSTMCell(3, 4, 3, norm=norm, normalise_cell=True))
+    x = torch.randn(5, 3, 6, 4, dtype=torch.float64)
+    state = tuple(torch.randn(5, 4, 6, 4, dtype=torch.float64) for _ in range(2))
+    for training in (True, False):
+        h, c = cell.train(training)(x, state)
+        plain = copy.deepcopy(cell)
+        plain.cell_weight = plain.cell_bias = None
+        raw, same = plain(x, state)
+        torch.testing.assert_close(c, same)
+        n = F.layer_norm(c, c.shape[1:], eps=cell.eps) * cell.cell_weight.view(4, 1, 1)
+        torch.testing.assert_close(h, raw / c.tanh() * (n + cell.cell_bias.view(4, 1, 1)).tanh())
+    assert {"cell_weight", "cell_bias"} <= dict(cell.named_parameters()).keys()
+    cell.reset_parameters()
+    assert (cell.cell_weight == 1).all()
+    assert (cell.cell_bias == 0).all()
+
+
+def test_batch_norm_of_single_values_is_refused():
+    with pytest.raises(ValueError, match="more than 1 value for each channel in training, got 1"):
+        LayerNormLSTM(2, 3, norm="batch")(torch.randn(4, 1, 2))
+
+
 @pytest.mark.parametrize("spatial", [1, 2])
 def test_a_sequence_in_two_halves(spatial):
     module = LayerNormConvLSTM(2, 3, 3, spatial=spatial)
@@ -201,6 +226,8 @@ def test_batch_norm_in_the_place_of_layer_norm(spatial):
     )
     running = module.cell.batch_norm[0]
     torch.testing.assert_close(running.running_mean, 0.1 * gates.mean(axes))
+    torch.testing.assert_close(running.running_var, 0.9 + 0.1 * gates.var(axes))
+    assert running.num_batches_tracked == 1
     found = module.eval()(x)[0][0]
     a = (gates - shaped(running.running_mean)) / (shaped(running.running_var) + 1e-5).sqrt()
     torch.testing.assert_close(found, activated(a * shaped(weight) + shaped(module.cell.bias)))

@@ -488,14 +488,18 @@ def test_opcheck():
         case = Case.draw(shape, inputs, seeds=seeds, dtype=torch.float32, channels_last=channels_last)
         x, y = (*case.xs, None)[:2]
         weight, weight_y = (*case.weights, None, None)[:2]
-        args = (x, y, case.rec, case.c, weight, weight_y, case.biases[0])
+        args = (x, y, case.rec, case.c, weight, weight_y, case.biases[0], None, None)
         ops = torch.ops.ladderfast
-        torch.library.opcheck(ops.ln_convlstm.default, (*args, 1e-5))
-        stats = ops.ln_convlstm(*args, 1e-5)[2]
-        torch.library.opcheck(ops.ln_convlstm_backward.default, (case.grad_h, case.grad_c, *args, stats))
+        torch.library.opcheck(ops.ln_convlstm.default, (*args, False, 1e-5))
+        stats = ops.ln_convlstm(*args, False, 1e-5)[2:]
+        torch.library.opcheck(
+            ops.ln_convlstm_backward.default, (case.grad_h, case.grad_c, *args, None, *stats, False)
+        )
     strided = torch.stack((x, x), -1)[..., 0]
     with pytest.raises(RuntimeError, match="contiguous or channels-last"):
-        ops.ln_convlstm(strided, y, case.rec, case.c, weight, weight_y, case.biases[0], 1e-5)
+        ops.ln_convlstm(
+            strided, y, case.rec, case.c, weight, weight_y, case.biases[0], None, None, False, 1e-5
+        )
 
 
 def test_opcheck_triton(target):

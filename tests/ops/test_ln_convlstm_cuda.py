@@ -46,7 +46,7 @@ EMPTY = [(0, 2, 3, 1, 0), (2, 0, 3, 1, 0), (1, 2, 0, 4, 0), (2, 3, 4, 0, 0), (1,
 class Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("seeds", "samples", "channels", "positions", "inputs", "channels_last")
+        for name in ("seeds", "samples", "channels", "positions", "inputs", "channels_last", "batch", "cell")
     ]
 
 
@@ -57,21 +57,25 @@ class Inputs(ctypes.Structure):
         ("c", ctypes.c_void_p),
         ("weight", ctypes.c_void_p * 2),
         ("bias", ctypes.c_void_p),
+        ("cell_weight", ctypes.c_void_p),
+        ("cell_bias", ctypes.c_void_p),
     ]
 
 
 class Outputs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("h", "c_new", "stats")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("h", "c_new", "stats", "cell_stats")]
 
 
 class Gradients(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("h", "c_new", "stats")),
+        *((name, ctypes.c_void_p) for name in ("h", "c_new", "stats", "cell_stats", "after")),
         ("x", ctypes.c_void_p * 2),
         ("rec", ctypes.c_void_p),
         ("c", ctypes.c_void_p),
         ("weight", ctypes.c_void_p * 2),
         ("bias", ctypes.c_void_p),
+        ("cell_weight", ctypes.c_void_p),
+        ("cell_bias", ctypes.c_void_p),
     ]
 
 
@@ -191,6 +195,8 @@ def run(lib: cuda_shim.Library, case: Case, misalignment: int = 0) -> list[Tenso
         grad_h.data_ptr(),
         grad_c_new.data_ptr(),
         stats.data_ptr(),
+        None,
+        None,
         pair(grad_xs),
         grad_rec.data_ptr(),
         grad_c.data_ptr(),
@@ -359,6 +365,8 @@ def test_refused(lib) -> None:
         (0, 0, Shape(1, 1, 2**30, 1, 1, 0)),
         (0, 0, Shape(1, 1, 2**15, 2**15, 1, 0)),
         (0, 0, Shape(1, 2, 3, 1, 3, 0)),
+        (0, 0, Shape(1, 2, 3, 1, 1, 0, batch=1)),  # which has no kernel
+        (0, 0, Shape(1, 2, 3, 1, 1, 0, cell=1)),
     ):
         codes = (dtype, params_dtype, ctypes.byref(shape), None)
         assert lib.call("ladderfast_ln_convlstm_forward_cuda", *pointers, *codes) == 1

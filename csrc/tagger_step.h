@@ -1,0 +1,64 @@
+// Contract of the op `tagger_step` between ops.cpp and its kernels: what surrounds the network in one of Tagger's
+// iterations. No dependency on torch.
+//
+// Conventions are those of tagger.h. In TaggerInputs of this op m has the masks' logits. Groups are 64 at most.
+#pragma once
+
+#include "tagger.h"
+
+// What comes out of the network, before its normalisation over the rows and groups of a seed.
+struct TaggerOutputs {
+    TaggerInput x;         // (rows, pixels), the clean input
+    const void *z, *m;     // (rows, groups, pixels), packed
+    const void *c1, *b1;   // (seeds, pixels)
+    const void* c2;        // (seeds)
+    const void* variance;  // (seeds), null for Bernoulli
+};
+
+template <class T>
+struct TaggerOutputsGradients {
+    TaggerInput z, logits, nll;  // of the results
+    const T* stats;              // as forward wrote them
+    T* x;                        // (rows, pixels)
+    T *z_pre, *m_pre;            // (rows, groups, pixels)
+    T *c1, *b1;                  // (seeds, pixels)
+    double *c2, *variance;       // (tagger_outputs_items): an item's part of the gradient of c2, and of 2 v times that
+                                 // of the variance; the latter null for Bernoulli
+};
+
+// T is float or double. Items as in tagger.h, of the inputs [0, tagger_items), of the outputs [0,
+// tagger_outputs_items): blocks of pixels, those of a seed beside each other.
+namespace ladderfast::cpu {
+
+static const int64_t kTaggerGroups = 64;
+
+template <class T>
+void tagger_step_inputs(bool gaussian, const TaggerInputs& in,
+                        T* out,  // (rows, groups, 4, pixels): z, m, dz, likelihood
+                        const TaggerShape& shape, int64_t begin, int64_t end);
+
+template <class T>
+void tagger_step_inputs_backward(bool gaussian,
+                                 const TaggerInput& grad,  // (rows, groups, 4 pixels)
+                                 const TaggerInputs& in,
+                                 T* grad_x,         // (rows, pixels)
+                                 T* grad_z,         // (rows, groups, pixels)
+                                 T* grad_logits,    // (rows, groups, pixels)
+                                 double* partials,  // (tagger_items(shape)), null for Bernoulli
+                                 const TaggerShape& shape, int64_t begin, int64_t end);
+
+int64_t tagger_outputs_items(const TaggerShape& shape);
+
+template <class T>
+void tagger_step_outputs(bool gaussian, const TaggerOutputs& in,
+                         T* z,       // (rows, groups, pixels)
+                         T* logits,  // (rows, groups, pixels)
+                         T* nll,     // (rows, pixels)
+                         T* stats,   // (seeds, 4, pixels): mean and 1 / sqrt(variance + eps) of z, then of m
+                         double eps, const TaggerShape& shape, int64_t begin, int64_t end);
+
+template <class T>
+void tagger_step_outputs_backward(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& grad,
+                                  const TaggerShape& shape, int64_t begin, int64_t end);
+
+}  // namespace ladderfast::cpu

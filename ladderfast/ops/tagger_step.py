@@ -1,0 +1,417 @@
+"""What surrounds the network in one of Tagger's iterations, one op before it and one after it: checks, registration,
+autograd and backend choice."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ladderfast import _extension
+from ladderfast.ops import backend
+from ladderfast.ops.checks import autocast_float32, check_dtype, shape_text
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
+from ladderfast.ops.tagger import prepare, prepare_flip_prob, prepare_variance
+from ladderfast.reference import tagger_step as reference
+
+GROUPS = 64  # at most, of the kernels
+
+_NAMES = tuple(f"{kind}_step_{what}" for kind in ("gaussian", "bernoulli") for what in ("inputs", "outputs"))
+_kernels: dict[str, Any] = {}
+
+# What has rows comes first: so many tensors of inputs and of outputs.
+_WITH_ROWS = 3
+
+
+def _lacking(groups: int) -> dict[str, str]:
+    """Backends that do not take so many groups, and why."""
+    return {} if groups <= GROUPS else {"cpu": f"its kernel takes at most {GROUPS} groups, not {groups}"}
+
+
+def _inputs_like(z: Tensor) -> Tensor:
+    return z.new_empty((z.shape[0] * z.shape[1], 4 * z.shape[2]))
+
+
+def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+def _outputs_like(x: Tensor, z: Tensor, mask_weight: Tensor) -> tuple[Tensor, ...]:
+    stats = z.new_empty((mask_weight.numel(), 4, z.shape[2]))
+    return *_same(z, z), z.new_empty(x.shape), stats
+
+
+if _extension.module is not None:
+    for _name in _NAMES:
+        for _op in (_name, _name + "_backward"):
+            _kernels[_op] = getattr(torch.ops.ladderfast, _op).default
+
+    @torch.library.register_fake("ladderfast::gaussian_step_inputs")
+    def _gaussian_inputs_fake(x: Tensor, z: Tensor, mask_logits: Tensor, variance: Tensor) -> Tensor:
+        return _inputs_like(z)
+
+    @torch.library.register_fake("ladderfast::bernoulli_step_inputs")
+    def _bernoulli_inputs_fake(x: Tensor, z: Tensor, mask_logits: Tensor, flip_prob: Tensor) -> Tensor:
+        return _inputs_like(z)
+
+    @torch.library.register_fake("ladderfast::gaussian_step_inputs_backward")
+    def _gaussian_inputs_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return _same(*inputs)
+
+    @torch.library.register_fake("ladderfast::bernoulli_step_inputs_backward")
+    def _bernoulli_inputs_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return _same(*inputs[:_WITH_ROWS])
+
+    @torch.library.register_fake("ladderfast::gaussian_step_outputs")
+    def _gaussian_outputs_fake(
+        x: Tensor,
+        z_pre: Tensor,
+        mask_pre: Tensor,
+        z_weight: Tensor,
+        z_bias: Tensor,
+        mask_weight: Tensor,
+        variance: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        return _outputs_like(x, z_pre, mask_weight)
+
+    @torch.library.register_fake("ladderfast::bernoulli_step_outputs")
+    def _bernoulli_outputs_fake(
+        x: Tensor,
+        z_pre: Tensor,
+        mask_pre: Tensor,
+        z_weight: Tensor,
+        z_bias: Tensor,
+        mask_weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        return _outputs_like(x, z_pre, mask_weight)
+
+    def _outputs_backward_fake(
+        grad_z: Tensor, grad_logits: Tensor, grad_nll: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        return _same(*inputs[:-1])
+
+    for _name in _NAMES[1::2]:
+        torch.library.register_fake(f"ladderfast::{_name}_backward")(_outputs_backward_fake)
+
+
+# vmap's batch becomes part of the axis of rows, and scalars and vectors get an axis of seeds. (N K, 4 D), which only
+# the gradient of the inputs has, goes with the rows as well.
+def _merged(size: int, in_dims: Any, tensors: Any, with_rows: int) -> list[Tensor | None]:
+    """Tensors of which the first `with_rows` have rows and the last one that is there is a scalar."""
+    given = [k for k, t in enumerate(tensors) if t is not None]
+    moved = batch_first(size, tuple(in_dims[k] for k in given), tuple(tensors[k] for k in given))
+    nested = moved[-1].dim() == 2
+    merged: list[Tensor | None] = [None] * len(tensors)
+    for k, t in zip(given, moved, strict=True):
+        merged[k] = t.flatten(0, 1) if k < with_rows or nested else t
+    return merged
+
+
+def _split(size: int, t: Tensor) -> Tensor:
+    return t.reshape(size, t.shape[0] // size, *t.shape[1:])
+
+
+# One pair of autograd functions serves all four ops, named by `op`. The parameters p are the scalar of the inputs, or
+# z_weight, z_bias, mask_weight and the variance of the outputs; what an op has not is None. eps is None for the inputs,
+# which have one result, where the outputs have three and the statistics.
+_TENSORS = 7
+
+
+@known_signature
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        z: Tensor,
+        m: Tensor,
+        p1: Tensor,
+        p2: Tensor | None,
+        p3: Tensor | None,
+        p4: Tensor | None,
+        op: str,
+        eps: float | None,
+    ) -> Any:
+        given = [t for t in (x, z, m, p1, p2, p3, p4) if t is not None]
+        return _kernels[op](*given) if eps is None else _kernels[op](*given, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op, ctx.eps = inputs[_TENSORS:]
+        stats = None if ctx.eps is None else output[3]
+        ctx.save_for_backward(*inputs[:_TENSORS], stats)
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor, grad_m: Tensor | None = None, grad_nll: Tensor | None = None, _: Any = None
+    ) -> tuple[Tensor | None, ...]:
+        out = apply_in_backward(_StepBackward, grad, grad_m, grad_nll, *ctx.saved_tensors, ctx.op, ctx.eps)
+        return *out, *(None,) * (_TENSORS + 2 - len(out))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        size = info.batch_size
+        merged = _merged(size, in_dims[:_TENSORS], inputs[:_TENSORS], _WITH_ROWS)
+        out = _Step.apply(*merged, *inputs[_TENSORS:])
+        if isinstance(out, Tensor):
+            return _split(size, out), 0
+        return tuple(_split(size, t) for t in out), (0,) * len(out)
+
+
+@known_signature
+class _StepBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        grad_m: Tensor | None,
+        grad_nll: Tensor | None,
+        x: Tensor,
+        z: Tensor,
+        m: Tensor,
+        p1: Tensor,
+        p2: Tensor | None,
+        p3: Tensor | None,
+        p4: Tensor | None,
+        stats: Tensor | None,
+        op: str,
+        eps: float | None,
+    ) -> tuple[Tensor, ...]:
+        given = [t for t in (grad, grad_m, grad_nll, x, z, m, p1, p2, p3, p4, stats) if t is not None]
+        return _kernels[op + "_backward"](*given)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
+        ctx.op, ctx.eps = inputs[-2:]
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients of gradients come from the reference's backward pass, which is differentiable any number of times.
+        saved = ctx.saved_tensors
+        given = [k for k, t in enumerate(saved) if t is not None]
+        grads = sum(k < 3 for k in given)
+        function = getattr(reference, ctx.op)
+        if ctx.eps is not None:
+            function = partial(function, eps=ctx.eps)
+
+        def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return reference.backward(function, tensors[grads:], tensors[:grads])[: len(outer)]
+
+        pullback = torch.func.vjp(formula, *(saved[k] for k in given))[1]
+        found = dict(zip(given, pullback(outer), strict=True))
+        return *(found.get(k) for k in range(3 + _TENSORS)), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        size, tensors = info.batch_size, 3 + _TENSORS
+        merged = _merged(size, in_dims[:tensors], inputs[:tensors], 3 + _WITH_ROWS)
+        stats = inputs[tensors]
+        if stats is not None:  # which have an axis of seeds always
+            stats = batch_first(size, in_dims[tensors : tensors + 1], (stats,))[0].flatten(0, 1)
+        scalar = max(k for k in range(tensors) if inputs[k] is not None)
+        nested = inputs[scalar].dim() - (in_dims[scalar] is not None) == 1
+        out = _StepBackward.apply(*merged, stats, *inputs[tensors + 1 :])
+        split = tuple(_split(size, t) if k < _WITH_ROWS or nested else t for k, t in enumerate(out))
+        return split, (0,) * len(out)
+
+
+def _inputs(op: str, x: Tensor, z: Tensor, mask_logits: Tensor, scalar: Tensor) -> Tensor:
+    name = backend.choose(op, z.device.type, z.dtype, _lacking(z.shape[1]))
+    if name == "reference":
+        return getattr(reference, op)(x, z, mask_logits, scalar)
+    return cast(Tensor, apply(_Step, x, z, mask_logits, scalar, None, None, None, op, None))
+
+
+def gaussian_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, variance: Tensor | float) -> Tensor:
+    """What Tagger's network reads in one iteration, for a continuous input, as its projection takes it.
+
+        m = softmax(mask_logits) over groups
+        [z_k, m_k, dz_k, likelihood_k]      with dz and likelihood of `gaussian_group_inputs`
+
+    Args:
+        x: (N, D) the corrupted input.
+        z: (N, K, D) reconstructions of the K groups.
+        mask_logits: (N, K, D) logarithms of the masks, up to a constant for each pixel.
+        variance: tensor without axes, or a number: the network's variance plus that of the noise, in the square of
+            the unit of x. float32 is allowed beside 16-bit z.
+
+    Returns:
+        (N K, 4 D), contiguous, of the dtype of z, every element written once; `[:, D:2 * D]` are the masks.
+        Differentiable any number of times in x, z, mask_logits and variance; only these are kept for backward.
+
+    float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
+    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; a variance that is not above 0 (numbers and CPU tensors).
+        TypeError: dtypes that do not fit.
+        RuntimeError: a forced backend that cannot serve the call.
+
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 15 and 24.
+    """
+    op = "gaussian_step_inputs"
+    x, z, mask_logits = prepare(op, x, z, mask_logits, m_name="mask_logits")
+    return _inputs(op, x, z, mask_logits, prepare_variance(op, variance, z))
+
+
+def bernoulli_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, flip_prob: Tensor | float) -> Tensor:
+    """What Tagger's network reads in one iteration, for a binary input, as its projection takes it.
+
+        m = softmax(mask_logits) over groups
+        [z_k, m_k, dz_k, likelihood_k]      with dz and likelihood of `bernoulli_group_inputs`
+
+    Args:
+        x: (N, D) the corrupted input, zeros and ones.
+        z: (N, K, D) reconstructions of the K groups, probabilities of a one.
+        mask_logits: (N, K, D) logarithms of the masks, up to a constant for each pixel.
+        flip_prob: probability that the corruption flipped a pixel: a number, or a tensor without axes. A constant: no
+            gradient is made for it. float32 is allowed beside 16-bit z.
+
+    Returns:
+        (N K, 4 D), contiguous, of the dtype of z, every element written once; `[:, D:2 * D]` are the masks.
+        Differentiable any number of times in x, z and mask_logits; only the inputs are kept for backward. What is
+        limited for the sake of finite numbers is so as in `bernoulli_group_inputs`.
+
+    float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
+    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; a flip_prob outside [0, 1] (numbers and CPU tensors) or one that
+            requires a gradient.
+        TypeError: dtypes that do not fit.
+        RuntimeError: a forced backend that cannot serve the call.
+
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 12 and 13 and
+    the binary case of A.5.
+    """
+    op = "bernoulli_step_inputs"
+    x, z, mask_logits = prepare(op, x, z, mask_logits, m_name="mask_logits")
+    return _inputs(op, x, z, mask_logits, prepare_flip_prob(op, flip_prob, z))
+
+
+def _outputs(
+    op: str,
+    x: Tensor,
+    z_pre: Tensor,
+    mask_pre: Tensor,
+    z_weight: Tensor,
+    z_bias: Tensor,
+    mask_weight: Tensor,
+    variance: Tensor | float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, z_pre, mask_pre = prepare(op, x, z_pre, mask_pre, "z_pre", "mask_pre")
+    vectors = [("z_weight", z_weight, z_pre.shape[2:]), ("z_bias", z_bias, z_pre.shape[2:])]
+    parameters = []
+    for name, t, shape in (*vectors, ("mask_weight", mask_weight, torch.Size([]))):
+        check_dtype(op, name, t)
+        (t,) = autocast_float32(t)
+        if t.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {tuple(shape)}; got {shape_text(t)}")
+        if t.dtype != z_pre.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of z_pre, {z_pre.dtype}; got {t.dtype}")
+        if t.device != z_pre.device:
+            raise ValueError(f"{op}: {name} must be on the device of z_pre, {z_pre.device}; got {t.device}")
+        parameters.append(t)
+    if variance is not None:
+        parameters.append(prepare_variance(op, variance, z_pre))
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be above 0; got {eps}")
+    name = backend.choose(op, z_pre.device.type, z_pre.dtype, _lacking(z_pre.shape[1]))
+    if name == "reference":
+        return getattr(reference, op)(x, z_pre, mask_pre, *parameters, eps=eps)
+    four = (*parameters, None)[:4]
+    return apply(_Step, x, z_pre, mask_pre, *four, op, float(eps))[:3]
+
+
+def gaussian_step_outputs(
+    x: Tensor,
+    z_pre: Tensor,
+    mask_pre: Tensor,
+    z_weight: Tensor,
+    z_bias: Tensor,
+    mask_weight: Tensor,
+    variance: Tensor | float,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What Tagger makes of its network's output in one iteration, for a continuous input, and what that costs.
+
+        z      = z_weight BN(z_pre) + z_bias                BN over rows and groups, of the batch at hand always
+        logits = mask_weight BN(mask_pre)
+        nll    = -log sum_k softmax(logits)_k Normal(x; z_k, variance)
+
+    Args:
+        x: (N, D) the clean input.
+        z_pre, mask_pre: (N, K, D) projections of the network's output for the K groups.
+        z_weight, z_bias: (D,) c1 and b1 of each pixel.
+        mask_weight: tensor without axes, c2.
+        variance: tensor without axes, or a number: the variance that the network has learned, in the square of the unit
+            of x.
+        eps: added to the variances of the normalisation, which are those of the population.
+
+    Returns:
+        z and the logits of the masks (N, K, D), and the cost (N, D) in nats, contiguous, of the dtype of z_pre; the
+        next iteration's `gaussian_step_inputs` takes the first two as they are. Differentiable any number of times in
+        every tensor; kept for backward are these and four numbers for each pixel. Computed in log space.
+
+    float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
+    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; a variance or eps that is not above 0 (numbers and CPU tensors).
+        TypeError: dtypes that do not fit.
+        RuntimeError: a forced backend that cannot serve the call.
+
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2.
+    """
+    op = "gaussian_step_outputs"
+    return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, variance, eps)
+
+
+def bernoulli_step_outputs(
+    x: Tensor,
+    z_pre: Tensor,
+    mask_pre: Tensor,
+    z_weight: Tensor,
+    z_bias: Tensor,
+    mask_weight: Tensor,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What Tagger makes of its network's output in one iteration, for a binary input, and what that costs.
+
+        z      = sigmoid(z_weight BN(z_pre) + z_bias)       BN over rows and groups, of the batch at hand always
+        logits = mask_weight BN(mask_pre)
+        nll    = the cross-entropy of x under p = sum_k softmax(logits)_k z_k, as `bernoulli_mixture_nll`
+
+    Args:
+        x: (N, D) the clean input, in [0, 1].
+        z_pre, mask_pre: (N, K, D) projections of the network's output for the K groups.
+        z_weight, z_bias: (D,) c1 and b1 of each pixel.
+        mask_weight: tensor without axes, c2.
+        eps: added to the variances of the normalisation, which are those of the population.
+
+    Returns:
+        z and the logits of the masks (N, K, D), and the cost (N, D) in nats, contiguous, of the dtype of z_pre; the
+        next iteration's `bernoulli_step_inputs` takes the first two as they are. Differentiable any number of times in
+        every tensor; kept for backward are these and four numbers for each pixel.
+
+    float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
+    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or an eps that is not above 0.
+        TypeError: dtypes that do not fit.
+        RuntimeError: a forced backend that cannot serve the call.
+
+    Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2 (with the
+    Bernoulli mixture in the binary case).
+    """
+    op = "bernoulli_step_outputs"
+    return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, None, eps)
