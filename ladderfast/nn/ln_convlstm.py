@@ -503,7 +503,7 @@ class LayerNormLSTMCell(_Cell):
     Args:
         input_size: features of x; a pair for two inputs.
         hidden_size: C, features of h and c.
-        bias, norm, forget_bias, eps: as those of `LayerNormConvLSTMCell`.
+        bias, norm, normalise_cell, forget_bias, eps: as those of `LayerNormConvLSTMCell`.
 
     Shape:
         x (N, input_size), or a pair of them of which the second may be None, for zeros; state (h, c) of (N, C) each or
@@ -521,7 +521,8 @@ class LayerNormLSTMCell(_Cell):
         hidden_size: int,
         bias: bool = True,
         *,
-        norm: str = "layer",
+        norm: str | None = "layer",
+        normalise_cell: bool = False,
         forget_bias: float = 1.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
@@ -530,7 +531,9 @@ class LayerNormLSTMCell(_Cell):
         sizes = (input_size,) if isinstance(input_size, int) else tuple(input_size)
         if len(sizes) not in (1, 2):
             raise ValueError(f"input_size must be one number or a pair, got {input_size}")
-        super().__init__(hidden_size, len(sizes), 0, norm, bias, forget_bias, eps, device, dtype)
+        super().__init__(
+            hidden_size, len(sizes), 0, norm, normalise_cell, bias, forget_bias, eps, device, dtype
+        )
         self.input_sizes = tuple(_positive("input_size", size) for size in sizes)
         self.weight_ih = nn.ParameterList(
             nn.Parameter(torch.empty(4 * hidden_size, size, device=device, dtype=dtype)) for size in sizes
