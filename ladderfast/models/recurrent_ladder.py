@@ -21,7 +21,14 @@ from ladderfast.nn import (
     StepBatchNorm,
     TopDown,
 )
-from ladderfast.nn.recurrent_ladder import GATES, NORMS, UPSAMPLING, make_norm, one_of
+from ladderfast.nn.recurrent_ladder import (
+    GATES,
+    NORMS,
+    UPSAMPLING,
+    averaged_statistics,
+    make_norm,
+    one_of,
+)
 
 # Kinds of encoder cells: with a state and without one, at positions and dense.
 RECURRENT = {"convlstm": True, "convgru": True, "lstm": False, "gru": False}
@@ -502,27 +509,16 @@ class RLadder(nn.Module):
         )
         return RLadderOutput(*stacked), state  # type: ignore[arg-type]
 
-    @torch.no_grad()
     def recompute_statistics(self, batches: Iterable[Tensor]) -> None:
         """Make the batch statistics for evaluation plain averages over these sequences (N, T, *input_shape).
 
         Running averages are of weights that are gone: early in training, and behind a mean over positions, whose
         batches differ less from one another than from those of a few steps before, they are of no use.
         """
-        norms = self._batch_norms()
-        if not norms:
-            return
-        training = self.training
-        self.train()
-        for norm in norms:
-            norm.counts = [0] * norm.steps
-        try:
-            for x in batches:
-                self(x)
-        finally:
-            for norm in norms:
-                norm.counts = None
-            self.train(training)
+        if self._batch_norms():
+            with averaged_statistics(self):
+                for x in batches:
+                    self(x)
 
     def _batch_norms(self) -> list[StepBatchNorm]:
         return [module for module in self.modules() if isinstance(module, StepBatchNorm)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ladderfast.nn.recurrent_ladder import averaged_statistics
 
 from .recurrent_ladder import Level, RLadder
 from .tagger import EPS, Grouping
@@ -91,6 +93,22 @@ class RTagger(Grouping):
         self.shift = nn.Parameter(
             torch.zeros(1, device=device, dtype=dtype)
         )  # the masks' would change nothing
+
+    def recompute_statistics(
+        self,
+        batches: Iterable[Tensor],
+        num_groups: int,
+        num_iterations: int,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Make the batch statistics for evaluation plain averages over these images or sequences.
+
+        Those that have followed the training are of weights that are gone; see `RLadder.recompute_statistics`.
+        """
+        with averaged_statistics(self.engine):
+            for x in batches:
+                self(x, num_groups, num_iterations, generator=generator)
 
     def _iterate(self, inputs: list[Tensor], state: Any) -> tuple[Tensor, Any, Any]:
         groups = inputs[0].shape[:2]

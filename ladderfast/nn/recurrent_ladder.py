@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,26 @@ class StepBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, steps={self.steps}"
+
+
+@contextmanager
+def averaged_statistics(module: nn.Module) -> Iterator[None]:
+    """While it lasts, the running statistics of all `StepBatchNorm` in `module` become plain averages over its calls.
+
+    The module is in training mode meanwhile, and gradients are not recorded.
+    """
+    norms = [m for m in module.modules() if isinstance(m, StepBatchNorm)]
+    training = module.training
+    module.train()
+    for norm in norms:
+        norm.counts = [0] * norm.steps
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for norm in norms:
+            norm.counts = None
+        module.train(training)
 
 
 def make_norm(

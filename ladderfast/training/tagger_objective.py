@@ -32,6 +32,7 @@ CURVES = {
     "clean_test_error": "error, %,\nclean input",
 }
 SHOWN = 1000  # test images behind the curves over iterations
+STATISTICS = 20  # training batches behind the statistics for evaluation
 NOISE = 1  # seed of what is drawn in measurements and pictures
 
 
@@ -107,8 +108,10 @@ class TaggerObjective(Objective):
         """AMI, cost and, where there are labels and classes, error in percent: of every iteration and as judged.
 
         ami, ami_1 .. ami_T, ami_normaliser; cost and cost_1 .. in nats an image; test_error, test_error_1 ..,
-        test_errors and test_samples (labels). With clean_ in front AMI and error of images that are not corrupted.
+        test_errors and test_samples (labels). Batch statistics for evaluation, if the model has any, are computed anew
+        from the first training batches. With clean_ in front AMI and error of images that are not corrupted.
         """
+        self._renew_statistics(model, data)
         figures = self._measured(model, data.x_test, data.owner_test, getattr(data, "y_test", None))
         if self.metric.name not in figures:
             raise ValueError('judged_by="test_error" needs labelled test images and a model with num_classes')
@@ -118,7 +121,16 @@ class TaggerObjective(Objective):
         """The AMI on validation images; None where there are none, or the run is judged by its error."""
         if data.x_valid is None or self.metric.name != "ami":
             return None
+        self._renew_statistics(model, data)
         return float(self._figures(model, data.x_valid, data.owner_valid, None)["ami"])
+
+    def _renew_statistics(self, model: Any, data: Any) -> None:
+        """An RTagger's statistics for evaluation, from the first training batches; a Tagger has none."""
+        if hasattr(model, "recompute_statistics"):
+            generator = torch.Generator(data.x_test.device).manual_seed(NOISE)
+            first = (data.get(0, step) for step in range(min(len(data), STATISTICS)))
+            batches = (torch.cat([batch.x_labelled, batch.x_unlabelled]) for batch in first)
+            model.recompute_statistics(batches, self.groups, self.iterations, generator=generator)
 
     @torch.no_grad()
     def figures(self, model: Any, data: Any) -> dict[str, Figure]:

@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
+from ladderfast.data import Batch
 from ladderfast.models import RTagger
+from ladderfast.training import TaggerObjective
 
 N, K, SIDE = 4, 3, 6
 D = SIDE * SIDE
@@ -95,3 +97,38 @@ def test_groups_and_steps_are_chosen_at_the_call():
         model(x[..., 1:], 2, 3)
     with pytest.raises(ValueError, match=r"image_shape must be \(height, width\), got \(1, 6, 6\)"):
         RTagger((1, 6, 6), LEVELS)
+
+
+def test_statistics_for_evaluation_are_computed_anew():
+    model, x = make(), data(32)
+
+    def drawn():
+        return {"generator": torch.Generator().manual_seed(5)}
+
+    expected = model(x, K, 2, **drawn())
+    stale = model.eval()(x, K, 2, **drawn())
+    assert not torch.allclose(stale.z[-1], expected.z[-1], atol=0.3)
+    model.recompute_statistics([x], K, 2, **drawn())
+    assert not model.training
+    # The variance of the statistics is the unbiased one, which is all that differs.
+    torch.testing.assert_close(model(x, K, 2, **drawn()).z[-1], expected.z[-1], atol=0.1, rtol=0)
+
+
+def test_a_measurement_forgets_the_running_averages():
+    x = data(12)
+
+    class Images:
+        x_test, owner_test = x, torch.randint(3, (12, D))
+
+        def __len__(self):
+            return 2
+
+        def get(self, epoch, step):
+            return Batch(x[:0], torch.zeros(0, 0), x[6 * step : 6 * step + 6])
+
+    model, objective = make().eval(), TaggerObjective(groups=K, iterations=2, test_batch=6)
+    with torch.no_grad():
+        first = objective.measure(model, Images())
+        for buffer in model.buffers():
+            buffer.mul_(3)
+        assert objective.measure(model, Images()) == first
