@@ -512,11 +512,14 @@ def test_opcheck_triton(target):
     if target.device == "cuda":  # the interpreter cannot run on fake tensors
         checks.append("test_faketensor")
     args = (case.xs[0], None, case.rec, case.c, case.weights[0], None, case.biases[0])
-    torch.library.opcheck(ln_convlstm_triton, (*args, 1e-5), test_utils=checks)
-    stats = ln_convlstm_triton(*args, 1e-5)[2]
-    torch.library.opcheck(
-        ln_convlstm_backward_triton, (case.grad_h, case.grad_c, *args, stats), test_utils=checks
-    )
+    cell_weight, cell_bias = torch.rand(2, case.c.shape[1], device=target.device).unbind()
+    for cell, batch in (((None, None), False), ((cell_weight, cell_bias), True)):
+        torch.library.opcheck(ln_convlstm_triton, (*args, *cell, batch, 1e-5), test_utils=checks)
+        _, c_new, *stats = ln_convlstm_triton(*args, *cell, batch, 1e-5)
+        kept = (None if cell[0] is None else c_new, *stats, batch)
+        torch.library.opcheck(
+            ln_convlstm_backward_triton, (case.grad_h, case.grad_c, *args, *cell, *kept), test_utils=checks
+        )
 
 
 def test_compile_fullgraph(target):
