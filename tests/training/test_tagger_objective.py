@@ -1,7 +1,5 @@
 """A Tagger's objective, its measurement and pictures, its recipes, and a run of it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from matplotlib.colors import to_rgb
@@ -212,7 +210,17 @@ def test_a_run_starts_from_another_whose_layers_it_keeps(tmp_path):
 def test_sequences_are_measured_on_the_frames_that_are_predicted():
     x = torch.rand(6, 4, 16).round()
     owner = torch.randint(0, 3, (6, 4, 16))
-    data = SimpleNamespace(x_test=x, owner_test=owner, image_shape=(4, 4))
+
+    class Sequences:
+        x_test, owner_test, image_shape = x, owner, (4, 4)
+
+        def __len__(self) -> int:
+            return 1
+
+        def get(self, epoch: int, step: int) -> Batch:
+            return Batch(x[:0], torch.zeros(0, 0), x)
+
+    data = Sequences()
     model = RTagger((4, 4), [{"encoder": "convlstm", "channels": 3}], binary=True).eval()
     objective = TaggerObjective(2, 3, test_batch=6)
     with torch.no_grad():
