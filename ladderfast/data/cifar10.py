@@ -168,6 +168,7 @@ def _find(folder: Path, layout: Layout) -> Callable[[], list[Part]] | None:
                 ]
     for form, (_, archive, _) in layout.forms.items():
         if (folder / archive).is_file():
+            # mypy gives the arguments of a lambda with defaults no type.
             return lambda path=folder / archive, form=form: _read_archive(path, form, layout)  # type: ignore[misc]
     return None
 

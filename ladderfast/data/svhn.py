@@ -68,6 +68,7 @@ class SVHN(ImageDataset):
                     name,
                     [f"{ADDRESS}{name}"],
                     folder / name,
+                    # mypy gives the arguments of a lambda with defaults no type.
                     check=lambda path, md5=md5: _check_md5(path, md5),  # type: ignore[misc]
                 )
         parts = {}

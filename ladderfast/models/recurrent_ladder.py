@@ -421,7 +421,7 @@ class RLadder(nn.Module):
         self._top_down = bool(self.gates) or self.readout is not None
         if len(self.input_shape) == 3:
             # Convolutions of few channels take a third less time like this on a CPU; the ops take either.
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     def step(self, x: Tensor, state: RLadderState | None = None) -> tuple[RLadderOutput, RLadderState]:
         """One step. x (N, *input_shape); state of the step before, None at the start."""
@@ -507,7 +507,7 @@ class RLadder(nn.Module):
         stacked = (
             None if parts[0] is None else torch.stack(parts, 1) for parts in zip(*outputs, strict=True)
         )
-        return RLadderOutput(*stacked), state  # type: ignore[arg-type]
+        return RLadderOutput(*stacked), state  # type: ignore[arg-type]  # top is a tensor
 
     def recompute_statistics(self, batches: Iterable[Tensor]) -> None:
         """Make the batch statistics for evaluation plain averages over these sequences (N, T, *input_shape).
@@ -544,7 +544,7 @@ class RLadder(nn.Module):
             None if new is None else spread(new, own)
             for new, own in zip(after.feedback, state.feedback, strict=True)
         )
-        outputs = RLadderOutput(*(None if t is None else spread(t) for t in output))  # type: ignore[arg-type]
+        outputs = RLadderOutput(*(None if t is None else spread(t) for t in output))  # type: ignore[arg-type]  # top is a tensor
         return outputs, RLadderState(after.step, cells, feedback)
 
     def _checked(self, x: Tensor, shape: tuple[int, ...], state: RLadderState | None) -> RLadderState:

@@ -249,7 +249,7 @@ class _StepBackward(torch.autograd.Function):
         # The statistics have an axis of seeds always, of one where the vectors have none.
         stats = batch.merged(in_dims[tensors : tensors + 2], args[tensors : tensors + 2])
         if not batch.nested:
-            stats = [t.flatten(0, 1) for t in stats]  # type: ignore[union-attr]
+            stats = [t.flatten(0, 1) for t in stats]  # type: ignore[union-attr]  # backward always has them
         out = _StepBackward.apply(
             *batch.merged(in_dims[:tensors], args[:tensors]), *stats, *args[tensors + 2 :]
         )
