@@ -5,10 +5,20 @@
 
 namespace py = pybind11;
 
+static const char* cpu_vendor() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd")) return "amd";
+    if (__builtin_cpu_is("intel")) return "intel";
+#endif
+    return "other";
+}
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Build facts of the ladderfast extension; loading it registers torch.ops.ladderfast.";
     m.def("instruction_set", &ladderfast::cpu::instruction_set,
           "Instruction set that the CPU kernels use on this machine.");
+    m.def("cpu_vendor", &cpu_vendor, "Maker of this machine's processor: amd, intel or other.");
 #if defined(__clang__)
     m.attr("compiler") = __VERSION__;
 #else

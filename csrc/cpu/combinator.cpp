@@ -1,15 +1,16 @@
 // CPU kernels of the op `combinator`; contract in ../combinator.h.
 //
 // Floor: forward reads z, u and writes z_hat (12 bytes an element in float32), backward reads grad, z, u and writes
-// grad_z, grad_u (20 bytes). Within the second-level cache one AVX-512 core of the machine in bench/results takes 0.31
-// and 0.81 ns an element, which its chains of dependent operations limit; from memory it is the latency of loads and
-// of the lines to be written that does, hence the prefetches.
+// grad_z, grad_u (20 bytes). Within the second-level cache one AVX-512 core of the machine in bench/results takes 0.22
+// and 0.50 ns an element (0.41 within the first), where its units for products limit it: 13 and 34 of them to a vector,
+// and two divisions. From memory it is the latency of loads, hence the prefetches, and the bytes: lines to be written
+// are not read first (kCached), which takes a fifth to a third of the time away.
 //
 // Two ways through the packed layout (seeds, rows, channels, inner):
 //
 //   columns  inner < 16. A row is channels * inner columns; so many rows are taken as one that a row has at least 64
-//            columns and, where possible, whole vectors. A vector covers neighbouring columns, each with its own ten
-//            parameters; the ten sums of a tile of rows stay in registers, then go to a table.
+//            columns and, where there are rows enough, whole vectors. A vector covers neighbouring columns, each with
+//            its own ten parameters; its ten sums over an item's rows stay in registers.
 //   runs     inner >= 16. A vector runs along `inner`, the ten parameters are broadcast.
 //
 // Work items and the partial sums they leave depend on the shape alone.
@@ -28,13 +29,16 @@ static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static const int64_t kBlock = 512;  // columns of one item: their parameters and sums fit the first-level cache
-static const int64_t kTile = 16;    // rows, or vectors of a run, that are summed in registers
-static const int64_t kRows = 64;    // rows of one item, at most
-// Bytes to prefetch ahead: in the rows of a tile, and in runs forward and backward.
-static const int64_t kAhead = 512, kForwardAhead = 2048, kBackwardAhead = 1024;
+static const int64_t kRows = 64;    // rows of one item, at most; a block's columns are summed over them in registers
+static const int64_t kTile = 64;    // vectors of a run that are summed in registers
+// Bytes to prefetch ahead: in the rows of an item, and in runs forward and backward.
+static const int64_t kAhead = 128, kForwardAhead = 2048, kBackwardAhead = 1024;
 static const int64_t kSegment = 8192;    // elements of a run that one item takes, at most
 static const int64_t kLongInner = 16;    // from here on by runs
 static const int64_t kReduceBlock = 64;  // channels of one item of the final sums
+// Where inputs and outputs together are larger, caches would not hold the outputs until somebody reads them: they then
+// go straight to memory, which spares reading each line before it is written.
+static const int64_t kCached = int64_t(32) << 20;  // bytes
 
 // How a shape is cut; compiled once, before any instruction set is chosen.
 // `slots` partial sums are kept for each seed, each of 10 * width elements.
@@ -55,10 +59,11 @@ struct Plan {
         if (columns) {
             const int64_t natural = s.channels * s.inner;
             width = natural;
-            if (natural > 0 && natural < 64) {
-                int64_t merged = 1;  // the fewest rows that make whole vectors of 16
-                while (natural * merged % 16 != 0) merged *= 2;
-                width = natural * merged * ceil_div(64, natural * merged);
+            if (natural > 0) {
+                int64_t merged = 1;  // the fewest rows that make whole vectors of 16, if enough merged rows are left
+                while (natural * merged % 16 != 0 && (natural < 64 || s.rows >= 32 * merged)) merged *= 2;
+                width = natural * merged;
+                if (width < 64) width *= ceil_div(64, width);
             }
             rows = width > 0 ? ceil_div(per_seed, width) : 0;
         }
@@ -68,6 +73,14 @@ struct Plan {
         blocks = columns ? ceil_div(width, kBlock) : ceil_div(s.inner, kSegment);
         slots = columns ? row_chunks : row_chunks * blocks;
         if (per_seed == 0) row_chunks = blocks = slots = 0;
+    }
+
+    // Whether `tensors` tensors of the shape are beyond the caches, and all vectors of an output are whole and aligned
+    // if `out`, its beginning, is.
+    bool past_caches(const CombinatorShape& s, int tensors, int64_t item_size, const void* out) const {
+        const int64_t stretch = columns ? width : s.inner;
+        return tensors * s.seeds * per_seed * item_size > kCached && stretch % 16 == 0 &&
+               (s.seeds == 1 || per_seed % 16 == 0) && (uintptr_t)out % 64 == 0;
     }
 
     int64_t items_per_seed(const CombinatorShape& s) const { return row_chunks * blocks * (columns ? 1 : s.channels); }
@@ -92,10 +105,17 @@ static inline void fill_table(T* table, const T* params, const CombinatorShape& 
     for (int j = 0; j < 10; ++j) {
         T* row = table + j * kBlock;
         const T* from = params + j * s.channels;
-        if (s.inner == 1 && first + count <= natural) {
-            memcpy(row, from + first, count * sizeof(T));
-        } else {
-            for (int64_t i = 0; i < count; ++i) row[i] = from[(first + i) % natural / s.inner];
+        int64_t channel = first % natural / s.inner, place = first % s.inner;
+        for (int64_t i = 0; i < count;) {
+            // As many columns as one copy has: of several channels, or of one channel's run.
+            const int64_t part = min_of(count - i, s.inner == 1 ? s.channels - channel : s.inner - place);
+            if (s.inner == 1)
+                memcpy(row + i, from + channel, part * sizeof(T));
+            else
+                for (int64_t k = 0; k < part; ++k) row[i + k] = from[channel];
+            i += part;
+            place = 0;
+            channel = s.inner == 1 || channel + 1 == s.channels ? 0 : channel + 1;
         }
         for (int64_t i = count; i % Vec<T>::width != 0; ++i) row[i] = 0;
     }
@@ -120,6 +140,9 @@ struct ColumnItem {
         const int64_t left = plan.per_seed - r * plan.width - first;
         return left < 0 ? 0 : min_of(count, left);
     }
+
+    // The end of the rows that have all columns of this block.
+    int64_t whole_rows(const Plan& plan) const { return columns_of(plan, row_end - 1) < count ? row_end - 1 : row_end; }
 };
 
 // One item of the runs way: one channel, one segment of its runs, rows [row, row_end).
@@ -143,11 +166,20 @@ struct RunItem {
     }
 };
 
+template <class T>
+static LF_HD void put(Vec<T> x, T* p, bool past_caches) {
+    if (past_caches)
+        x.stream(p);
+    else
+        x.store(p);
+}
+
 template <bool squash, class T>
 static inline void forward_columns(const T* z, const T* u, const T* params, T* z_hat, const CombinatorShape& s,
                                    const Plan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
     alignas(64) T table[10 * kBlock];
+    const bool past_caches = plan.past_caches(s, 3, sizeof(T), z_hat);
     for (int64_t i = begin; i < end; ++i) {
         const ColumnItem item(plan, i);
         fill_table(table, params + item.seed * 10 * s.channels, s, item.first, item.count);
@@ -159,9 +191,10 @@ static inline void forward_columns(const T* z, const T* u, const T* params, T* z
                 // The next row: a block is too short a stretch for the hardware to run ahead by itself.
                 __builtin_prefetch(z + at + c + plan.width);
                 __builtin_prefetch(u + at + c + plan.width);
-                __builtin_prefetch(z_hat + at + c + plan.width, 1);
+                if (!past_caches) __builtin_prefetch(z_hat + at + c + plan.width, 1);
                 const auto p = load_columns(table, kBlock, c);
-                combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p).store(z_hat + at + c);
+                const V y = combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p);
+                put(y, z_hat + at + c, past_caches);
             }
             if (c < count) {
                 const auto p = load_columns(table, kBlock, c);
@@ -170,12 +203,14 @@ static inline void forward_columns(const T* z, const T* u, const T* params, T* z
             }
         }
     }
+    if (past_caches) order_streams();
 }
 
 template <bool squash, class T>
 static inline void forward_runs(const T* z, const T* u, const T* params, T* z_hat, const CombinatorShape& s,
                                 const Plan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
+    const bool past_caches = plan.past_caches(s, 3, sizeof(T), z_hat);
     for (int64_t i = begin; i < end; ++i) {
         const RunItem item(plan, s, i);
         const auto p = broadcast_channel(params + item.seed * 10 * s.channels, s.channels, item.channel);
@@ -185,13 +220,15 @@ static inline void forward_runs(const T* z, const T* u, const T* params, T* z_ha
             for (; c + V::width <= item.count; c += V::width) {
                 __builtin_prefetch(z + at + c + kForwardAhead / sizeof(T));
                 __builtin_prefetch(u + at + c + kForwardAhead / sizeof(T));
-                combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p).store(z_hat + at + c);
+                const V y = combinator_forward<squash>(V::load(z + at + c), V::load(u + at + c), p);
+                put(y, z_hat + at + c, past_caches);
             }
             if (c < item.count)
                 combinator_forward<squash>(V::load(z + at + c, item.count - c), V::load(u + at + c, item.count - c), p)
                     .store(z_hat + at + c, item.count - c);
         }
     }
+    if (past_caches) order_streams();
 }
 
 template <bool squash, class T>
@@ -200,52 +237,48 @@ static inline void backward_columns(const T* grad, const T* z, const T* u, const
                                     int64_t end) {
     using V = Vec<T>;
     alignas(64) T table[10 * kBlock];
-    alignas(64) T sums_table[10 * kBlock];
+    const bool past_caches = plan.past_caches(s, 5, sizeof(T), grad_z) && plan.past_caches(s, 5, sizeof(T), grad_u);
     for (int64_t i = begin; i < end; ++i) {
         const ColumnItem item(plan, i);
         fill_table(table, params + item.seed * 10 * s.channels, s, item.first, item.count);
-        memset(sums_table, 0, sizeof(sums_table));
-        for (int64_t tile = item.row; tile < item.row_end; tile += kTile) {
-            const int64_t tile_end = min_of(tile + kTile, item.row_end);
-            for (int64_t c = 0; c < item.count; c += V::width) {
-                const auto p = load_columns(table, kBlock, c);
-                V sums[10];
-                for (int j = 0; j < 10; ++j) sums[j] = V::broadcast(0);
-                for (int64_t r = tile; r < tile_end; ++r) {
-                    const int64_t at = item.seed * plan.per_seed + r * plan.width + item.first + c;
-                    const int64_t n = item.columns_of(plan, r) - c;
-                    V gz, gu;
-                    if (n >= V::width) {
-                        // A tile is more streams than the hardware follows by itself.
-                        __builtin_prefetch(grad + at + kAhead / sizeof(T));
-                        __builtin_prefetch(z + at + kAhead / sizeof(T));
-                        __builtin_prefetch(u + at + kAhead / sizeof(T));
-                        combinator_backward<squash>(V::load(grad + at), V::load(z + at), V::load(u + at), p, gz, gu,
-                                                    sums);
-                        gz.store(grad_z + at);
-                        gu.store(grad_u + at);
-                    } else if (n > 0) {
-                        combinator_backward<squash>(V::load(grad + at, n), V::load(z + at, n), V::load(u + at, n), p,
-                                                    gz, gu, sums);
-                        gz.store(grad_z + at, n);
-                        gu.store(grad_u + at, n);
-                    }
-                }
-                for (int j = 0; j < 10; ++j) {
-                    T* total = sums_table + j * kBlock + c;
-                    (V::load(total) + sums[j]).store(total);
-                }
-            }
-        }
         T* out = workspace + (item.seed * plan.slots + item.chunk) * 10 * plan.width + item.first;
-        for (int j = 0; j < 10; ++j) memcpy(out + j * plan.width, sums_table + j * kBlock, item.count * sizeof(T));
+        for (int64_t c = 0; c < item.count; c += V::width) {
+            const auto p = load_columns(table, kBlock, c);
+            V sums[10];
+            for (int j = 0; j < 10; ++j) sums[j] = V::broadcast(0);
+            int64_t at = item.seed * plan.per_seed + item.row * plan.width + item.first + c;
+            const int64_t columns = min_of(item.count - c, V::width);
+            int64_t r = item.row;
+            for (const int64_t end = columns == V::width ? item.whole_rows(plan) : r; r < end; ++r, at += plan.width) {
+                // So many rows are more streams than the hardware follows by itself.
+                __builtin_prefetch(grad + at + kAhead / sizeof(T));
+                __builtin_prefetch(z + at + kAhead / sizeof(T));
+                __builtin_prefetch(u + at + kAhead / sizeof(T));
+                V gz, gu;
+                combinator_backward<squash>(V::load(grad + at), V::load(z + at), V::load(u + at), p, gz, gu, sums);
+                put(gz, grad_z + at, past_caches);
+                put(gu, grad_u + at, past_caches);
+            }
+            for (; r < item.row_end; ++r, at += plan.width) {
+                const int64_t n = min_of(item.columns_of(plan, r) - c, V::width);
+                if (n <= 0) break;
+                V gz, gu;
+                combinator_backward<squash>(V::load(grad + at, n), V::load(z + at, n), V::load(u + at, n), p, gz, gu,
+                                            sums);
+                gz.store(grad_z + at, n);
+                gu.store(grad_u + at, n);
+            }
+            for (int j = 0; j < 10; ++j) sums[j].store(out + j * plan.width + c, columns);
+        }
     }
+    if (past_caches) order_streams();
 }
 
 template <bool squash, class T>
 static inline void backward_runs(const T* grad, const T* z, const T* u, const T* params, T* grad_z, T* grad_u,
                                  T* workspace, const CombinatorShape& s, const Plan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
+    const bool past_caches = plan.past_caches(s, 5, sizeof(T), grad_z) && plan.past_caches(s, 5, sizeof(T), grad_u);
     for (int64_t i = begin; i < end; ++i) {
         const RunItem item(plan, s, i);
         const auto p = broadcast_channel(params + item.seed * 10 * s.channels, s.channels, item.channel);
@@ -263,12 +296,14 @@ static inline void backward_runs(const T* grad, const T* z, const T* u, const T*
                     __builtin_prefetch(grad + ahead);
                     __builtin_prefetch(z + ahead);
                     __builtin_prefetch(u + ahead);
-                    __builtin_prefetch(grad_z + ahead, 1);
-                    __builtin_prefetch(grad_u + ahead, 1);
+                    if (!past_caches) {
+                        __builtin_prefetch(grad_z + ahead, 1);
+                        __builtin_prefetch(grad_u + ahead, 1);
+                    }
                     combinator_backward<squash>(V::load(grad + at + c), V::load(z + at + c), V::load(u + at + c), p, gz,
                                                 gu, sums);
-                    gz.store(grad_z + at + c);
-                    gu.store(grad_u + at + c);
+                    put(gz, grad_z + at + c, past_caches);
+                    put(gu, grad_u + at + c, past_caches);
                 }
                 if (const int64_t n = tile_end - c; n > 0) {
                     combinator_backward<squash>(V::load(grad + at + c, n), V::load(z + at + c, n),
@@ -283,6 +318,7 @@ static inline void backward_runs(const T* grad, const T* z, const T* u, const T*
         T* out = workspace + (item.seed * plan.slots + item.slot) * 10 * s.channels + item.channel;
         for (int j = 0; j < 10; ++j) out[j * s.channels] = (T)total[j];
     }
+    if (past_caches) order_streams();
 }
 
 // Final sums of kReduceBlock channels, in double, in the order of the slots.

@@ -33,7 +33,13 @@ LF_HD void store_first(float* p, int64_t n, VecTraits<float>::Raw raw) {
 LF_HD void store_first(double* p, int64_t n, VecTraits<double>::Raw raw) {
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)raw);
 }
+LF_HD float sum_of(VecTraits<float>::Raw raw) { return _mm512_reduce_add_ps((__m512)raw); }
+LF_HD double sum_of(VecTraits<double>::Raw raw) { return _mm512_reduce_add_pd((__m512d)raw); }
+LF_HD void store_past_caches(float* p, VecTraits<float>::Raw raw) { _mm512_stream_ps(p, (__m512)raw); }
+LF_HD void store_past_caches(double* p, VecTraits<double>::Raw raw) { _mm512_stream_pd(p, (__m512d)raw); }
 #elif LF_VECTOR_BYTES == 32
+LF_HD void store_past_caches(float* p, VecTraits<float>::Raw raw) { _mm256_stream_ps(p, (__m256)raw); }
+LF_HD void store_past_caches(double* p, VecTraits<double>::Raw raw) { _mm256_stream_pd(p, (__m256d)raw); }
 LF_HD __m256i first_lanes(const float*, int64_t n) {
     return (__m256i)(VecTraits<float>::RawInt{0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)n);
 }
@@ -62,6 +68,13 @@ struct Vec {
     static LF_HD Vec load(const T* p) { return {(Raw) * reinterpret_cast<const Unaligned*>(p)}; }
     static LF_HD Vec broadcast(T x) { return {x - Raw{}}; }
     LF_HD void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = raw; }
+    // To memory and not into the caches, which saves reading the line first. p at a multiple of the vector's size;
+    // order_streams() before another thread may read.
+#if LF_VECTOR_BYTES >= 32
+    LF_HD void stream(T* p) const { store_past_caches(p, raw); }
+#else
+    LF_HD void stream(T* p) const { store(p); }
+#endif
 
     // The first n < width elements; the others are read as 0 and not written.
 #if LF_VECTOR_BYTES >= 32
@@ -86,11 +99,21 @@ struct Vec {
     friend LF_HD Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
 
     LF_HD T sum() const {
+#if LF_VECTOR_BYTES == 64
+        return sum_of(raw);
+#else
         T total = raw[0];
         for (int i = 1; i < width; ++i) total += raw[i];
         return total;
+#endif
     }
 };
+
+LF_HD void order_streams() {
+#if LF_MULTI_ISA
+    _mm_sfence();
+#endif
+}
 
 template <class T>
 LF_HD Vec<T> operator*(Vec<T> a, float b) {

@@ -327,7 +327,8 @@ class LadderNetwork(nn.Module):
             if noise is not None:
                 h[first : first + size].add_(noise)
         if lowest == 0:
-            laterals[0], targets[0] = h[noisy - sizes[-1] : noisy], (halves[-1],)
+            # The clean pass's copy of its input, so that the caller's own need not be kept.
+            laterals[0], targets[0] = h[noisy - sizes[-1] : noisy], (h[noisy:] if clean else halves[-1],)
         for index, layer in enumerate(self.encoder, 1):
             if clean and index > clean_layers:
                 h, clean = h[:noisy], 0

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ladderfast.ops.linear import linear
 
 NOTATION = (
     'an integer (a dense layer\'s width), "conv CHANNELS HEIGHTxWIDTH [valid|full|same]", "maxpool HEIGHTxWIDTH" or '
@@ -131,7 +132,7 @@ class Dense(nn.Linear):
         self.shape = above
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x.flatten(1), self.weight)
+        y = linear(x.flatten(1), self.weight)
         return y if len(self.shape) == 1 else y.unflatten(1, self.shape)
 
     def reset_parameters(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ladderfast.ops import ln_convlstm_step
+from ladderfast.ops.linear import linear
 
 State = tuple[Tensor, Tensor]
 NORMS = ("layer", "batch", "none")
@@ -173,17 +174,17 @@ class _DenseCell(_Cell):
     def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         x = inputs[0]
         assert x is not None  # a sequence's
-        return (F.linear(x, self.weight_ih),)
+        return (linear(x, self.weight_ih),)
 
     def project_all(self, x: Tensor) -> Tensor | None:
         if x.shape[-1] != self.weight_ih.shape[1]:
             raise ValueError(
                 f"x must have {self.weight_ih.shape[1]} features in its last axis; got {tuple(x.shape)}"
             )
-        return F.linear(x, self.weight_ih)
+        return linear(x, self.weight_ih)
 
     def project_state(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.weight_hh)
+        return linear(h, self.weight_hh)
 
 
 def _sizes(name: str, value: int | Sequence[int], spatial: int, least: int) -> tuple[int, ...]:
@@ -556,14 +557,14 @@ class LayerNormLSTMCell(_Cell):
         for t, size in zip(inputs, self.input_sizes, strict=True):
             if t is not None and (t.dim() != 2 or t.shape[1] != size):
                 raise ValueError(f"an input must have shape (N, {size}), got {tuple(t.shape)}")
-        gates = F.linear(first, self.weight_ih[0])
+        gates = linear(first, self.weight_ih[0])
         return gates, *(
-            torch.zeros_like(gates) if t is None else F.linear(t, w)
+            torch.zeros_like(gates) if t is None else linear(t, w)
             for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
         )
 
     def project_state(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.weight_hh)
+        return linear(h, self.weight_hh)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
         gates = self.project((x,) if isinstance(x, Tensor) else x)

@@ -61,6 +61,11 @@ class use_backend:
         _forced = self._previous
 
 
+def forced() -> str | None:
+    """The backend that is forced, or None."""
+    return _forced
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1 before Triton was imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

@@ -376,6 +376,7 @@ class Run:
             terms = self.objective(self.module, batch)
             costs = torch.stack(tuple(terms.values()))
             total = costs.sum()
+        del batch  # what the graph does not hold of it need not be there in backward
         self.fabric.backward(total)
         if self.recipe.clip_norm is not None:
             self._clip(self.recipe.clip_norm)

@@ -109,6 +109,31 @@ def test_long_sums(target, shape):
     assert_as_good_as_torch(run(gaussian_combinator, *data), *data, squash_v=False)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "shape"),
+    [
+        (0, (2900, 1000)),  # two rows to whole vectors
+        (0, (3001, 999)),  # sixteen, the last merged row short
+        (0, (33, 95, 32, 32)),  # runs of whole vectors
+        (0, (60, 95, 27, 23)),  # runs that end within one
+        (2, (1500, 1000)),
+        (3, (1001, 999)),  # a seed that does not begin at a vector
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("poisoned")
+def test_larger_than_the_caches(seeds, shape):
+    """The CPU's kernels write past the caches what would not stay in them, where vectors are whole and aligned."""
+    if backend.unavailable("cpu", "cpu", torch.float32):
+        pytest.skip("a way of the CPU's kernels")
+    data = make(shape, seeds=seeds, dtype=torch.float32)
+    with ladderfast.use_backend("cpu"):
+        ours = run(gaussian_combinator, *data)
+    exact = run(reference.gaussian_combinator, *(t.double() for t in data))
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_triton_segments(target, monkeypatch):
     """A run that is cut into segments, the last of them short."""
