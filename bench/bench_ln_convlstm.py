@@ -175,7 +175,7 @@ def bench_sequence(benchmark, device, shape, variant):
         peak=peak(variant, device) if measured else None,
     )
     benchmark._timer = sync_timer
-    benchmark.pedantic(run, rounds=5, warmup_rounds=2)
+    benchmark.pedantic(run, rounds=11, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("variant", ["ladderfast", "plain", "compile", "torch.nn.LSTM"])
@@ -215,7 +215,7 @@ def bench_dense_sequence(benchmark, device, shape, variant):
         kept=bytes_kept(function, (x,)),
     )
     benchmark._timer = sync_timer
-    benchmark.pedantic(run, rounds=5, warmup_rounds=2)
+    benchmark.pedantic(run, rounds=11, warmup_rounds=2)
 
 
 if __name__ == "__main__":  # `peak` in a process of its own

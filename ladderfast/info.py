@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import textwrap
 
 import torch
 
 import ladderfast
 from ladderfast import _extension
 from ladderfast.ops import backend
+from ladderfast.ops.linear import one_dnn
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 OPS = (
@@ -76,29 +78,38 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _choice_lines(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    try:
+        chosen = backend.choose(op, device, dtype)
+    except (RuntimeError, ValueError) as error:
+        return [str(error).removeprefix(f"{op}: ")]
+    lines = [chosen]
+    for name in backend.NAMES:
+        if name != chosen:
+            reason = backend.unavailable(name, device, dtype, op)
+            lines.append(f"      not {name}: {reason or 'it would serve, but slower'}")
+    return lines
+
+
 def _backend_lines() -> list[str]:
-    lines = ["", f"backends          forced: {backend._forced}" if backend._forced else "backends"]
-    for op in OPS:
-        for device, dtypes in _DTYPES.items():
-            if device == "cuda" and not torch.cuda.is_available():
-                built = (
-                    ""
-                    if _extension.module is None or _extension.module.cuda
-                    else ", and no CUDA kernels were built"
-                )
-                lines.append(f"  {op} on cuda: no GPU here{built}")
-                continue
-            for dtype in dtypes:
-                try:
-                    chosen = backend.choose(op, device, dtype)
-                except (RuntimeError, ValueError) as error:
-                    lines.append(f"  {error}")
-                    continue
-                lines.append(f"  {op} on {device}, {_short(dtype)}: {chosen}")
-                for name in backend.NAMES:
-                    reason = backend.unavailable(name, device, dtype, op)
-                    if name != chosen:
-                        lines.append(f"      not {name}: {reason or 'it would serve, but slower'}")
+    """By device and dtype what each op takes and why not the rest; ops that fare alike stand together."""
+    lines = ["", f"backends          forced: {backend.forced()}" if backend.forced() else "backends"]
+    for device, dtypes in _DTYPES.items():
+        if device == "cuda" and not torch.cuda.is_available():
+            without = _extension.module is not None and not _extension.module.cuda
+            lines.append(f"  on cuda: no GPU here{', and no CUDA kernels were built' if without else ''}")
+            continue
+        for dtype in dtypes:
+            alike: dict[tuple[str, ...], list[str]] = {}
+            for op in OPS:
+                alike.setdefault(tuple(_choice_lines(op, device, dtype)), []).append(op)
+            for (chosen, *others), ops in alike.items():
+                lines.append(f"  on {device}, {_short(dtype)}: {chosen}")
+                if len(ops) < len(OPS):
+                    names = ", ".join(ops)
+                    lines += textwrap.wrap(names, 100, initial_indent=" " * 4, subsequent_indent=" " * 4)
+                lines += others
+    lines.append(f"  matrix products in float32 on cpu: {'oneDNN' if one_dnn() else 'as torch has them'}")
     return lines
 
 

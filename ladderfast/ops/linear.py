@@ -22,7 +22,7 @@ _LARGE = 1 << 19
 
 
 @functools.cache
-def _one_dnn() -> Any:
+def one_dnn() -> Any:
     """oneDNN's linear map (x, weight, bias, ...), or None where torch's own is as fast."""
     slow = (
         _extension.module is not None
@@ -44,7 +44,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and backend.forced() in (None, "cpu")
-        and _one_dnn() is not None
+        and one_dnn() is not None
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -60,7 +60,7 @@ def _dense(t: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return _one_dnn()(_dense(x), _dense(weight), None, "none", [], "")
+        return one_dnn()(_dense(x), _dense(weight), None, "none", [], "")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -1,0 +1,41 @@
+"""`ladderfast info`: which backend each op takes on each device, and why not the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ladderfast
+from ladderfast import info, ops
+from ladderfast.ops import backend
+
+
+def test_it_knows_every_op():
+    assert set(info.OPS) == set(ops.__all__)
+
+
+def test_every_backend_but_the_chosen_one_has_its_reason():
+    text = info.text()
+    block = text.split("  on cpu, float32: ")[1].split("  on cpu, float64: ")[0]
+    chosen = backend.choose("gaussian_combinator", "cpu", torch.float32)
+    assert block.startswith(chosen)
+    for name in set(backend.NAMES) - {chosen}:
+        reason = backend.unavailable(name, "cpu", torch.float32, "gaussian_combinator")
+        assert f"not {name}: {reason or 'it would serve, but slower'}" in block
+
+
+def test_ops_that_fare_otherwise_stand_apart(monkeypatch):
+    monkeypatch.setattr(backend, "_WITHOUT", {"soft_pool2d": {"cpu": "nobody wrote it"}})
+    text = info.text()
+    apart = text.split("    soft_pool2d\n")[1].split("  on ")[0]
+    assert "not cpu: nobody wrote it" in apart
+    assert text.count("nobody wrote it") == len(info._DTYPES["cpu"])
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_what_is_forced(name):
+    with ladderfast.use_backend(name):
+        text = info.text()
+    assert f"backends          forced: {name}" in text
+    if name == "triton" and backend.unavailable("triton", "cpu", torch.float64):
+        assert "the forced backend 'triton' cannot serve this call" in text
