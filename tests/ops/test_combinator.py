@@ -26,6 +26,7 @@ SHAPES = [
     (131, 515),  # rows and columns that are no multiple of any tile
     (2, 3, 5),  # a short inner axis
     (7, 2, 15),  # the longest inner axis that still goes by columns
+    (4, 110, 7),  # a block of columns that begins within a channel
     (2, 3, 4, 4),  # the shortest that goes by runs
     (3, 5, 7, 11),  # prime everywhere
     (2, 3, 2, 2, 2),  # three spatial axes
