@@ -325,6 +325,9 @@ def unpooled_size(
     rows, columns = kernel_size
     if output_size is None:
         return h * rows, w * columns
+    pair = isinstance(output_size, (tuple, list)) and len(output_size) == 2
+    if not pair or not all(isinstance(size, (int, torch.SymInt)) for size in output_size):
+        raise TypeError(f"{op}: output_size must be a pair of ints; got {output_size!r}")
     height, width = output_size
     if (height // rows, width // columns) != (h, w):
         raise ValueError(
