@@ -88,7 +88,11 @@ def _triton() -> Any:
 
 def _op(name: str, backend_name: str) -> Any:
     """The registered op of that name."""
-    return getattr(_triton(), f"{name}_triton") if backend_name == "triton" else getattr(torch.ops.ladderfast, name)
+    return (
+        getattr(_triton(), f"{name}_triton")
+        if backend_name == "triton"
+        else getattr(torch.ops.ladderfast, name)
+    )
 
 
 @known_signature
@@ -519,7 +523,9 @@ def where_max_unpool2d(
     if what.dim() != 4:
         raise ValueError(f"{op}: what must have shape (N, C, h, w); got {shape_text(what)}")
     if where.shape != what.shape:
-        raise ValueError(f"{op}: where must have the shape of what, {shape_text(what)}; got {shape_text(where)}")
+        raise ValueError(
+            f"{op}: where must have the shape of what, {shape_text(what)}; got {shape_text(where)}"
+        )
     if where.device != what.device:
         raise ValueError(f"{op}: where must be on the device of what, {what.device}; got {where.device}")
     height, width = unpooled_size(op, what, (rows, columns), output_size)

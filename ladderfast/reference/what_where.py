@@ -122,10 +122,11 @@ def soft_unpool2d_backward(
     return grad_what.to(dtype), torch.stack([grad_x, grad_y], 2).to(dtype)
 
 
-def _window_starts(h: int, w: int, kernel_size: tuple[int, int], width: int, like: Tensor) -> Tensor:
-    """Positions in a channel, row * width + column, of the first elements of its windows, (h, w)."""
-    down = torch.arange(h, device=like.device) * (kernel_size[0] * width)
-    return down[:, None] + torch.arange(w, device=like.device) * kernel_size[1]
+def _window_starts(windows: Tensor, kernel_size: tuple[int, int], width: int) -> Tensor:
+    """Positions in a channel, row * width + column, of the first elements of windows (N, C, h, w): (h, w)."""
+    h, w = windows.shape[2:]
+    down = torch.arange(h, device=windows.device) * (kernel_size[0] * width)
+    return down[:, None] + torch.arange(w, device=windows.device) * kernel_size[1]
 
 
 def _taps(where: Tensor, kernel_size: tuple[int, int], width: int) -> Tensor:
@@ -134,7 +135,7 @@ def _taps(where: Tensor, kernel_size: tuple[int, int], width: int) -> Tensor:
     if where.dtype == torch.uint8:
         tap = where.long()
         return torch.where(tap < rows * columns, tap, -1)
-    offset = where - _window_starts(*where.shape[2:], kernel_size, width, where)
+    offset = where - _window_starts(where, kernel_size, width)
     row, column = offset.div(width, rounding_mode="floor"), offset.remainder(width)
     inside = (row >= 0) & (row < rows) & (column < columns)
     return torch.where(inside, row * columns + column, -1)
@@ -154,7 +155,7 @@ def where_max_pool2d(
         return what, tap.to(torch.uint8)
     width = z.shape[3]
     row, column = tap.div(columns, rounding_mode="floor"), tap.remainder(columns)
-    return what, _window_starts(*tap.shape[2:], kernel_size, width, tap) + row * width + column
+    return what, _window_starts(tap, kernel_size, width) + row * width + column
 
 
 def where_max_unpool2d(

@@ -217,7 +217,16 @@ def _window_position(index, down, across, inner, width, KH: tl.constexpr, KW: tl
 
 @triton.jit
 def _load_taps(
-    where_ptr, index, exists, down, across, inner, width, KH: tl.constexpr, KW: tl.constexpr, POSITIONS: tl.constexpr
+    where_ptr,
+    index,
+    exists,
+    down,
+    across,
+    inner,
+    width,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):
     """Which element of its window each where names, row by row; -1 where it is none of the window's."""
     where = tl.load(where_ptr + index, mask=exists, other=0)
@@ -461,9 +470,7 @@ def where_max_unpool2d_triton(
 
 
 @triton_op("ladderfast::where_max_unpool2d_backward_triton", mutates_args={})
-def where_max_unpool2d_backward_triton(
-    grad_z: Tensor, where: Tensor, kernel_h: int, kernel_w: int
-) -> Tensor:
+def where_max_unpool2d_backward_triton(grad_z: Tensor, where: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
     """Gradient with respect to what; grad_z contiguous or channels-last."""
     n, c, h, w = where.shape
     grad_what = _empty(grad_z, (n, c, h, w))

@@ -271,7 +271,9 @@ def draw_hard(case, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: data[name].to(dtype) for name in ("z", "what", "grad_z")}
 
 
-def run_hard(lib, case, data, positions: bool, off: int = 0, where: Tensor | None = None) -> dict[str, Tensor]:
+def run_hard(
+    lib, case, data, positions: bool, off: int = 0, where: Tensor | None = None
+) -> dict[str, Tensor]:
     """All three kernels, unpooling at `where` if given; results in the reference's order of axes."""
     (outer, height, width, inner), (rows, columns) = case
     dtype, shape = data["z"].dtype, Shape(outer, height, width, inner, rows, columns)
@@ -283,7 +285,10 @@ def run_hard(lib, case, data, positions: bool, off: int = 0, where: Tensor | Non
 
     pooled, z, grad_what = output("pooled", "what"), output("z", "z"), output("grad_what", "what")
     found = lib.empty(
-        tuple(pooled.shape), torch.int64 if positions else torch.uint8, name="where", misalignment=off // 8 * 8
+        tuple(pooled.shape),
+        torch.int64 if positions else torch.uint8,
+        name="where",
+        misalignment=off // 8 * 8,
     )
     assert lib.call("ladderfast_max_pool_forward_cuda", inputs["z"], pooled, found, *tail) == 0
     at = found if where is None else lib.copy(first(where), name="where")
@@ -330,7 +335,9 @@ def test_hard_in_any_order_and_alignment(lib, case) -> None:
                 check_hard(run_hard(lib, case, data, True), exact)
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[5], CASES[9]], ids=["two", "six", "16", "channels"])
+@pytest.mark.parametrize(
+    "case", [CASES[2], CASES[4], CASES[5], CASES[9]], ids=["two", "six", "16", "channels"]
+)
 def test_places_outside_the_window(lib, case) -> None:
     """Nothing is put anywhere and the gradient is 0."""
     (_, height, width, _), (rows, columns) = case
@@ -340,14 +347,28 @@ def test_places_outside_the_window(lib, case) -> None:
         last = (height // rows - 1) * rows * width + (width // columns - 1) * columns  # of the last window
         wrong = [min(rows * columns, 255), 255] if rows * columns < 256 else []
         if positions:
-            wrong = [last - 1, last + columns, last - width, last + rows * width, -1, 2**40, -(2**40), 2**31 + last]
+            wrong = [
+                last - 1,
+                last + columns,
+                last - width,
+                last + rows * width,
+                -1,
+                2**40,
+                -(2**40),
+                2**31 + last,
+            ]
         for value in wrong:
             bad = where.clone()
             bad[1, -1, -1, -1] = value
-            ours, exact = run_hard(lib, case, data, positions, where=bad), expected_hard(case, data, positions, bad)
+            ours, exact = (
+                run_hard(lib, case, data, positions, where=bad),
+                expected_hard(case, data, positions, bad),
+            )
             check_hard(ours, exact)
             assert ours["grad_what"][1, -1, -1, -1] == 0
-            assert not ours["z"][1, -1, (height // rows - 1) * rows :, (width // columns - 1) * columns :].any()
+            assert not ours["z"][
+                1, -1, (height // rows - 1) * rows :, (width // columns - 1) * columns :
+            ].any()
 
 
 def test_hard_refused_and_empty(lib) -> None:

@@ -32,7 +32,11 @@ def rough(shape, dtype=torch.float32, device="cpu") -> Tensor:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal, NaN where the other is NaN."""
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )
 
 
 @contextmanager
@@ -170,7 +174,7 @@ def test_places_outside_the_window(target, kernel_size, layout):
     (rows, columns), (h, w) = kernel_size, (5, 6)
     height, width = h * rows + 1, w * columns + 1
     case = ((2, 18, height, width), kernel_size)
-    z, what, grad_what, grad_z = make(case, device=target.device)
+    z, what, _, grad_z = make(case, device=target.device)
     for positions in (False, True):
         where = where_max_pool2d(z, kernel_size, positions=positions)[1]
         # Each one in the second window of the second row of windows, whose first element is at `start`.
@@ -348,12 +352,10 @@ def test_vmap(target, positions):
             return grad(lambda m: put(m, where).pow(2).sum())(what)
 
         for function in (put, slope):
-            torch.testing.assert_close(
-                vmap(function, (0, None))(what, where[0]), one_by_one(lambda m: function(m, where[0]), what)
-            )
-            torch.testing.assert_close(
-                vmap(function, (None, 0))(what[0], where), one_by_one(lambda p: function(what[0], p), where)
-            )
+            each = torch.stack([function(m, where[0]) for m in what])
+            torch.testing.assert_close(vmap(function, (0, None))(what, where[0]), each)
+            each = torch.stack([function(what[0], p) for p in where])
+            torch.testing.assert_close(vmap(function, (None, 0))(what[0], where), each)
     finally:
         torch._C._functorch._set_vmap_fallback_enabled(enabled)
 
@@ -466,8 +468,16 @@ BAD_UNPOOL = [
     (lambda m, p: (m, p[:1], 2), ValueError, r"where must have the shape of what, \(2, 3, 2, 3\); got \(1, "),
     (lambda m, p: (m, p.to("meta"), 2), ValueError, r"where must be on the device of what, cpu; got meta"),
     (lambda m, p: (m, p, 0), ValueError, r"kernel_size must be from 1 to 16; got 0"),
-    (lambda m, p: (m, p, 2, (4, 8)), ValueError, r"output_size .* \(2, 3\) windows of \(2, 2\); got \(4, 8\)"),
-    (lambda m, p: (m, p, 2, (3, 6)), ValueError, r"output_size .* \(2, 3\) windows of \(2, 2\); got \(3, 6\)"),
+    (
+        lambda m, p: (m, p, 2, (4, 8)),
+        ValueError,
+        r"output_size .* \(2, 3\) windows of \(2, 2\); got \(4, 8\)",
+    ),
+    (
+        lambda m, p: (m, p, 2, (3, 6)),
+        ValueError,
+        r"output_size .* \(2, 3\) windows of \(2, 2\); got \(3, 6\)",
+    ),
     (lambda m, p: (m, p, 2, 4), TypeError, r"output_size must be a pair of ints; got 4"),
     (lambda m, p: (m, p, 2, (4, 6.0)), TypeError, r"output_size must be a pair of ints; got \(4, 6.0\)"),
 ]
