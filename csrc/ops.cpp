@@ -1064,9 +1064,9 @@ std::tuple<Tensor, Tensor> where_max_pool2d_cuda(Tensor z, int64_t kernel_h, int
     const char* op = "where_max_pool2d";
     const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
     Tensor what = windows.empty_what(z), where = windows.empty_max_where(z, positions);
-    STD_CUDA_CHECK((cudaError_t)ladderfast_max_pool_forward_cuda(
-        z.data_ptr(), what.data_ptr(), where.data_ptr(), positions, dtype_code(op, z.scalar_type()), &windows.shape,
-        current_stream(z)));
+    STD_CUDA_CHECK((cudaError_t)ladderfast_max_pool_forward_cuda(z.data_ptr(), what.data_ptr(), where.data_ptr(),
+                                                                 positions, dtype_code(op, z.scalar_type()),
+                                                                 &windows.shape, current_stream(z)));
     return {what, where};
 }
 
@@ -1895,8 +1895,7 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
     m.def(
         "where_max_pool2d_backward(Tensor grad_what, Tensor where, int kernel_h, int kernel_w, int height, int width) "
         "-> Tensor");
-    m.def(
-        "where_max_unpool2d(Tensor what, Tensor where, int kernel_h, int kernel_w, int height, int width) -> Tensor");
+    m.def("where_max_unpool2d(Tensor what, Tensor where, int kernel_h, int kernel_w, int height, int width) -> Tensor");
     m.def("where_max_unpool2d_backward(Tensor grad_z, Tensor where, int kernel_h, int kernel_w) -> Tensor");
     m.def("gaussian_group_inputs(Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor)");
     m.def(
