@@ -1,19 +1,23 @@
-"""soft_pool2d and soft_unpool2d: forward, backward and both, beside the plain formula and torch.compile of it.
+"""Pooling that keeps the where and its unpooling, soft and hard: forward, backward and both, beside the plain formula
+and torch.compile of it.
 
-The yardsticks compute ladderfast.reference.what_where in the same run. Bytes, with P the tensor before pooling: pooling
-reads P and writes what and where forward, reads P and both gradients and writes the gradient of P backward; unpooling
-reads what and where and writes P forward, and reads P, what and where and writes two gradients backward (of large
-windows it skips most of P).
+The yardsticks of the soft ops compute ladderfast.reference.what_where in the same run, those of the hard ones are
+torch's max_pool2d and max_unpool2d. Bytes, with P the tensor before pooling: soft pooling reads P and writes what and
+where forward, reads P and both gradients and writes the gradient of P backward; soft unpooling reads what and where and
+writes P forward, and reads P, what and where and writes two gradients backward (of large windows it skips most of P).
+Hard, with where in bytes: pooling reads P and writes what and where, and the other way back; unpooling reads what and
+where and writes P, and the other way back.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, record, sync_timer
+from conftest import DEVICES, bytes_kept, record, sync_timer
+from torch.nn import functional
 
 import ladderfast
-from ladderfast.ops import backend, soft_pool2d, soft_unpool2d
+from ladderfast.ops import backend, soft_pool2d, soft_unpool2d, where_max_pool2d, where_max_unpool2d
 from ladderfast.reference import what_where as reference
 
 BETA = 100.0
@@ -42,17 +46,24 @@ def unpool_of(variant: str, k: int):
     return lambda what, where: function(what, where, (k, k))
 
 
-def bytes_kept(function, inputs) -> int:
-    """Bytes that autograd keeps between forward and backward."""
-    kept: dict[int, int] = {}
+def max_pool_of(variant: str, k: int):
+    if variant.startswith("ladderfast"):
+        return lambda z: where_max_pool2d(z, k)
+    return lambda z: functional.max_pool2d(z, k, return_indices=True)
 
-    def pack(t):
-        kept[t.data_ptr()] = t.numel() * t.element_size()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function(*inputs)
-    return sum(kept.values())
+def max_unpool_of(variant: str, z, k: int):
+    """To where the largest elements of z are."""
+    _, where = max_pool_of(variant, k)(z)
+    size = tuple(z.shape[2:])
+    if variant.startswith("ladderfast"):
+        return lambda what: where_max_unpool2d(what, where, k, size)
+    return lambda what: functional.max_unpool2d(what, where, k, output_size=size)
+
+
+def differentiable(out):
+    """out, less what has no gradient."""
+    return [t for t in out if t.requires_grad] if isinstance(out, tuple) else out
 
 
 def bench(benchmark, op, function, inputs, grads, moved, shape, device, dtype, k, phase, variant) -> None:
@@ -67,10 +78,10 @@ def bench(benchmark, op, function, inputs, grads, moved, shape, device, dtype, k
             return function(*inputs)
 
     def both():
-        return torch.autograd.grad(function(*inputs), inputs, grads)
+        return torch.autograd.grad(differentiable(function(*inputs)), inputs, grads)
 
     with ladderfast.use_backend("triton" if variant == "ladderfast-triton" else None):
-        out = function(*inputs)
+        out = differentiable(function(*inputs))
 
         def backward():
             return torch.autograd.grad(out, inputs, grads, retain_graph=True)
@@ -123,3 +134,51 @@ def bench_soft_unpool2d(benchmark, device, shape, dtype, k, phase, variant):
     inputs = [t.requires_grad_() for t in pooled]
     function = unpool_of(variant, k)
     bench(benchmark, "soft_unpool2d", function, inputs, grad, moved, shape, device, dtype, k, phase, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("device", "shape", "dtype", "k"), CASES)
+def bench_where_max_pool2d(benchmark, device, shape, dtype, k, phase, variant):
+    z, grad, _ = draw(shape, k, device, dtype)
+    moved = dict.fromkeys(("forward", "backward"), z.nbytes + grad.nbytes + grad.numel())
+    moved["both"] = sum(moved.values())
+    function, inputs = max_pool_of(variant, k), [z.requires_grad_()]
+    bench(
+        benchmark,
+        "where_max_pool2d",
+        function,
+        inputs,
+        [grad],
+        moved,
+        shape,
+        device,
+        dtype,
+        k,
+        phase,
+        variant,
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("device", "shape", "dtype", "k"), CASES)
+def bench_where_max_unpool2d(benchmark, device, shape, dtype, k, phase, variant):
+    grad, what, _ = draw(shape, k, device, dtype)
+    moved = dict.fromkeys(("forward", "backward"), grad.nbytes + what.nbytes + what.numel())
+    moved["both"] = sum(moved.values())
+    function, inputs = max_unpool_of(variant, grad, k), [what.requires_grad_()]
+    bench(
+        benchmark,
+        "where_max_unpool2d",
+        function,
+        inputs,
+        grad,
+        moved,
+        shape,
+        device,
+        dtype,
+        k,
+        phase,
+        variant,
+    )

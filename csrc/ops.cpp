@@ -591,13 +591,17 @@ WindowShape window_shape(const char* op, const char* name, const Tensor& t, int6
 }
 
 template <size_t n>
-Tensor empty_in_order(const Tensor& like, const int64_t (&size)[n], bool last) {
+Tensor empty_in_order(const Tensor& like, const int64_t (&size)[n], bool last, ScalarType dtype) {
     using torch::headeronly::MemoryFormat;
     const MemoryFormat format = !last    ? MemoryFormat::Contiguous
                                 : n == 4 ? MemoryFormat::ChannelsLast
                                          : MemoryFormat::ChannelsLast3d;
-    return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, n), like.scalar_type(), std::nullopt,
-                                like.device(), std::nullopt, format);
+    return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, n), dtype, std::nullopt, like.device(),
+                                std::nullopt, format);
+}
+template <size_t n>
+Tensor empty_in_order(const Tensor& like, const int64_t (&size)[n], bool last) {
+    return empty_in_order(like, size, last, like.scalar_type());
 }
 
 // t, which must have this size, in the wanted order of axes.
@@ -662,6 +666,10 @@ struct Windows {
         const int64_t size[] = {n, c, 2, h, w};
         return empty_in_order(like, size, last);
     }
+    Tensor empty_max_where(const Tensor& like, bool positions) const {
+        const int64_t size[] = {n, c, h, w};
+        return empty_in_order(like, size, last, positions ? ScalarType::Long : ScalarType::Byte);
+    }
     Tensor as_z(const char* op, const char* name, const Tensor& t, const Tensor& like) const {
         const int64_t size[] = {n, c, shape.height, shape.width};
         return in_order(op, name, t, like, size, last);
@@ -674,7 +682,30 @@ struct Windows {
         const int64_t size[] = {n, c, 2, h, w};
         return in_order(op, name, t, like, size, last);
     }
+    // That of hard pooling, which has integers.
+    Tensor as_max_where(const char* op, const Tensor& t, const Tensor& like) const {
+        STD_TORCH_CHECK(t.device() == like.device(), op, ": where must be on the device of the others");
+        return as_what(op, "where", t, t);
+    }
 };
+
+// Whether a hard where has positions in channels, or else numbers of elements in windows.
+bool has_positions(const char* op, const Tensor& where) {
+    const ScalarType dtype = where.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Byte || dtype == ScalarType::Long, op, ": where must be uint8 or int64");
+    return dtype == ScalarType::Long;
+}
+
+// From what or its gradient, for a z of another size.
+Windows windows_for(const char* op, const Tensor& what, int64_t kernel_h, int64_t kernel_w, int64_t height,
+                    int64_t width) {
+    Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
+    STD_TORCH_CHECK(height / kernel_h == windows.h && width / kernel_w == windows.w, op,
+                    ": height and width must be those of a tensor with as many windows");
+    windows.shape.height = height;
+    windows.shape.width = width;
+    return windows;
+}
 
 std::tuple<Tensor, Tensor> soft_pool2d_cpu(Tensor z, int64_t kernel_h, int64_t kernel_w, double beta) {
     const Windows windows = Windows::of_z("soft_pool2d", z, kernel_h, kernel_w);
@@ -741,6 +772,84 @@ std::tuple<Tensor, Tensor> soft_unpool2d_backward_cpu(Tensor grad_z, Tensor what
         });
     });
     return {grad_what, grad_where};
+}
+
+// Calls f with null pointers to the element types of t and of a hard where.
+template <class F>
+void dispatch_max_cpu(const char* op, const Tensor& t, bool positions, const F& f) {
+    dispatch_cpu(op, t, [&](auto* type) {
+        if (positions)
+            f(type, static_cast<int64_t*>(nullptr));
+        else
+            f(type, static_cast<uint8_t*>(nullptr));
+    });
+}
+
+std::tuple<Tensor, Tensor> where_max_pool2d_cpu(Tensor z, int64_t kernel_h, int64_t kernel_w, bool positions) {
+    const char* op = "where_max_pool2d";
+    const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
+    Tensor what = windows.empty_what(z), where = windows.empty_max_where(z, positions);
+    dispatch_max_cpu(op, z, positions, [&](auto* type, auto* where_type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using W = std::remove_pointer_t<decltype(where_type)>;
+        const T* zp = (const T*)z.data_ptr();
+        T* to_what = (T*)what.data_ptr();
+        W* to_where = (W*)where.data_ptr();
+        parallel_windows(windows.shape, [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::max_pool_forward<T, W>(zp, to_what, to_where, windows.shape, begin, end);
+        });
+    });
+    return {what, where};
+}
+
+// what at where, for windows in the order of axes of both.
+Tensor put_cpu(const char* op, const Windows& windows, const Tensor& what, const Tensor& where) {
+    Tensor z = windows.empty_z(what);
+    dispatch_max_cpu(op, what, has_positions(op, where), [&](auto* type, auto* where_type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using W = std::remove_pointer_t<decltype(where_type)>;
+        const T* mp = (const T*)what.data_ptr();
+        const W* wp = (const W*)where.data_ptr();
+        T* out = (T*)z.data_ptr();
+        parallel_windows(windows.shape, [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::max_unpool_forward<T, W>(mp, wp, out, windows.shape, begin, end);
+        });
+    });
+    return z;
+}
+
+// In the order of axes of where, which is that of what was pooled.
+Tensor where_max_pool2d_backward_cpu(Tensor grad_what, Tensor where, int64_t kernel_h, int64_t kernel_w, int64_t height,
+                                     int64_t width) {
+    const char* op = "where_max_pool2d_backward";
+    const Windows windows = windows_for(op, where, kernel_h, kernel_w, height, width);
+    grad_what = windows.as_what(op, "grad_what", grad_what, grad_what);
+    return put_cpu(op, windows, grad_what, windows.as_max_where(op, where, grad_what));
+}
+
+Tensor where_max_unpool2d_cpu(Tensor what, Tensor where, int64_t kernel_h, int64_t kernel_w, int64_t height,
+                              int64_t width) {
+    const char* op = "where_max_unpool2d";
+    const Windows windows = windows_for(op, what, kernel_h, kernel_w, height, width);
+    return put_cpu(op, windows, what, windows.as_max_where(op, where, what));
+}
+
+Tensor where_max_unpool2d_backward_cpu(Tensor grad_z, Tensor where, int64_t kernel_h, int64_t kernel_w) {
+    const char* op = "where_max_unpool2d_backward";
+    const Windows windows = Windows::of_z(op, grad_z, kernel_h, kernel_w);
+    where = windows.as_max_where(op, where, grad_z);
+    Tensor grad_what = windows.empty_what(grad_z);
+    dispatch_max_cpu(op, grad_z, has_positions(op, where), [&](auto* type, auto* where_type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using W = std::remove_pointer_t<decltype(where_type)>;
+        const T* gp = (const T*)grad_z.data_ptr();
+        const W* wp = (const W*)where.data_ptr();
+        T* out = (T*)grad_what.data_ptr();
+        parallel_windows(windows.shape, [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::max_unpool_backward<T, W>(gp, wp, out, windows.shape, begin, end);
+        });
+    });
+    return grad_what;
 }
 
 #ifdef LADDERFAST_WITH_CUDA
@@ -948,6 +1057,54 @@ std::tuple<Tensor, Tensor> soft_unpool2d_backward_cuda(Tensor grad_z, Tensor wha
         grad_z.data_ptr(), what.data_ptr(), where.data_ptr(), grad_what.data_ptr(), grad_where.data_ptr(),
         dtype_code(op, what.scalar_type()), &windows.shape, current_stream(what)));
     return {grad_what, grad_where};
+}
+
+std::tuple<Tensor, Tensor> where_max_pool2d_cuda(Tensor z, int64_t kernel_h, int64_t kernel_w, bool positions) {
+    const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+    const char* op = "where_max_pool2d";
+    const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
+    Tensor what = windows.empty_what(z), where = windows.empty_max_where(z, positions);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_max_pool_forward_cuda(z.data_ptr(), what.data_ptr(), where.data_ptr(),
+                                                                 positions, dtype_code(op, z.scalar_type()),
+                                                                 &windows.shape, current_stream(z)));
+    return {what, where};
+}
+
+Tensor put_cuda(const char* op, const Windows& windows, const Tensor& what, const Tensor& where) {
+    Tensor z = windows.empty_z(what);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_max_unpool_forward_cuda(
+        what.data_ptr(), where.data_ptr(), z.data_ptr(), has_positions(op, where), dtype_code(op, what.scalar_type()),
+        &windows.shape, current_stream(what)));
+    return z;
+}
+
+Tensor where_max_pool2d_backward_cuda(Tensor grad_what, Tensor where, int64_t kernel_h, int64_t kernel_w,
+                                      int64_t height, int64_t width) {
+    const torch::stable::accelerator::DeviceGuard guard(grad_what.get_device_index());
+    const char* op = "where_max_pool2d_backward";
+    const Windows windows = windows_for(op, where, kernel_h, kernel_w, height, width);
+    grad_what = windows.as_what(op, "grad_what", grad_what, grad_what);
+    return put_cuda(op, windows, grad_what, windows.as_max_where(op, where, grad_what));
+}
+
+Tensor where_max_unpool2d_cuda(Tensor what, Tensor where, int64_t kernel_h, int64_t kernel_w, int64_t height,
+                               int64_t width) {
+    const torch::stable::accelerator::DeviceGuard guard(what.get_device_index());
+    const char* op = "where_max_unpool2d";
+    const Windows windows = windows_for(op, what, kernel_h, kernel_w, height, width);
+    return put_cuda(op, windows, what, windows.as_max_where(op, where, what));
+}
+
+Tensor where_max_unpool2d_backward_cuda(Tensor grad_z, Tensor where, int64_t kernel_h, int64_t kernel_w) {
+    const torch::stable::accelerator::DeviceGuard guard(grad_z.get_device_index());
+    const char* op = "where_max_unpool2d_backward";
+    const Windows windows = Windows::of_z(op, grad_z, kernel_h, kernel_w);
+    where = windows.as_max_where(op, where, grad_z);
+    Tensor grad_what = windows.empty_what(grad_z);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_max_unpool_backward_cuda(
+        grad_z.data_ptr(), where.data_ptr(), grad_what.data_ptr(), has_positions(op, where),
+        dtype_code(op, grad_z.scalar_type()), &windows.shape, current_stream(grad_z)));
+    return grad_what;
 }
 
 #endif
@@ -1734,6 +1891,12 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
     m.def(
         "soft_unpool2d_backward(Tensor grad_z, Tensor what, Tensor where, int kernel_h, int kernel_w) -> (Tensor, "
         "Tensor)");
+    m.def("where_max_pool2d(Tensor z, int kernel_h, int kernel_w, bool positions) -> (Tensor, Tensor)");
+    m.def(
+        "where_max_pool2d_backward(Tensor grad_what, Tensor where, int kernel_h, int kernel_w, int height, int width) "
+        "-> Tensor");
+    m.def("where_max_unpool2d(Tensor what, Tensor where, int kernel_h, int kernel_w, int height, int width) -> Tensor");
+    m.def("where_max_unpool2d_backward(Tensor grad_z, Tensor where, int kernel_h, int kernel_w) -> Tensor");
     m.def("gaussian_group_inputs(Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor)");
     m.def(
         "gaussian_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
@@ -1790,6 +1953,10 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("soft_pool2d_backward", TORCH_BOX(&soft_pool2d_backward_cpu));
     m.impl("soft_unpool2d", TORCH_BOX(&soft_unpool2d_cpu));
     m.impl("soft_unpool2d_backward", TORCH_BOX(&soft_unpool2d_backward_cpu));
+    m.impl("where_max_pool2d", TORCH_BOX(&where_max_pool2d_cpu));
+    m.impl("where_max_pool2d_backward", TORCH_BOX(&where_max_pool2d_backward_cpu));
+    m.impl("where_max_unpool2d", TORCH_BOX(&where_max_unpool2d_cpu));
+    m.impl("where_max_unpool2d_backward", TORCH_BOX(&where_max_unpool2d_backward_cpu));
     m.impl("gaussian_group_inputs", TORCH_BOX(&TaggerCpu::gaussian_inputs));
     m.impl("gaussian_group_inputs_backward", TORCH_BOX(&TaggerCpu::gaussian_inputs_backward));
     m.impl("bernoulli_group_inputs", TORCH_BOX(&TaggerCpu::bernoulli_inputs));
@@ -1822,6 +1989,10 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("soft_pool2d_backward", TORCH_BOX(&soft_pool2d_backward_cuda));
     m.impl("soft_unpool2d", TORCH_BOX(&soft_unpool2d_cuda));
     m.impl("soft_unpool2d_backward", TORCH_BOX(&soft_unpool2d_backward_cuda));
+    m.impl("where_max_pool2d", TORCH_BOX(&where_max_pool2d_cuda));
+    m.impl("where_max_pool2d_backward", TORCH_BOX(&where_max_pool2d_backward_cuda));
+    m.impl("where_max_unpool2d", TORCH_BOX(&where_max_unpool2d_cuda));
+    m.impl("where_max_unpool2d_backward", TORCH_BOX(&where_max_unpool2d_backward_cuda));
     m.impl("gaussian_group_inputs", TORCH_BOX(&TaggerCuda::gaussian_inputs));
     m.impl("gaussian_group_inputs_backward", TORCH_BOX(&TaggerCuda::gaussian_inputs_backward));
     m.impl("bernoulli_group_inputs", TORCH_BOX(&TaggerCuda::bernoulli_inputs));

@@ -21,6 +21,8 @@ OPS = (
     "ladder_decoder",
     "soft_pool2d",
     "soft_unpool2d",
+    "where_max_pool2d",
+    "where_max_unpool2d",
     "gaussian_group_inputs",
     "bernoulli_group_inputs",
     "gaussian_mixture_nll",

@@ -131,6 +131,14 @@ for element in ("*fp32", "*bf16"):
     del constants["TAPS"]
     compile(ww._unpool_backward_kernel, types, constants | {"BLOCK": ww.BACKWARD_BLOCK})
     compile(ww._pool_backward_kernel, types, ww.constants(2, 2))
+    for positions, size in ((0, (2, 2)), (1, (16, 16))):
+        types["where_ptr"] = "*i64" if positions else "*u8"
+        constants = ww.constants(*size) | {"POSITIONS": positions}
+        for kernel in (ww._max_pool_kernel, ww._max_unpool_kernel):
+            compile(kernel, types, constants)
+            compile(kernel, types, constants | {"inner": 1})
+        del constants["TAPS"]
+        compile(ww._max_unpool_backward_kernel, types, constants | {"BLOCK": ww.BACKWARD_BLOCK})
 """
 LN_CONVLSTM = r"""
 from ladderfast.triton import ln_convlstm as c
@@ -179,7 +187,7 @@ CODE = {
     "combinator": (COMBINATOR, 41),
     "ladder_decoder": (LADDER_DECODER, 2 * 19 + 5 + 7),
     "ladder_encoder": (LADDER_ENCODER, 5 * 6 + 2 * 2),
-    "what_where": (WHAT_WHERE, 16),
+    "what_where": (WHAT_WHERE, 2 * (8 + 10)),
     "ln_convlstm": (LN_CONVLSTM, 58),
     "tagger": (TAGGER, 17),
 }

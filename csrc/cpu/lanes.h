@@ -13,6 +13,34 @@ LF_HD Vec<T> max_of(Vec<T> a, Vec<T> b) {
     return {a.raw > b.raw ? a.raw : b.raw};
 }
 
+// One byte for each lane.
+template <class T>
+struct BytesOf;
+template <>
+struct BytesOf<float> {
+    typedef uint8_t type __attribute__((vector_size(LF_VECTOR_BYTES / 4)));
+};
+template <>
+struct BytesOf<double> {
+    typedef uint8_t type __attribute__((vector_size(LF_VECTOR_BYTES / 8)));
+};
+template <class T>
+using Bytes = typename BytesOf<T>::type;
+
+// The lanes in which a > b or a is NaN, and a choice by lanes.
+template <class T>
+LF_HD typename VecTraits<T>::RawInt above_or_nan(Vec<T> a, Vec<T> b) {
+    return (a.raw > b.raw) | (a.raw != a.raw);
+}
+template <class T>
+LF_HD Vec<T> chosen(typename VecTraits<T>::RawInt test, Vec<T> a, Vec<T> b) {
+    return {test ? a.raw : b.raw};
+}
+template <class I>
+LF_HD I chosen(I test, I a, I b) {
+    return test ? a : b;
+}
+
 // To [-1, 1]; NaN stays NaN.
 template <class T>
 LF_HD Vec<T> clamp_unit(Vec<T> x) {

@@ -7,11 +7,12 @@
 //   K = 1   the lanes' elements are neighbours in memory, as in channels-last tensors
 //   K = 0   each lane by itself: other kernels, and blocks that end within a channel's or a tensor's last vector
 //
-// Where a row of a window is a whole vector or several, pooling takes one window after the other instead, and a lane is
-// a column.
+// Where a row of a window is a whole vector or several, soft pooling takes one window after the other instead, and a
+// lane is a column.
 //
 // Floor in float32, per element of z: pooling k x k moves 4 + 12 / k^2 bytes forward and 8 + 12 / k^2 backward, and
 // takes an exponential each way. Unpooling writes what it moves forward; backward it reads four elements of a window.
+// Hard, with where in bytes: 4 + 5 / k^2 bytes each, and backward of unpooling one element of a window.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "what_where.cpp"
 
@@ -334,6 +335,7 @@ static LF_HD void pool_columns(const Columns<T, R> (&window)[kAbreast], Vec<T> s
 // it stays in registers, and else 0.
 template <class T>
 struct PoolForward {
+    static constexpr bool kColumns = true;
     const T* z;
     T *what, *where;
     T sharpness;  // beta log2(e)
@@ -381,6 +383,7 @@ struct PoolForward {
 
 template <class T>
 struct PoolBackward {
+    static constexpr bool kColumns = true;
     const T *grad_what, *grad_where, *z;
     T* grad_z;
     T sharpness, beta;
@@ -480,6 +483,7 @@ static LF_HD Vec<T> slope_of(Vec<T> p, int64_t size) {
 
 template <class T>
 struct UnpoolForward {
+    static constexpr bool kColumns = false;
     const T *what, *where;
     T* z;
 
@@ -517,6 +521,7 @@ struct UnpoolForward {
 
 template <class T>
 struct UnpoolBackward {
+    static constexpr bool kColumns = false;
     const T *grad_z, *what, *where;
     T *grad_what, *grad_where;
 
@@ -555,6 +560,130 @@ struct UnpoolBackward {
     }
 };
 
+// Where hard pooling found its maxima: the elements' numbers in their windows, lane by lane.
+template <class T>
+using Taps = typename VecTraits<T>::RawInt;
+
+template <class T>
+static LF_HD void store_taps(Taps<T> taps, uint8_t* where, const Block<T>& b) {
+    const Bytes<T> bytes = __builtin_convertvector(taps, Bytes<T>);
+    if (b.count == b.width)
+        memcpy(where + b.output, &bytes, sizeof(bytes));
+    else
+        for (int64_t lane = 0; lane < b.count; ++lane) where[b.output + lane] = bytes[lane];
+}
+
+template <class T>
+static LF_HD Taps<T> load_taps(const uint8_t* where, const Block<T>& b) {
+    Bytes<T> bytes = {};
+    if (b.count == b.width)
+        memcpy(&bytes, where + b.output, sizeof(bytes));
+    else
+        for (int64_t lane = 0; lane < b.count; ++lane) bytes[lane] = where[b.output + lane];
+    return __builtin_convertvector(bytes, Taps<T>);
+}
+
+template <class T>
+struct MaxPoolForward {
+    static constexpr bool kColumns = false;
+    const T* z;
+    T* what;
+    uint8_t* where;
+
+    template <int K, int kSize>
+    LF_HD void run(const Block<T>& b) const {
+        using V = Vec<T>;
+        const int64_t rows = kSize ? kSize : b.s.kernel_h, columns = kSize ? kSize : K > 1 ? K : b.s.kernel_w;
+        V row[kSize ? kSize : 16], most = V::broadcast((T)-__builtin_inf());
+        Taps<T> most_tap = {};
+        for (int64_t i = 0; i < rows; ++i) {
+            load_row<K>(z, b, i, columns, row);
+            for (int64_t j = 0; j < columns; ++j)
+                max_pool_add(row[j], Taps<T>{} + (typename VecTraits<T>::Int)(i * columns + j), most, most_tap);
+        }
+        store_output(most, what, b);
+        store_taps(most_tap, where, b);
+    }
+};
+
+// Hard unpooling by vectors, for windows of 2 x 2.
+template <class T>
+struct MaxUnpoolForward {
+    static constexpr bool kColumns = false;
+    const T* what;
+    const uint8_t* where;
+    T* z;
+
+    template <int K, int kSize>
+    LF_HD void run(const Block<T>& b) const {
+        using V = Vec<T>;
+        const V m = load_output(what, b);
+        const Taps<T> taps = load_taps(where, b);
+        for (int i = 0; i < 2; ++i) {
+            V row[2];
+            for (int j = 0; j < 2; ++j) row[j] = chosen(taps == 2 * i + j, m, V::broadcast(0));
+            store_row<K>(row, z, b, i, 2);
+        }
+    }
+};
+
+template <class T>
+struct MaxUnpoolBackward {
+    static constexpr bool kColumns = false;
+    const T* grad_z;
+    const uint8_t* where;
+    T* grad_what;
+
+    template <int K, int kSize>
+    LF_HD void run(const Block<T>& b) const {
+        using V = Vec<T>;
+        const Taps<T> taps = load_taps(where, b);
+        V grad = V::broadcast(0);
+        for (int i = 0; i < 2; ++i) {
+            V row[2];
+            load_row<K>(grad_z, b, i, 2, row);
+            for (int j = 0; j < 2; ++j) grad = chosen(taps == 2 * i + j, row[j], grad);
+        }
+        store_output(grad, grad_what, b);
+    }
+};
+
+// How far the element that `where` names lies behind its window's first one, in elements of one channel; -1 if it is
+// none of the window's. `start` is the position of the first one.
+template <class W>
+struct Offsets;
+
+template <>
+struct Offsets<uint8_t> {
+    int64_t offset[256];
+
+    explicit Offsets(const WindowShape& s) {
+        for (int64_t tap = 0; tap < 256; ++tap)
+            offset[tap] = tap < s.kernel_h * s.kernel_w ? tap / s.kernel_w * s.width + tap % s.kernel_w : -1;
+    }
+    LF_HD int64_t of(uint8_t tap, int64_t) const { return offset[tap]; }
+};
+
+template <>
+struct Offsets<int64_t> {
+    int64_t kernel_h, kernel_w, width;
+
+    explicit Offsets(const WindowShape& s) : kernel_h(s.kernel_h), kernel_w(s.kernel_w), width(s.width) {}
+    LF_HD bool in_row(int64_t column) const { return (uint64_t)column < (uint64_t)kernel_w; }
+    LF_HD int64_t of(int64_t position, int64_t start) const {
+        const int64_t offset = position - start;
+        // In the first rows and the last ones, no division, and no branch that nobody could foresee.
+        int64_t below = offset, above = offset - (kernel_h - 1) * width;
+        bool inside = in_row(below) | in_row(above);
+        for (int64_t rows = kernel_h - 2; rows > 0; rows -= 2) {
+            below -= width;
+            above += width;
+            inside |= in_row(below) | in_row(above);
+        }
+        return inside ? offset : -1;
+    }
+};
+
 // Whether a row of a window is whole vectors, and pooling makes columns lanes.
 template <int K, class T>
 constexpr bool by_columns() {
@@ -571,7 +700,7 @@ static __attribute__((noinline)) void run_split(const Pass pass, const WindowSha
     VectorWalk<T> walk(plan, s, first);
     for (int64_t at = first;;) {
         for (int j = 0; j < K; ++j) b.origin[j] = walk.next();
-        if constexpr (by_columns<K, T>())
+        if constexpr (Pass::kColumns && by_columns<K, T>())
             pass.template run_columns<K / width>(b);
         else
             pass.template run<K, kSize>(b);
@@ -637,14 +766,21 @@ static void run_pool(const Pass& pass, const WindowShape& s, const WindowPlan& p
         run_split<16, 0, T>(pass, s, plan, first, end);
 }
 
+// Windows of 2 x 2.
 template <class T, class Pass>
-static void run_unpool(const Pass& pass, const WindowShape& s, const WindowPlan& plan, int64_t first, int64_t end) {
-    if (s.kernel_h != 2 || s.kernel_w != 2)
-        run_lanes<false, 0, T>(pass, s, plan, first, end);
-    else if (splits<T>(s, plan) && end - first >= Vec<T>::width)
+static void run_square(const Pass& pass, const WindowShape& s, const WindowPlan& plan, int64_t first, int64_t end) {
+    if (splits<T>(s, plan) && end - first >= Vec<T>::width)
         run_split<2, 2, T>(pass, s, plan, first, end);
     else
         run_lanes<true, 2, T>(pass, s, plan, first, end);
+}
+
+template <class T, class Pass>
+static void run_unpool(const Pass& pass, const WindowShape& s, const WindowPlan& plan, int64_t first, int64_t end) {
+    if (s.kernel_h == 2 && s.kernel_w == 2)
+        run_square<T>(pass, s, plan, first, end);
+    else
+        run_lanes<false, 0, T>(pass, s, plan, first, end);
 }
 
 struct Bands {
@@ -669,6 +805,17 @@ static void zero_rest(T* z, const WindowShape& s, const WindowPlan& plan, const 
             for (int64_t i = 0; i < s.kernel_h; ++i) memset(top + i * row + used, 0, (row - used) * sizeof(T));
         if (band % plan.down == plan.down - 1)
             memset(top + s.kernel_h * row, 0, (s.height - plan.down * s.kernel_h) * row * sizeof(T));
+    }
+}
+
+// Zeros for all rows of the bands, and those below the last one.
+template <class T>
+static void zero_bands(T* z, const WindowShape& s, const WindowPlan& plan, const Bands& bands) {
+    const int64_t row = s.width * s.inner, rest = s.height - plan.down * s.kernel_h;
+    for (int64_t band = bands.first; band < bands.end; ++band) {
+        const int64_t down = band % plan.down;
+        T* top = z + (band / plan.down * s.height + down * s.kernel_h) * row;
+        memset(top, 0, (s.kernel_h + (down == plan.down - 1 ? rest : 0)) * row * sizeof(T));
     }
 }
 
@@ -721,6 +868,93 @@ static void unpool_backward(const T* grad_z, const T* what, const T* where, T* g
     }
 }
 
+// Numbers of elements in windows, which lie in the last bytes of the bands' part of `where`, become positions. Those to
+// come are not written over: n outputs leave 7 n bytes before them.
+static void expand_taps(int64_t* where, const WindowShape& s, const WindowPlan& plan, const Bands& bands,
+                        const Offsets<uint8_t>& offsets) {
+    const uint8_t* taps = (const uint8_t*)(where + bands.output_end) - (bands.output_end - bands.output);
+    int64_t* to = where + bands.output;
+    for (int64_t band = bands.first; band < bands.end; ++band) {
+        int64_t start = band % plan.down * s.kernel_h * s.width;
+        for (int64_t across = 0; across < plan.across; ++across, start += s.kernel_w)
+            for (int64_t channel = 0; channel < s.inner; ++channel) *to++ = start + offsets.of(*taps++, start);
+    }
+}
+
+template <class T, class W>
+static void max_pool_forward(const T* z, T* what, W* where, const WindowShape& s, int64_t begin, int64_t end) {
+    const WindowPlan plan(s);
+    const Offsets<uint8_t> offsets(s);
+    for (int64_t item = begin; item < end; ++item) {
+        const Bands bands(plan, item);
+        if constexpr (sizeof(W) == 1) {
+            run_pool<T>(MaxPoolForward<T>{z, what, where}, s, plan, bands.output, bands.output_end);
+        } else {
+            uint8_t* taps = (uint8_t*)(where + bands.output_end) - bands.output_end;
+            run_pool<T>(MaxPoolForward<T>{z, what, taps}, s, plan, bands.output, bands.output_end);
+            expand_taps(where, s, plan, bands, offsets);
+        }
+    }
+}
+
+// What at where in z, or what lies there back into `what`: one output after the other.
+template <bool put, class What, class Z, class W>
+static void move_each(What* what, const W* where, Z* z, const WindowShape& s, const WindowPlan& plan,
+                      const Bands& bands, const Offsets<W>& offsets) {
+    int64_t output = bands.output;
+    for (int64_t band = bands.first; band < bands.end; ++band) {
+        const int64_t outer = band / plan.down, row = band % plan.down * s.kernel_h;
+        Z* at = z + (outer * s.height + row) * s.width * s.inner;
+        int64_t start = row * s.width;
+        for (int64_t across = 0; across < plan.across; ++across, start += s.kernel_w, at += s.kernel_w * s.inner)
+            for (int64_t channel = 0; channel < s.inner; ++channel, ++output) {
+                const int64_t offset = offsets.of(where[output], start);
+                if constexpr (!put)
+                    what[output] = offset >= 0 ? at[offset * s.inner + channel] : 0;
+                else if (offset >= 0)
+                    at[offset * s.inner + channel] = what[output];
+            }
+    }
+}
+
+template <class W>
+static bool by_vectors(const WindowShape& s) {
+    return sizeof(W) == 1 && s.kernel_h == 2 && s.kernel_w == 2;
+}
+
+template <class T, class W>
+static void max_unpool_forward(const T* what, const W* where, T* z, const WindowShape& s, int64_t begin, int64_t end) {
+    const WindowPlan plan(s);
+    const Offsets<W> offsets(s);
+    for (int64_t item = begin; item < end; ++item) {
+        const Bands bands(plan, item);
+        if (by_vectors<W>(s)) {
+            const MaxUnpoolForward<T> pass = {what, (const uint8_t*)where, z};
+            zero_rest(z, s, plan, bands);
+            run_square<T>(pass, s, plan, bands.output, bands.output_end);
+        } else {
+            zero_bands(z, s, plan, bands);
+            move_each<true>(what, where, z, s, plan, bands, offsets);
+        }
+    }
+}
+
+template <class T, class W>
+static void max_unpool_backward(const T* grad_z, const W* where, T* grad_what, const WindowShape& s, int64_t begin,
+                                int64_t end) {
+    const WindowPlan plan(s);
+    const Offsets<W> offsets(s);
+    for (int64_t item = begin; item < end; ++item) {
+        const Bands bands(plan, item);
+        if (by_vectors<W>(s)) {
+            const MaxUnpoolBackward<T> pass = {grad_z, (const uint8_t*)where, grad_what};
+            run_square<T>(pass, s, plan, bands.output, bands.output_end);
+        } else {
+            move_each<false>(grad_what, where, grad_z, s, plan, bands, offsets);
+        }
+    }
+}
+
 #define LF_WINDOW_INSTANCES(T, suffix)                                                                                 \
     static void pool_forward_##suffix(const T* z, T* what, T* where, double beta, const WindowShape& s, int64_t begin, \
                                       int64_t end) {                                                                   \
@@ -742,6 +976,26 @@ static void unpool_backward(const T* grad_z, const T* what, const T* where, T* g
 LF_WINDOW_INSTANCES(float, f32)
 LF_WINDOW_INSTANCES(double, f64)
 #undef LF_WINDOW_INSTANCES
+
+#define LF_MAX_INSTANCES(T, W, suffix)                                                                                \
+    static void max_pool_forward_##suffix(const T* z, T* what, W* where, const WindowShape& s, int64_t begin,         \
+                                          int64_t end) {                                                              \
+        max_pool_forward(z, what, where, s, begin, end);                                                              \
+    }                                                                                                                 \
+    static void max_unpool_forward_##suffix(const T* what, const W* where, T* z, const WindowShape& s, int64_t begin, \
+                                            int64_t end) {                                                            \
+        max_unpool_forward(what, where, z, s, begin, end);                                                            \
+    }                                                                                                                 \
+    static void max_unpool_backward_##suffix(const T* grad_z, const W* where, T* grad_what, const WindowShape& s,     \
+                                             int64_t begin, int64_t end) {                                            \
+        max_unpool_backward(grad_z, where, grad_what, s, begin, end);                                                 \
+    }
+
+LF_MAX_INSTANCES(float, uint8_t, f32_places)
+LF_MAX_INSTANCES(double, uint8_t, f64_places)
+LF_MAX_INSTANCES(float, int64_t, f32_positions)
+LF_MAX_INSTANCES(double, int64_t, f64_positions)
+#undef LF_MAX_INSTANCES
 
 }  // namespace LF_ISA
 }  // namespace ladderfast::cpu
@@ -780,6 +1034,31 @@ int64_t windows_items(const WindowShape& s) { return WindowPlan(s).items; }
 LF_WINDOW_DISPATCH(float, f32)
 LF_WINDOW_DISPATCH(double, f64)
 #undef LF_WINDOW_DISPATCH
+
+#define LF_MAX_DISPATCH(T, W, suffix)                                                                                  \
+    template <>                                                                                                        \
+    void max_pool_forward<T, W>(const T* z, T* what, W* where, const WindowShape& s, int64_t begin, int64_t end) {     \
+        static const auto kernel = LF_SELECT(max_pool_forward_##suffix);                                               \
+        kernel(z, what, where, s, begin, end);                                                                         \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void max_unpool_forward<T, W>(const T* what, const W* where, T* z, const WindowShape& s, int64_t begin,            \
+                                  int64_t end) {                                                                       \
+        static const auto kernel = LF_SELECT(max_unpool_forward_##suffix);                                             \
+        kernel(what, where, z, s, begin, end);                                                                         \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    void max_unpool_backward<T, W>(const T* grad_z, const W* where, T* grad_what, const WindowShape& s, int64_t begin, \
+                                   int64_t end) {                                                                      \
+        static const auto kernel = LF_SELECT(max_unpool_backward_##suffix);                                            \
+        kernel(grad_z, where, grad_what, s, begin, end);                                                               \
+    }
+
+LF_MAX_DISPATCH(float, uint8_t, f32_places)
+LF_MAX_DISPATCH(double, uint8_t, f64_places)
+LF_MAX_DISPATCH(float, int64_t, f32_positions)
+LF_MAX_DISPATCH(double, int64_t, f64_positions)
+#undef LF_MAX_DISPATCH
 
 }  // namespace ladderfast::cpu
 #endif

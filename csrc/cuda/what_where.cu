@@ -1,4 +1,5 @@
-// Soft pooling and unpooling on NVIDIA GPUs. Contract in ../what_where.h, formulas in ../math/what_where.h.
+// Pooling that keeps the where, and its unpooling, on NVIDIA GPUs, soft and hard. Contract in ../what_where.h, formulas
+// in ../math/what_where.h.
 //
 // `kLanes` neighbouring threads share a window and its columns, `kRun` of them at a time, so that a warp reads whole
 // stretches of a row; where channels are innermost a window is one thread's, and a warp reads neighbouring channels.
@@ -7,7 +8,8 @@
 //
 // What bounds it, per element of z in float32: k x k pooling moves 4 + 12 / k^2 bytes forward and 8 + 12 / k^2
 // backward, with one special function each way. Unpooling moves 4 + 12 / k^2 forward and at most 4 + 24 / k^2 backward,
-// where it reads four elements of a window. Nothing of this has been measured on a GPU yet.
+// where it reads four elements of a window. Hard, with where in bytes, pooling and unpooling move 4 + 5 / k^2 each, and
+// the way back from unpooling one element of a window. Nothing of this has been measured on a GPU yet.
 #include "../what_where.h"
 
 #include "../math/host_device.h"
@@ -31,6 +33,15 @@ __device__ __forceinline__ V clamp_unit(V x) {
 __device__ __forceinline__ float exp2_of(float x) { return exp2_approx(x); }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
+template <class V>
+__device__ __forceinline__ bool above_or_nan(V a, V b) {
+    return a > b || a != a;
+}
+template <class V>
+__device__ __forceinline__ V chosen(bool test, V a, V b) {
+    return test ? a : b;
+}
+
 #include "../math/what_where.h"
 
 constexpr int kThreads = 256;
@@ -46,7 +57,7 @@ struct Plan {
 // with that one's window, and store nothing.
 template <int kLanes>
 struct Window {
-    int64_t origin;
+    int64_t origin, position;  // in z, and in a channel of it
     uint32_t output, outer;
     int lane;
     bool exists;
@@ -64,10 +75,9 @@ struct Window {
         const uint32_t row = above - rest * plan.down;
         output = index;
         outer = rest;
-        origin = ((rest * plan.height + row * static_cast<int64_t>(plan.kernel_h)) * plan.width +
-                  column * static_cast<int64_t>(plan.kernel_w)) *
-                     plan.inner +
-                 channel;
+        position =
+            row * static_cast<int64_t>(plan.kernel_h) * plan.width + column * static_cast<int64_t>(plan.kernel_w);
+        origin = (rest * plan.height * plan.width + position) * plan.inner + channel;
     }
 
     // Places in `where`.
@@ -298,6 +308,87 @@ __global__ void __launch_bounds__(kThreads)
     write(grad_where + window.y(plan), of_y);
 }
 
+// Which element of its window `where` names: its number, row by row, or its position in the channel; -1 if it is none.
+__device__ __forceinline__ int tap_of(uint8_t where, int64_t, const Plan& plan) {
+    return where < plan.kernel_h * plan.kernel_w ? where : -1;
+}
+__device__ __forceinline__ int tap_of(int64_t where, int64_t first, const Plan& plan) {
+    const int64_t offset = where - first;
+    if (offset < 0 || offset >= plan.kernel_h * plan.width) return -1;
+    const int row = static_cast<int>(offset / plan.width);
+    const int64_t column = offset - row * plan.width;
+    return column < plan.kernel_w ? row * plan.kernel_w + static_cast<int>(column) : -1;
+}
+
+__device__ __forceinline__ void write_tap(uint8_t* to, int tap, int64_t, const Plan&) {
+    *to = static_cast<uint8_t>(tap);
+}
+__device__ __forceinline__ void write_tap(int64_t* to, int tap, int64_t first, const Plan& plan) {
+    const int row = tap / plan.kernel_w;
+    *to = first + row * plan.width + (tap - row * plan.kernel_w);
+}
+
+template <class T, class W, int kLanes, int kRun>
+__global__ void __launch_bounds__(kThreads)
+    max_pool_forward(const T* __restrict__ z, T* __restrict__ what, W* __restrict__ where, Plan plan) {
+    using V = Compute<T>;
+    const Window<kLanes> window(plan);
+    const T* from = z + window.origin;
+    const int64_t pitch = plan.width * plan.inner;
+    V most = -static_cast<V>(INFINITY);
+    int most_tap = window.lane == 0 ? 0 : plan.kernel_h * plan.kernel_w;
+#pragma unroll 2
+    for (int i = 0; i < plan.kernel_h; ++i, from += pitch)
+#pragma unroll 1
+        for (int j = window.lane * kRun; j < plan.kernel_w; j += kLanes * kRun) {
+            V values[kRun];
+            read_run<kRun>(from + j * plan.inner, values);
+#pragma unroll
+            for (int k = 0; k < kRun; ++k) max_pool_add(values[k], i * plan.kernel_w + j + k, most, most_tap);
+        }
+#pragma unroll
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+        const V other = __shfl_xor_sync(0xffffffffu, most, apart);
+        const int other_tap = __shfl_xor_sync(0xffffffffu, most_tap, apart);
+        max_pool_merge(other, other_tap, most, most_tap);
+    }
+    if (!window.exists || window.lane != 0) return;
+    write(what + window.output, most);
+    write_tap(where + window.output, most_tap, window.position, plan);
+}
+
+template <class T, class W, int kLanes, int kRun>
+__global__ void __launch_bounds__(kThreads)
+    max_unpool_forward(const T* __restrict__ what, const W* __restrict__ where, T* __restrict__ z, Plan plan) {
+    using V = Compute<T>;
+    const Window<kLanes> window(plan);
+    if (!window.exists) return;
+    const V value = read(what + window.output);
+    const int tap = tap_of(where[window.output], window.position, plan);
+    T* to = z + window.origin;
+    const int64_t pitch = plan.width * plan.inner;
+#pragma unroll 2
+    for (int i = 0; i < plan.kernel_h; ++i, to += pitch)
+#pragma unroll 1
+        for (int j = window.lane * kRun; j < plan.kernel_w; j += kLanes * kRun) {
+            V values[kRun];
+#pragma unroll
+            for (int k = 0; k < kRun; ++k) values[k] = i * plan.kernel_w + j + k == tap ? value : V(0);
+            write_run<kRun>(to + j * plan.inner, values);
+        }
+}
+
+template <class T, class W>
+__global__ void __launch_bounds__(kThreads)
+    max_unpool_backward(const T* __restrict__ grad_z, const W* __restrict__ where, T* __restrict__ grad_what,
+                        Plan plan) {
+    const Window<1> window(plan);
+    if (!window.exists) return;
+    const int tap = tap_of(where[window.output], window.position, plan), row = tap / plan.kernel_w;
+    const T* from = grad_z + window.origin + (row * plan.width + (tap - row * plan.kernel_w)) * plan.inner;
+    write(grad_what + window.output, tap < 0 ? Compute<T>(0) : read(from));
+}
+
 bool empty(const WindowShape& s) {
     return s.outer == 0 || s.inner == 0 || s.height < s.kernel_h || s.width < s.kernel_w;
 }
@@ -363,6 +454,18 @@ cudaError_t dispatch(int dtype, const F& f) {
         default:
             return cudaErrorInvalidValue;
     }
+}
+
+// Calls f with null pointers to the element types of z and of a hard where, and the plan.
+template <class F>
+cudaError_t dispatch_max(int dtype, int positions, const WindowShape& s, const F& f) {
+    return dispatch(dtype, [&](auto* type) {
+        if (!fits(s)) return cudaErrorInvalidValue;
+        if (empty(s)) return cudaSuccess;
+        const Plan plan = plan_for(s);
+        return positions ? f(type, static_cast<int64_t*>(nullptr), plan)
+                         : f(type, static_cast<uint8_t*>(nullptr), plan);
+    });
 }
 
 template <class T>
@@ -442,6 +545,44 @@ int ladderfast_soft_unpool_backward_cuda(const void* grad_z, const void* what, c
         return launch(unpool_backward_kernel<T>, blocks_for<1>(plan), kThreads, stream, static_cast<const T*>(grad_z),
                       static_cast<const T*>(what), static_cast<const T*>(where), static_cast<T*>(grad_what),
                       static_cast<T*>(grad_where), plan);
+    });
+}
+
+int ladderfast_max_pool_forward_cuda(const void* z, void* what, void* where, int positions, int dtype,
+                                     const WindowShape* shape, void* stream) {
+    using namespace ladderfast::cuda;
+    return dispatch_max(dtype, positions, *shape, [&](auto* type, auto* where_type, const Plan& plan) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using W = std::remove_pointer_t<decltype(where_type)>;
+        return with_way<T>(*shape, aligned_to(2 * sizeof(T), z), [&](auto way) {
+            return launch(max_pool_forward<T, W, way.kLanes, way.kRun>, blocks_for<way.kLanes>(plan), kThreads, stream,
+                          static_cast<const T*>(z), static_cast<T*>(what), static_cast<W*>(where), plan);
+        });
+    });
+}
+
+int ladderfast_max_unpool_forward_cuda(const void* what, const void* where, void* z, int positions, int dtype,
+                                       const WindowShape* shape, void* stream) {
+    using namespace ladderfast::cuda;
+    return dispatch_max(dtype, positions, *shape, [&](auto* type, auto* where_type, const Plan& plan) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using W = std::remove_pointer_t<decltype(where_type)>;
+        const cudaError_t error = with_way<T>(*shape, aligned_to(2 * sizeof(T), z), [&](auto way) {
+            return launch(max_unpool_forward<T, W, way.kLanes, way.kRun>, blocks_for<way.kLanes>(plan), kThreads,
+                          stream, static_cast<const T*>(what), static_cast<const W*>(where), static_cast<T*>(z), plan);
+        });
+        return error != cudaSuccess ? error : run_zero_rest(static_cast<T*>(z), *shape, plan, stream);
+    });
+}
+
+int ladderfast_max_unpool_backward_cuda(const void* grad_z, const void* where, void* grad_what, int positions,
+                                        int dtype, const WindowShape* shape, void* stream) {
+    using namespace ladderfast::cuda;
+    return dispatch_max(dtype, positions, *shape, [&](auto* type, auto* where_type, const Plan& plan) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using W = std::remove_pointer_t<decltype(where_type)>;
+        return launch(max_unpool_backward<T, W>, blocks_for<1>(plan), kThreads, stream, static_cast<const T*>(grad_z),
+                      static_cast<const W*>(where), static_cast<T*>(grad_what), plan);
     });
 }
 }

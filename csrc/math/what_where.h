@@ -1,12 +1,14 @@
-// Soft pooling (Zhao et al. 2015, equations 3 and 4) and bilinear unpooling, one window at a time. With d = z - max,
+// Pooling that keeps the where, and its unpooling, one window at a time. Soft (Zhao et al. 2015, equations 3 and 4) and
+// bilinear, or hard. With d = z - max,
 // e = exp(beta d) and s = e / sum e over the window,
 //
 //   m = sum z s                        dm/dz = s (1 + beta (z - m))
 //   (px, py) = sum (x, y) s            dp/dz = s beta ((x, y) - p)
 //
 // Textual header without an include guard: it is included inside the namespace that uses it, on the CPU once per
-// instruction set. V is a scalar or a vector type; reciprocal(V), and clamp_unit(V) to [-1, 1], must have been declared
-// before, and LF_HD comes from host_device.h.
+// instruction set. V is a scalar or a vector type, I its integers; these must have been declared before: reciprocal(V),
+// clamp_unit(V) to [-1, 1], above_or_nan(a, b), which is true where a > b or a is NaN, and chosen(test, a, b), which is
+// a where the test is true and else b. LF_HD comes from host_device.h.
 
 // Sums of e, z e, x e and y e over a window; `row` has the first three over one row of it. That a row is added up by
 // itself keeps the rounding of long sums small.
@@ -98,4 +100,21 @@ LF_HD void unpool_backward(const Corners<V>& grad, V what, V share_x, V share_y,
     grad_what = top + share_y * (bottom - top);
     grad_x = what * half_x * (top_slope + share_y * (bottom_slope - top_slope));
     grad_y = what * half_y * (bottom - top);
+}
+
+// Hard pooling: `most` of a window, -inf before the first element, and its `tap`, the element's number. Elements come
+// in their order; of equal ones the first counts, of several NaN the last, as in torch.
+template <class V, class I>
+LF_HD void max_pool_add(V z, I tap, V& most, I& most_tap) {
+    const auto takes = above_or_nan(z, most);
+    most = chosen(takes, z, most);
+    most_tap = chosen(takes, tap, most_tap);
+}
+
+// The same of two parts of a window, whatever the order.
+template <class V, class I>
+LF_HD void max_pool_merge(V z, I tap, V& most, I& most_tap) {
+    const bool takes = z != z ? most == most || tap > most_tap : z > most || (z == most && tap < most_tap);
+    most = takes ? z : most;
+    most_tap = takes ? tap : most_tap;
 }

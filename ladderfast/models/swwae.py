@@ -28,7 +28,10 @@ class SWWAEOutput(NamedTuple):
 
 
 class WhatWhere(NamedTuple):
-    """What a pooling layer puts out: what (N, C, h, w), and where, of one layout for each kind of pooling."""
+    """What a pooling layer puts out: what (N, C, h, w), and where, of one layout for each kind of pooling.
+
+    Soft: (N, C, 2, h, w), x and y. Hard: (N, C, h, w), the maximum's number in its window, row by row, torch.uint8.
+    """
 
     what: Tensor
     where: Tensor
@@ -106,7 +109,8 @@ class SWWAE(nn.Module):
                 encoder.append(_Convolution(below[0], stage.shape[0], stage.size, batch_norm, True, **made))
             elif stage.kind == "pool":
                 soft = pooling == "soft"
-                encoder.append(SoftPool2d(stage.size, beta) if soft else WhereMaxPool2d(stage.size))
+                hard = WhereMaxPool2d(stage.size, positions=False)
+                encoder.append(SoftPool2d(stage.size, beta) if soft else hard)
             else:
                 dense.append(nn.Linear(math.prod(below), stage.shape[0], **made))
             below = stage.shape

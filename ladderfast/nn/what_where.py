@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ladderfast.ops import soft_pool2d, soft_unpool2d
-from ladderfast.ops.what_where import sharpness, window
+from ladderfast.ops import soft_pool2d, soft_unpool2d, where_max_pool2d, where_max_unpool2d
+from ladderfast.ops.what_where import sharpness, unpooled_size, window
 
 
 class _Windowed(nn.Module):
@@ -57,33 +57,37 @@ class SoftUnpool2d(_Windowed):
 
     def forward(self, what: Tensor, where: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         z = soft_unpool2d(what, where, self.kernel_size)
-        if output_size is None or tuple(output_size) == tuple(z.shape[2:]):
+        height, width = unpooled_size("SoftUnpool2d", what, self.kernel_size, output_size)
+        if (height, width) == tuple(z.shape[2:]):
             return z
-        more = output_size[0] - z.shape[2], output_size[1] - z.shape[3]
-        if not all(0 <= m < k for m, k in zip(more, self.kernel_size, strict=True)):
-            raise ValueError(
-                f"SoftUnpool2d: output_size must be that of a tensor with {tuple(what.shape[2:])} windows of "
-                f"{self.kernel_size}; got {tuple(output_size)}"
-            )
-        return functional.pad(z, (0, more[1], 0, more[0]))
+        return functional.pad(z, (0, width - z.shape[3], 0, height - z.shape[2]))
 
 
 class WhereMaxPool2d(_Windowed):
     """Hard pooling: each window's maximum and its place.
 
-    torch.nn.functional.max_pool2d with its indices; of equal maxima the first one counts, row by row, on every device.
+    Of equal maxima the first one counts, row by row, on every device.
 
     Args:
         kernel_size: the window's rows and columns, one number or a pair, each from 1 to 16; the stride is the same.
+        positions: where as torch.nn.functional.max_pool2d has it; without, it takes an eighth of the memory.
 
     Shape:
         z (N, C, H, W) -> what (N, C, h, w) and where (N, C, h, w), integers: the maximum's position in the channel,
-        row * W + column. Rows and columns that fill no window are left out: h = H // rows, w = W // columns.
+        row * W + column, in torch.int64; or without `positions` its number in the window, row * columns + column, in
+        torch.uint8. Rows and columns that fill no window are left out: h = H // rows, w = W // columns. See
+        `ladderfast.ops.where_max_pool2d`.
     """
 
+    def __init__(self, kernel_size: int | tuple[int, int], *, positions: bool = True) -> None:
+        super().__init__(kernel_size)
+        self.positions = positions
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        what, where = functional.max_pool2d(z, self.kernel_size, return_indices=True)
-        return what, where
+        return where_max_pool2d(z, self.kernel_size, positions=self.positions)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, positions={self.positions}"
 
 
 class WhereMaxUnpool2d(_Windowed):
@@ -93,9 +97,10 @@ class WhereMaxUnpool2d(_Windowed):
         kernel_size: as in `WhereMaxPool2d`.
 
     Shape:
-        what (N, C, h, w), where (N, C, h, w) -> (N, C, h rows, w columns), or with `output_size` = (H, W) that many
-        rows and columns; it is needed where the window does not divide what was pooled.
+        what (N, C, h, w), where (N, C, h, w) in either form -> (N, C, h rows, w columns), or with `output_size` =
+        (H, W) that many rows and columns; positions need it where the window does not divide what was pooled. See
+        `ladderfast.ops.where_max_unpool2d`.
     """
 
     def forward(self, what: Tensor, where: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        return functional.max_unpool2d(what, where, self.kernel_size, output_size=output_size)
+        return where_max_unpool2d(what, where, self.kernel_size, output_size)

@@ -16,7 +16,7 @@ from ladderfast.ops.tagger_step import (
     gaussian_step_inputs,
     gaussian_step_outputs,
 )
-from ladderfast.ops.what_where import soft_pool2d, soft_unpool2d
+from ladderfast.ops.what_where import soft_pool2d, soft_unpool2d, where_max_pool2d, where_max_unpool2d
 
 __all__ = [
     "bernoulli_group_inputs",
@@ -33,4 +33,6 @@ __all__ = [
     "ln_convlstm_step",
     "soft_pool2d",
     "soft_unpool2d",
+    "where_max_pool2d",
+    "where_max_unpool2d",
 ]

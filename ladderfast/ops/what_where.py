@@ -50,6 +50,28 @@ if _extension.module is not None:
         n, c, h, w = what.shape
         return torch.empty_like(what), _empty(what, (n, c, 2, h, w), _channels_last(what))
 
+    @torch.library.register_fake("ladderfast::where_max_pool2d")
+    def _max_pool_fake(z: Tensor, kernel_h: int, kernel_w: int, positions: bool) -> tuple[Tensor, Tensor]:
+        n, c, h, w = z.shape[0], z.shape[1], z.shape[2] // kernel_h, z.shape[3] // kernel_w
+        what = _empty(z, (n, c, h, w), _channels_last(z))
+        return what, torch.empty_like(what, dtype=torch.int64 if positions else torch.uint8)
+
+    @torch.library.register_fake("ladderfast::where_max_pool2d_backward")
+    def _max_pool_backward_fake(
+        grad_what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int
+    ) -> Tensor:
+        return _empty(grad_what, (*where.shape[:2], height, width), _channels_last(where))
+
+    @torch.library.register_fake("ladderfast::where_max_unpool2d")
+    def _max_unpool_fake(
+        what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int
+    ) -> Tensor:
+        return _empty(what, (*what.shape[:2], height, width), _channels_last(what))
+
+    @torch.library.register_fake("ladderfast::where_max_unpool2d_backward")
+    def _max_unpool_backward_fake(grad_z: Tensor, where: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+        return _empty(grad_z, tuple(where.shape), _channels_last(grad_z))
+
 
 def _packed(z: Tensor) -> Tensor:
     """z as the kernels take it: contiguous or channels-last; a copy only where it is neither."""
@@ -64,12 +86,20 @@ def _triton() -> Any:
     return what_where
 
 
+def _op(name: str, backend_name: str) -> Any:
+    """The registered op of that name."""
+    return (
+        getattr(_triton(), f"{name}_triton")
+        if backend_name == "triton"
+        else getattr(torch.ops.ladderfast, name)
+    )
+
+
 @known_signature
 class _SoftPool(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, kernel_h: int, kernel_w: int, beta: float, name: str) -> tuple[Tensor, Tensor]:
-        op = _triton().soft_pool2d_triton if name == "triton" else torch.ops.ladderfast.soft_pool2d
-        return op(_packed(z), kernel_h, kernel_w, beta)
+        return _op("soft_pool2d", name)(_packed(z), kernel_h, kernel_w, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -100,8 +130,7 @@ class _SoftPoolBackward(torch.autograd.Function):
         beta: float,
         name: str,
     ) -> Tensor:
-        triton = name == "triton"
-        op = _triton().soft_pool2d_backward_triton if triton else torch.ops.ladderfast.soft_pool2d_backward
+        op = _op("soft_pool2d_backward", name)
         return op(grad_what, grad_where, _packed(z), kernel_h, kernel_w, beta)
 
     @staticmethod
@@ -130,8 +159,7 @@ class _SoftPoolBackward(torch.autograd.Function):
 class _SoftUnpool(torch.autograd.Function):
     @staticmethod
     def forward(what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, name: str) -> Tensor:
-        op = _triton().soft_unpool2d_triton if name == "triton" else torch.ops.ladderfast.soft_unpool2d
-        return op(_packed(what), where, kernel_h, kernel_w)
+        return _op("soft_unpool2d", name)(_packed(what), where, kernel_h, kernel_w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -156,11 +184,7 @@ class _SoftUnpoolBackward(torch.autograd.Function):
     def forward(
         grad_z: Tensor, what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, name: str
     ) -> tuple[Tensor, Tensor]:
-        triton = name == "triton"
-        op = (
-            _triton().soft_unpool2d_backward_triton if triton else torch.ops.ladderfast.soft_unpool2d_backward
-        )
-        return op(grad_z, _packed(what), where, kernel_h, kernel_w)
+        return _op("soft_unpool2d_backward", name)(grad_z, _packed(what), where, kernel_h, kernel_w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -183,6 +207,110 @@ class _SoftUnpoolBackward(torch.autograd.Function):
         return tuple(t.unflatten(0, tensors[1].shape[:2]) for t in out), (0, 0)
 
 
+@known_signature
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(z: Tensor, kernel_h: int, kernel_w: int, positions: bool, name: str) -> tuple[Tensor, Tensor]:
+        return _op("where_max_pool2d", name)(_packed(z), kernel_h, kernel_w, positions)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        z, kernel_h, kernel_w, _, name = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+        ctx.options = kernel_h, kernel_w, z.shape[2], z.shape[3], name
+
+    @staticmethod
+    def backward(ctx: Any, grad_what: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        grad_z = None
+        if grad_what is not None:
+            grad_z = apply_in_backward(_MaxPoolBackward, grad_what, *ctx.saved_tensors, *ctx.options)
+        return grad_z, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor, *options: Any) -> Any:
+        z = z.movedim(in_dims[0], 0)
+        out = _MaxPool.apply(z.flatten(0, 1), *options)
+        return tuple(t.unflatten(0, z.shape[:2]) for t in out), (0, 0)
+
+
+class _Put(torch.autograd.Function):
+    """What at where: unpooling, and pooling's backward pass, which differ in whose order of axes they take.
+
+    The gradient of either is what lies at where.
+    """
+
+    op: str
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, where, kernel_h, kernel_w, _, _, name = inputs
+        ctx.save_for_backward(where)
+        ctx.options = kernel_h, kernel_w, name
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        grad_what = apply_in_backward(_MaxUnpoolBackward, grad_z, *ctx.saved_tensors, *ctx.options)
+        return grad_what, None, None, None, None, None, None
+
+    @classmethod
+    def _over_seeds(cls, info: Any, in_dims: Any, what: Tensor, where: Tensor, *options: Any) -> Any:
+        tensors = batch_first(info.batch_size, in_dims[:2], (what, where))
+        out = cls.apply(*(t.flatten(0, 1) for t in tensors), *options)
+        return out.unflatten(0, tensors[0].shape[:2]), 0
+
+
+@known_signature
+class _MaxPoolBackward(_Put):
+    @staticmethod
+    def forward(
+        grad_what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int, name: str
+    ) -> Tensor:
+        op = _op("where_max_pool2d_backward", name)
+        return op(grad_what, _packed(where), kernel_h, kernel_w, height, width)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _MaxPoolBackward._over_seeds(info, in_dims, *args)
+
+
+@known_signature
+class _MaxUnpool(_Put):
+    @staticmethod
+    def forward(
+        what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int, name: str
+    ) -> Tensor:
+        return _op("where_max_unpool2d", name)(_packed(what), where, kernel_h, kernel_w, height, width)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _MaxUnpool._over_seeds(info, in_dims, *args)
+
+
+@known_signature
+class _MaxUnpoolBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad_z: Tensor, where: Tensor, kernel_h: int, kernel_w: int, name: str) -> Tensor:
+        return _op("where_max_unpool2d_backward", name)(_packed(grad_z), where, kernel_h, kernel_w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad_z, where, kernel_h, kernel_w, name = inputs
+        ctx.save_for_backward(where)
+        ctx.options = kernel_h, kernel_w, grad_z.shape[2], grad_z.shape[3], name
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return apply_in_backward(_MaxUnpool, grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, grad_z: Tensor, where: Tensor, *options: Any) -> Any:
+        tensors = batch_first(info.batch_size, in_dims[:2], (grad_z, where))
+        out = _MaxUnpoolBackward.apply(*(t.flatten(0, 1) for t in tensors), *options)
+        return out.unflatten(0, tensors[0].shape[:2]), 0
+
+
 def window(op: str, kernel_size: int | tuple[int, int]) -> tuple[int, int]:
     """kernel_size as (rows, columns), checked."""
     pair = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
@@ -191,6 +319,26 @@ def window(op: str, kernel_size: int | tuple[int, int]) -> tuple[int, int]:
     if not all(1 <= k <= LARGEST_WINDOW for k in pair):
         raise ValueError(f"{op}: kernel_size must be from 1 to {LARGEST_WINDOW}; got {kernel_size!r}")
     return pair[0], pair[1]
+
+
+def unpooled_size(
+    op: str, windows: Tensor, kernel_size: tuple[int, int], output_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Rows and columns of what was pooled to windows (N, C, h, w), checked; without output_size, whole windows."""
+    h, w = windows.shape[2:]
+    rows, columns = kernel_size
+    if output_size is None:
+        return h * rows, w * columns
+    pair = isinstance(output_size, (tuple, list)) and len(output_size) == 2
+    if not pair or not all(isinstance(size, (int, torch.SymInt)) for size in output_size):
+        raise TypeError(f"{op}: output_size must be a pair of ints; got {output_size!r}")
+    height, width = output_size
+    if (height // rows, width // columns) != (h, w):
+        raise ValueError(
+            f"{op}: output_size must be that of a tensor with {(h, w)} windows of {kernel_size}; "
+            f"got {tuple(output_size)}"
+        )
+    return height, width
 
 
 def sharpness(op: str, beta: float) -> float:
@@ -202,6 +350,17 @@ def sharpness(op: str, beta: float) -> float:
             f"{op}: beta must be from 0 to {LARGEST_BETA:.0e} (WhereMaxPool2d is the limit); got {beta}"
         )
     return float(beta)
+
+
+def _check_pooled(op: str, z: Tensor, kernel_size: int | tuple[int, int]) -> tuple[int, int]:
+    """The window's rows and columns, if z has one."""
+    check_dtype(op, "z", z)
+    rows, columns = window(op, kernel_size)
+    if z.dim() != 4:
+        raise ValueError(f"{op}: z must have shape (N, C, H, W); got {shape_text(z)}")
+    if z.shape[2] < rows or z.shape[3] < columns:
+        raise ValueError(f"{op}: z must hold a window of {(rows, columns)}; got {shape_text(z)}")
+    return rows, columns
 
 
 def soft_pool2d(z: Tensor, kernel_size: int | tuple[int, int], beta: float) -> tuple[Tensor, Tensor]:
@@ -234,13 +393,8 @@ def soft_pool2d(z: Tensor, kernel_size: int | tuple[int, int], beta: float) -> t
     Source: Zhao et al., "Stacked What-Where Auto-encoders", 2015, equations 3 and 4.
     """
     op = "soft_pool2d"
-    check_dtype(op, "z", z)
-    rows, columns = window(op, kernel_size)
+    rows, columns = _check_pooled(op, z, kernel_size)
     beta = sharpness(op, beta)
-    if z.dim() != 4:
-        raise ValueError(f"{op}: z must have shape (N, C, H, W); got {shape_text(z)}")
-    if z.shape[2] < rows or z.shape[3] < columns:
-        raise ValueError(f"{op}: z must hold a window of {(rows, columns)}; got {shape_text(z)}")
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.soft_pool2d(z, (rows, columns), beta)
@@ -292,3 +446,90 @@ def soft_unpool2d(what: Tensor, where: Tensor, kernel_size: int | tuple[int, int
     if name == "reference":
         return reference.soft_unpool2d(what, where, (rows, columns))
     return apply(_SoftUnpool, what, where, rows, columns, name)
+
+
+def where_max_pool2d(
+    z: Tensor, kernel_size: int | tuple[int, int], *, positions: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Hard pooling that keeps the where: each window's maximum and its place.
+
+    Args:
+        z: (N, C, H, W), contiguous or channels-last (other strides are copied).
+        kernel_size: as in `soft_pool2d`, and what fills no window is left out in the same way.
+        positions: how where says the place.
+
+    Returns:
+        what (N, C, h, w) with h = H // rows, w = W // columns in the dtype of z, and where (N, C, h, w) without a
+        gradient: the element's number in its window, row * columns + column, in torch.uint8; or with `positions` that
+        in its channel, row * W + column, in torch.int64, which is what torch.nn.functional.max_pool2d returns. Both in
+        the memory format of z. Of equal maxima the first one counts, row by row, and of several NaN the last one, as in
+        torch. Differentiable any number of times in z; where alone is kept for backward.
+
+    Every dtype is exact.
+
+    Raises:
+        ValueError: a shape or kernel_size out of range.
+        TypeError: a dtype or type that does not fit.
+        RuntimeError: a forced backend that cannot serve the call.
+
+    Source: Zhao et al., "Stacked What-Where Auto-encoders", 2015, section 3.
+    """
+    op = "where_max_pool2d"
+    rows, columns = _check_pooled(op, z, kernel_size)
+    if not isinstance(positions, bool):
+        raise TypeError(f"{op}: positions must be a bool; got {type(positions).__name__}")
+    name = backend.choose(op, z.device.type, z.dtype)
+    if name == "reference":
+        return reference.where_max_pool2d(z, (rows, columns), positions=positions)
+    return apply(_MaxPool, z, rows, columns, positions, name)
+
+
+def where_max_unpool2d(
+    what: Tensor,
+    where: Tensor,
+    kernel_size: int | tuple[int, int],
+    output_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Puts what at where in its window, and 0 everywhere else: the counterpart of `where_max_pool2d`.
+
+    Args:
+        what: (N, C, h, w), contiguous or channels-last (other strides are copied).
+        where: (N, C, h, w): numbers of elements in windows (torch.uint8) or positions in channels (torch.int64), as
+            `where_max_pool2d` returns them. A place outside its window is allowed: nothing is put anywhere.
+        kernel_size: as in `where_max_pool2d`.
+        output_size: (H, W) of what was pooled, by default (h rows, w columns). Positions need it where the windows do
+            not fill W.
+
+    Returns:
+        (N, C, H, W) in the dtype and memory format of what. Differentiable any number of times in what; where alone is
+        kept for backward.
+
+    Every dtype is exact.
+
+    Raises:
+        ValueError: shapes, devices, an output_size or a kernel_size that do not fit.
+        TypeError: dtypes or types that do not fit.
+        RuntimeError: a forced backend that cannot serve the call.
+
+    Source: Zhao et al., "Stacked What-Where Auto-encoders", 2015, section 3.
+    """
+    op = "where_max_unpool2d"
+    check_dtype(op, "what", what)
+    rows, columns = window(op, kernel_size)
+    if not isinstance(where, Tensor):
+        raise TypeError(f"{op}: where must be a tensor; got {type(where).__name__}")
+    if where.dtype not in (torch.uint8, torch.int64):
+        raise TypeError(f"{op}: where must be torch.uint8 or torch.int64; got {where.dtype}")
+    if what.dim() != 4:
+        raise ValueError(f"{op}: what must have shape (N, C, h, w); got {shape_text(what)}")
+    if where.shape != what.shape:
+        raise ValueError(
+            f"{op}: where must have the shape of what, {shape_text(what)}; got {shape_text(where)}"
+        )
+    if where.device != what.device:
+        raise ValueError(f"{op}: where must be on the device of what, {what.device}; got {where.device}")
+    height, width = unpooled_size(op, what, (rows, columns), output_size)
+    name = backend.choose(op, what.device.type, what.dtype)
+    if name == "reference":
+        return reference.where_max_unpool2d(what, where, (rows, columns), (height, width))
+    return apply(_MaxUnpool, what, where, rows, columns, height, width, name)

@@ -120,3 +120,62 @@ def soft_unpool2d_backward(
     grad_x = what * (grad * down * across_slope).sum((3, 5))
     grad_y = what * (grad * down_slope * across).sum((3, 5))
     return grad_what.to(dtype), torch.stack([grad_x, grad_y], 2).to(dtype)
+
+
+def _window_starts(windows: Tensor, kernel_size: tuple[int, int], width: int) -> Tensor:
+    """Positions in a channel, row * width + column, of the first elements of windows (N, C, h, w): (h, w)."""
+    h, w = windows.shape[2:]
+    down = torch.arange(h, device=windows.device) * (kernel_size[0] * width)
+    return down[:, None] + torch.arange(w, device=windows.device) * kernel_size[1]
+
+
+def _taps(where: Tensor, kernel_size: tuple[int, int], width: int) -> Tensor:
+    """where (N, C, h, w) as the numbers of elements in their windows, row by row; -1 for what lies in none."""
+    rows, columns = kernel_size
+    if where.dtype == torch.uint8:
+        tap = where.long()
+        return torch.where(tap < rows * columns, tap, -1)
+    offset = where - _window_starts(where, kernel_size, width)
+    row, column = offset.div(width, rounding_mode="floor"), offset.remainder(width)
+    inside = (row >= 0) & (row < rows) & (column < columns)
+    return torch.where(inside, row * columns + column, -1)
+
+
+def where_max_pool2d(
+    z: Tensor, kernel_size: tuple[int, int], *, positions: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The largest element of each window and its place; shapes and meaning as `ladderfast.ops.where_max_pool2d`."""
+    rows, columns = kernel_size
+    windows = _windows(z, kernel_size).transpose(3, 4).flatten(4)
+    nan = windows.isnan()
+    last_nan = rows * columns - 1 - nan.flip(-1).int().argmax(-1)
+    tap = torch.where(nan.any(-1), last_nan, windows.argmax(-1))
+    what = windows.gather(-1, tap.unsqueeze(-1)).squeeze(-1)
+    if not positions:
+        return what, tap.to(torch.uint8)
+    width = z.shape[3]
+    row, column = tap.div(columns, rounding_mode="floor"), tap.remainder(columns)
+    return what, _window_starts(tap, kernel_size, width) + row * width + column
+
+
+def where_max_unpool2d(
+    what: Tensor, where: Tensor, kernel_size: tuple[int, int], output_size: tuple[int, int]
+) -> Tensor:
+    """What at where, and else 0; shapes and meaning as `ladderfast.ops.where_max_unpool2d`.
+
+    It is where_max_pool2d's backward pass as well, with the gradient of what in the place of what.
+    """
+    rows, columns = kernel_size
+    height, width = output_size
+    n, c, h, w = what.shape
+    at = _taps(where, kernel_size, width).unsqueeze(-1) == torch.arange(rows * columns, device=what.device)
+    windows = torch.where(at, what.unsqueeze(-1), 0).unflatten(-1, kernel_size).transpose(3, 4)
+    z = windows.reshape(n, c, h * rows, w * columns)
+    return torch.nn.functional.pad(z, (0, width - w * columns, 0, height - h * rows))
+
+
+def where_max_unpool2d_backward(grad_z: Tensor, where: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Gradient with respect to what: that of z at where, and 0 where nothing was put."""
+    tap = _taps(where, kernel_size, grad_z.shape[3])
+    windows = _windows(grad_z, kernel_size).transpose(3, 4).flatten(4)
+    return torch.where(tap >= 0, windows.gather(-1, tap.clamp(min=0).unsqueeze(-1)).squeeze(-1), 0)

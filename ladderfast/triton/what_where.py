@@ -5,7 +5,8 @@ the elements of a window, rounded up to a power of two. Everything is widened to
 at the store.
 
 Floor, per element of z in float32: k x k pooling moves 4 + 12 / k^2 bytes forward and 8 + 12 / k^2 backward, unpooling
-4 + 12 / k^2 forward and at most 4 + 24 / k^2 backward. Not yet measured on a GPU.
+4 + 12 / k^2 forward and at most 4 + 24 / k^2 backward; hard, with where in bytes, 4 + 5 / k^2 each, and one element of
+a window on the way back from unpooling. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -207,6 +208,124 @@ def _unpool_backward_kernel(
     tl.store(grad_where_ptr + y_at, tl.where((y >= -1.0) & (y <= 1.0), of_y, 0.0), mask=exists)
 
 
+@triton.jit
+def _window_position(index, down, across, inner, width, KH: tl.constexpr, KW: tl.constexpr):
+    """The positions in their channels of the windows' first elements."""
+    above = index // inner
+    return (above // across % down * KH).to(tl.int64) * width + above % across * KW
+
+
+@triton.jit
+def _load_taps(
+    where_ptr,
+    index,
+    exists,
+    down,
+    across,
+    inner,
+    width,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Which element of its window each where names, row by row; -1 where it is none of the window's."""
+    where = tl.load(where_ptr + index, mask=exists, other=0)
+    if POSITIONS:
+        offset = where - _window_position(index, down, across, inner, width, KH, KW)
+        row = tl.where(offset >= 0, offset // width, KH)
+        column = offset - row * width
+        return tl.where((row < KH) & (column < KW), row * KW + column, -1).to(tl.int32)
+    else:
+        tap = where.to(tl.int32)
+        return tl.where(tap < KH * KW, tap, -1)
+
+
+@triton.jit
+def _max_pool_kernel(
+    z_ptr,
+    what_ptr,
+    where_ptr,
+    outputs,
+    down,
+    across,
+    inner,
+    height,
+    width,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    index, exists, _, _, origin = _outputs(outputs, down, across, inner, height, width, KH, KW, BLOCK)
+    i, j, real = _taps(KH, KW, TAPS)
+    seen = exists[:, None] & real[None, :]
+    at = origin[:, None] + ((i * width + j) * inner)[None, :]
+    z = tl.load(z_ptr + at, mask=seen, other=float("-inf")).to(tl.float32)
+    nan = z != z
+    most = tl.max(tl.where(nan, float("-inf"), z), 1)
+    # Of equal maxima the first one, of several NaN the last.
+    tap = tl.arange(0, TAPS)[None, :]
+    first = tl.min(tl.where(real[None, :] & (z == most[:, None]), tap, TAPS), 1)
+    last_nan = tl.max(tl.where(nan, tap, -1), 1)
+    tap = tl.where(last_nan >= 0, last_nan, first)
+    tl.store(what_ptr + index, tl.where(last_nan >= 0, float("nan"), most), mask=exists)
+    if POSITIONS:
+        position = _window_position(index, down, across, inner, width, KH, KW)
+        tl.store(where_ptr + index, position + tap // KW * width + tap % KW, mask=exists)
+    else:
+        tl.store(where_ptr + index, tap.to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def _max_unpool_kernel(
+    what_ptr,
+    where_ptr,
+    z_ptr,
+    outputs,
+    down,
+    across,
+    inner,
+    height,
+    width,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    index, exists, _, _, origin = _outputs(outputs, down, across, inner, height, width, KH, KW, BLOCK)
+    i, j, real = _taps(KH, KW, TAPS)
+    what = tl.load(what_ptr + index, mask=exists, other=0.0)
+    tap = _load_taps(where_ptr, index, exists, down, across, inner, width, KH, KW, POSITIONS)
+    at = origin[:, None] + ((i * width + j) * inner)[None, :]
+    z = tl.where(tl.arange(0, TAPS)[None, :] == tap[:, None], what[:, None], 0.0)
+    tl.store(z_ptr + at, z, mask=exists[:, None] & real[None, :])
+
+
+@triton.jit
+def _max_unpool_backward_kernel(
+    grad_z_ptr,
+    where_ptr,
+    grad_what_ptr,
+    outputs,
+    down,
+    across,
+    inner,
+    height,
+    width,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    index, exists, _, _, origin = _outputs(outputs, down, across, inner, height, width, KH, KW, BLOCK)
+    tap = _load_taps(where_ptr, index, exists, down, across, inner, width, KH, KW, POSITIONS)
+    at = origin + (tap // KW * width + tap % KW) * inner
+    grad = tl.load(grad_z_ptr + at, mask=exists & (tap >= 0), other=0.0)
+    tl.store(grad_what_ptr + index, grad, mask=exists)
+
+
 def _empty(like: Tensor, shape: tuple[int, ...], *, zero: bool = False) -> Tensor:
     """In the order of axes of `like`: contiguous, or the channels last."""
     last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
@@ -301,3 +420,71 @@ def soft_unpool2d_backward_triton(
                 BLOCK=BACKWARD_BLOCK,
             )
     return grad_what, grad_where
+
+
+@triton_op("ladderfast::where_max_pool2d_triton", mutates_args={})
+def where_max_pool2d_triton(
+    z: Tensor, kernel_h: int, kernel_w: int, positions: bool
+) -> tuple[Tensor, Tensor]:
+    """z contiguous or channels-last; see ladderfast.ops.where_max_pool2d."""
+    n, c, height, width = z.shape
+    h, w = height // kernel_h, width // kernel_w
+    what = _empty(z, (n, c, h, w))
+    where = torch.empty_like(what, dtype=torch.int64 if positions else torch.uint8)
+    if what.numel() > 0:
+        sizes, fixed = launch_sizes(z, h, w, height, width), constants(kernel_h, kernel_w)
+        with torch.cuda.device_of(z):
+            wrap_triton(_max_pool_kernel)[(triton.cdiv(sizes[0], fixed["BLOCK"]),)](
+                z, what, where, *sizes, **fixed, POSITIONS=int(positions)
+            )
+    return what, where
+
+
+def _put(what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int) -> Tensor:
+    """What at where, both in one order of axes."""
+    n, c, h, w = what.shape
+    z = _empty(what, (n, c, height, width), zero=h * kernel_h < height or w * kernel_w < width)
+    if what.numel() > 0:
+        sizes, fixed = launch_sizes(what, h, w, height, width), constants(kernel_h, kernel_w)
+        with torch.cuda.device_of(what):
+            wrap_triton(_max_unpool_kernel)[(triton.cdiv(sizes[0], fixed["BLOCK"]),)](
+                what, where, z, *sizes, **fixed, POSITIONS=int(where.dtype == torch.int64)
+            )
+    return z
+
+
+@triton_op("ladderfast::where_max_pool2d_backward_triton", mutates_args={})
+def where_max_pool2d_backward_triton(
+    grad_what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int
+) -> Tensor:
+    """Gradient with respect to z, in the order of axes of where."""
+    return _put(_as(grad_what, where), where, kernel_h, kernel_w, height, width)
+
+
+@triton_op("ladderfast::where_max_unpool2d_triton", mutates_args={})
+def where_max_unpool2d_triton(
+    what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int
+) -> Tensor:
+    """what contiguous or channels-last; see ladderfast.ops.where_max_unpool2d."""
+    return _put(what, _as(where, what), kernel_h, kernel_w, height, width)
+
+
+@triton_op("ladderfast::where_max_unpool2d_backward_triton", mutates_args={})
+def where_max_unpool2d_backward_triton(grad_z: Tensor, where: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+    """Gradient with respect to what; grad_z contiguous or channels-last."""
+    n, c, h, w = where.shape
+    grad_what = _empty(grad_z, (n, c, h, w))
+    if where.numel() > 0:
+        sizes = launch_sizes(grad_z, h, w, *grad_z.shape[2:])
+        with torch.cuda.device_of(grad_z):
+            wrap_triton(_max_unpool_backward_kernel)[(triton.cdiv(sizes[0], BACKWARD_BLOCK),)](
+                grad_z,
+                _as(where, grad_z),
+                grad_what,
+                *sizes,
+                KH=kernel_h,
+                KW=kernel_w,
+                BLOCK=BACKWARD_BLOCK,
+                POSITIONS=int(where.dtype == torch.int64),
+            )
+    return grad_what

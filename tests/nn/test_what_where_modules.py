@@ -28,6 +28,12 @@ def test_hard_modules_move_maxima():
     assert where.flatten().tolist() == [4, 2]
     out = WhereMaxUnpool2d(2)(what, where)
     assert out.flatten().tolist() == [0, 0, 5, 0, 3, 0, 0, 0]
+    small = WhereMaxPool2d(2, positions=False)
+    what, where = small(z)
+    assert where.dtype == torch.uint8
+    assert where.flatten().tolist() == [2, 0]
+    assert torch.equal(WhereMaxUnpool2d(2)(what, where), out)
+    assert repr(small) == "WhereMaxPool2d(2, positions=False)"
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -56,11 +62,12 @@ def test_sizes_that_do_not_divide():
     assert not out[:, :, :, 12:].any()
     out.square().sum().backward()
     assert z.grad[:, :, :8, :12].any()
-    hard_what, hard_where = WhereMaxPool2d((4, 3))(z)
-    hard = WhereMaxUnpool2d((4, 3))(hard_what, hard_where, output_size=(11, 14))
-    assert hard.shape == z.shape
-    assert torch.equal(hard[hard != 0], z[hard != 0])
-    assert (hard != 0).sum() == hard_what.numel()
+    for positions in (True, False):
+        hard_what, hard_where = WhereMaxPool2d((4, 3), positions=positions)(z)
+        hard = WhereMaxUnpool2d((4, 3))(hard_what, hard_where, output_size=(11, 14))
+        assert hard.shape == z.shape
+        assert torch.equal(hard[hard != 0], z[hard != 0])
+        assert (hard != 0).sum() == hard_what.numel()
 
 
 def test_errors():

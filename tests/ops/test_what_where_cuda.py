@@ -252,3 +252,135 @@ def test_empty(lib, shape) -> None:
     before = lib.blocks()
     run(lib, (shape, (2, 2)), draw((shape, (2, 2)), torch.float32), 1.0)
     assert lib.blocks() == before
+
+
+# Hard pooling and unpooling.
+
+
+def draw_hard(case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Few values, so that many are equal, and among them NaN and -inf; what and grad_z are what `draw` makes of them.
+
+    grad_z has the rows and columns that fill no window.
+    """
+    (outer, height, width, inner), _ = case
+    data = draw(case, dtype)
+    for name in ("z", "grad_z"):
+        data[name] = torch.randint(-2, 3, (outer, inner, height, width)).double()
+    for value in (float("nan"), float("-inf")):
+        data["z"][torch.rand(data["z"].shape) < 0.08] = value
+    return {name: data[name].to(dtype) for name in ("z", "what", "grad_z")}
+
+
+def run_hard(
+    lib, case, data, positions: bool, off: int = 0, where: Tensor | None = None
+) -> dict[str, Tensor]:
+    """All three kernels, unpooling at `where` if given; results in the reference's order of axes."""
+    (outer, height, width, inner), (rows, columns) = case
+    dtype, shape = data["z"].dtype, Shape(outer, height, width, inner, rows, columns)
+    tail = (int(positions), CODES[dtype], ctypes.byref(shape), None)
+    inputs = {name: lib.copy(first(t), name=name, misalignment=off) for name, t in data.items()}
+
+    def output(name: str, like: str, dtype: torch.dtype = dtype) -> Tensor:
+        return lib.empty(tuple(first(data[like]).shape), dtype, name=name, misalignment=off)
+
+    pooled, z, grad_what = output("pooled", "what"), output("z", "z"), output("grad_what", "what")
+    found = lib.empty(
+        tuple(pooled.shape),
+        torch.int64 if positions else torch.uint8,
+        name="where",
+        misalignment=off // 8 * 8,
+    )
+    assert lib.call("ladderfast_max_pool_forward_cuda", inputs["z"], pooled, found, *tail) == 0
+    at = found if where is None else lib.copy(first(where), name="where")
+    assert lib.call("ladderfast_max_unpool_forward_cuda", inputs["what"], at, z, *tail) == 0
+    assert lib.call("ladderfast_max_unpool_backward_cuda", inputs["grad_z"], at, grad_what, *tail) == 0
+    results = {"pooled": pooled, "where": found, "z": z, "grad_what": grad_what}
+    return {name: t.movedim(-1, 1) for name, t in results.items()}
+
+
+def expected_hard(case, data, positions: bool, where: Tensor | None = None) -> dict[str, Tensor]:
+    kernel = case[1]
+    pooled, found = reference.where_max_pool2d(data["z"], kernel, positions=positions)
+    at = found if where is None else where
+    return {
+        "pooled": pooled,
+        "where": found,
+        "z": reference.where_max_unpool2d(data["what"], at, kernel, case[0][1:3]),
+        "grad_what": reference.where_max_unpool2d_backward(data["grad_z"], at, kernel),
+    }
+
+
+def check_hard(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    for name, value in ours.items():
+        assert value.dtype == exact[name].dtype, name
+        torch.testing.assert_close(value, exact[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", list(CODES), ids=str)
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_hard_against_the_reference(lib, case, positions, dtype) -> None:
+    data = draw_hard(case, dtype)
+    check_hard(run_hard(lib, case, data, positions), expected_hard(case, data, positions))
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[8]], ids=["pairs", "eight", "sixteen"])
+def test_hard_in_any_order_and_alignment(lib, case) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        data = draw_hard(case, dtype)
+        exact = expected_hard(case, data, True)
+        check_hard(run_hard(lib, case, data, True, off=data["z"].element_size()), exact)
+        for seed in (1, 2):
+            with lib.order(seed):
+                check_hard(run_hard(lib, case, data, True), exact)
+
+
+@pytest.mark.parametrize(
+    "case", [CASES[2], CASES[4], CASES[5], CASES[9]], ids=["two", "six", "16", "channels"]
+)
+def test_places_outside_the_window(lib, case) -> None:
+    """Nothing is put anywhere and the gradient is 0."""
+    (_, height, width, _), (rows, columns) = case
+    data = draw_hard(case, torch.float32)
+    for positions in (False, True):
+        where = reference.where_max_pool2d(data["z"], case[1], positions=positions)[1]
+        last = (height // rows - 1) * rows * width + (width // columns - 1) * columns  # of the last window
+        wrong = [min(rows * columns, 255), 255] if rows * columns < 256 else []
+        if positions:
+            wrong = [
+                last - 1,
+                last + columns,
+                last - width,
+                last + rows * width,
+                -1,
+                2**40,
+                -(2**40),
+                2**31 + last,
+            ]
+        for value in wrong:
+            bad = where.clone()
+            bad[1, -1, -1, -1] = value
+            ours, exact = (
+                run_hard(lib, case, data, positions, where=bad),
+                expected_hard(case, data, positions, bad),
+            )
+            check_hard(ours, exact)
+            assert ours["grad_what"][1, -1, -1, -1] == 0
+            assert not ours["z"][
+                1, -1, (height // rows - 1) * rows :, (width // columns - 1) * columns :
+            ].any()
+
+
+def test_hard_refused_and_empty(lib) -> None:
+    before = lib.blocks()
+    for dtype, shape, result in (
+        (4, Shape(1, 4, 4, 1, 2, 2), 1),
+        (0, Shape(1, 40, 4, 1, 17, 2), 1),
+        (0, Shape(2**31, 2, 2, 1, 2, 2), 1),
+        (0, Shape(0, 4, 4, 1, 2, 2), 0),
+    ):
+        for positions in (0, 1):
+            tail = (positions, dtype, ctypes.byref(shape), None)
+            for kernel in ("max_pool_forward", "max_unpool_forward", "max_unpool_backward"):
+                assert lib.call(f"ladderfast_{kernel}_cuda", None, None, None, *tail) == result
+    assert lib.blocks() == before

@@ -176,6 +176,17 @@ def test_two_seeds_side_by_side_are_what_each_is_alone(small):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_seeds_are_one_batched_program(small):
+    """Nothing in a step falls back to going through the networks one by one."""
+    run = Run(small, folder=None, progress=False, seeds=2)
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        run.step()
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(enabled)
+
+
 def test_a_softmax_on_the_frozen_encoder(small):
     small["model"]["init_args"].update(batch_norm=False, dropout_dense=0.0)
     small["objective"]["init_args"] = {"lambda_nll": 0.0, "lambda_rec": 1.0, "softmax_iterations": 30}
