@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,10 @@ class _Cell(nn.Module):
     dense = False  # whether positions are to be laid out in a row
     has_state = False
 
+    def feedback_scale(self) -> nn.Parameter:
+        """What the feedback's part in the cell's sum is proportional to."""
+        raise NotImplementedError
+
     def forward(
         self, x: Tensor, d: Tensor | None, state: tuple[Tensor, ...], step: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -190,6 +194,10 @@ class _Stateless(_Cell):
         self.map = linear(in_channels, level.stride, bias=norm == "none")
         self.feedback = linear(channels, 1, bias=False) if feedback else None
         self.norm = make_norm(norm, channels, steps, **factory)
+
+    def feedback_scale(self) -> nn.Parameter:
+        assert self.feedback is not None
+        return cast(nn.Parameter, self.feedback.weight)
 
     def forward(self, x, d, state, step):
         a = self.map(x)
@@ -245,6 +253,11 @@ class _LSTM(_Cell):
         if not recurrent:
             self.cell.weight_hh.requires_grad_(False)
 
+    def feedback_scale(self) -> nn.Parameter:
+        if len(self.norms):
+            return cast(StepBatchNorm, self.norms[1]).weight
+        return (self.cell.norm_weight or self.cell.weight_ih)[1]
+
     def forward(self, x, d, state, step):
         inputs = (x, d) if self.pair else (x,)
         gates = self.cell.project(inputs)
@@ -287,6 +300,9 @@ class _GRU(_Cell):
         if not recurrent:
             self.cell.recurrent.weight.requires_grad_(False)
 
+    def feedback_scale(self) -> nn.Parameter:
+        return cast(nn.Parameter, (self.cell.norms or self.cell.inputs)[1].weight)
+
     def forward(self, x, d, state, step):
         h = self.cell((x, d) if self.pair else x, state[0] if state else None, step)
         return h, (h,) if self.has_state else ()
@@ -309,6 +325,11 @@ class RLadder(nn.Module):
         feedback: False: without the connections from the decoder to the encoder of the next step.
         lateral: False: without those from the encoder to the decoder.
         recurrent: False: encoder cells forget their state after each step.
+        feedback_gain: at the start the feedback has this many times the weight in an encoder cell that what comes from
+            below has. A decoder that has learnt nothing says nothing: with 1, what the class is to be learnt from is
+            half noise.
+        out_bias: of the prediction, at the start. Of pixels with values 0..1, before the sigmoid, their mean p as
+            log(p / (1 - p)), so that training does not begin with finding it.
 
     One step is `model.step(x, state)`, a sequence `model(x, state)`; both return an `RLadderOutput` and the state
     after it. A state of None is one of zeros.
@@ -341,6 +362,8 @@ class RLadder(nn.Module):
         feedback: bool = True,
         lateral: bool = True,
         recurrent: bool = True,
+        feedback_gain: float = 1.0,
+        out_bias: float = 0.0,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -356,6 +379,12 @@ class RLadder(nn.Module):
         for name, count in (("num_classes", num_classes), ("out_channels", out_channels)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {count}")
+        if not (math.isfinite(feedback_gain) and feedback_gain >= 0):
+            raise ValueError(f"feedback_gain must be finite and not negative, got {feedback_gain}")
+        if not math.isfinite(out_bias):
+            raise ValueError(f"out_bias must be finite, got {out_bias}")
+        if out_bias and out_channels is None:
+            raise ValueError(f"out_bias has no effect without out_channels and must be 0; got {out_bias}")
         self.input_shape = tuple(input_shape)
         self.levels = tuple(_level(number, level, decoder) for number, level in enumerate(levels))
         if self.levels[-1].decoder is not None:
@@ -375,6 +404,13 @@ class RLadder(nn.Module):
                 )
             self.encoder.append(cell)
             self.shapes.append(below)
+            if self.takes_feedback[-1]:
+                with torch.no_grad():
+                    cell.feedback_scale().mul_(feedback_gain)
+        if feedback_gain != 1 and not any(self.takes_feedback):
+            raise ValueError(
+                f"feedback_gain has no effect where no level takes feedback and must be 1; got {feedback_gain}"
+            )
 
         self.gates = nn.ModuleDict()
         above, pooled = self.shapes[-1], isinstance(self.encoder[-1], _Pool)
@@ -410,6 +446,8 @@ class RLadder(nn.Module):
                 bias=True,
                 **factory,
             )
+            with torch.no_grad():
+                cast(Tensor, self.readout.map.bias).add_(out_bias)
         self.classifier: nn.Linear | None = None
         if num_classes is not None:
             if len(self.shapes[-1]) != 1:

@@ -130,6 +130,32 @@ def test_without_feedback_nothing_of_the_decoder_comes_back():
     assert gradient(second.prediction, [*state.cells[0], *state.cells[3]]) == [True] * 4
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_feedback_starts_as_loud_as_it_is_told_to(name, norm):
+    x = sequence(name)
+    heard = {}
+    for gain in (1, 0.01):
+        model = make(name, norm=norm, feedback_gain=gain)
+        _, state = model.step(x[:, 0])
+        for level, d in enumerate(state.feedback):
+            if d is not None:
+                other = list(state.feedback)
+                other[level] = d.flip(0)
+                tops = [model.step(x[:, 1], s)[0].top for s in (state, state._replace(feedback=tuple(other)))]
+                heard[level, gain] = (tops[0] - tops[1]).detach().norm()
+    levels = [level for level, takes in enumerate(model.takes_feedback) if takes]
+    assert sorted(heard) == [(level, gain) for level in levels for gain in (0.01, 1)]
+    for level in levels:  # a hundredth, but for what is not linear behind it
+        assert 0 < heard[level, 0.01] < 0.25 * heard[level, 1]
+
+
+def test_the_prediction_starts_where_it_is_told_to():
+    x = sequence()[:, 0]
+    plain, other = (make(out_bias=b).step(x)[0].prediction for b in (0.0, 4.5))
+    torch.testing.assert_close(other, plain + 4.5)
+
+
 def test_without_lateral_connections_the_decoder_sees_the_top_alone():
     model, x, first, _, _ = two_steps(lateral=False)
     ours = model.encoder[0].cell.weight_ih[0]
@@ -274,6 +300,14 @@ def test_it_computes_in_16_bits_under_autocast():
         ([{"encoder": "conv", "channels": 3, "feedback": True}], {}, "feedback needs a decoder"),
         ([{"encoder": "conv", "channels": 3}], {"num_classes": 3}, "num_classes needs a dense highest level"),
         (LEVELS, {"feedback": False}, "the decoder has no effect"),
+        (LEVELS, {"feedback_gain": -1.0}, "feedback_gain must be finite and not negative, got -1.0"),
+        (LEVELS, {"out_bias": float("nan"), "out_channels": 1}, "out_bias must be finite, got nan"),
+        (LEVELS, {"out_bias": 1.0}, "out_bias has no effect without out_channels and must be 0; got 1.0"),
+        (
+            LEVELS,
+            {"feedback_gain": 0.5, "feedback": False, "out_channels": 1},
+            "feedback_gain has no effect where no level takes feedback and must be 1; got 0.5",
+        ),
         (LEVELS, {"norm": "weight"}, "norm must be one of layer, batch, none; got 'weight'"),
     ],
 )

@@ -174,6 +174,29 @@ def test_the_recipes_of_the_table_differ_where_they_should():
     assert (states["hierarchical_rnn"], states["temporal_baseline"], states["optimal"]) == (4, 1, 0)
 
 
+@pytest.mark.parametrize("group", ["occluded_mnist_", "occluded_small_"])
+def test_what_is_compared_differs_in_nothing_else(group):
+    full = read_recipe(f"{group}rladder").flat()
+    without = {
+        "no_feedback": {"model.feedback": False, "model.feedback_gain": 1.0},
+        "no_prediction": {
+            "model.out_channels": None,
+            "model.out_bias": 0.0,
+            "objective.prediction_weight": 0.0,
+        },
+    }
+    without["hierarchical_rnn"] = {
+        **without["no_prediction"],
+        "model.decoder": False,
+        "model.feedback_gain": 1.0,
+    }
+    words = ("name", "title", "row", "published")
+    for name, expected in without.items():
+        fields = read_recipe(group + name).flat()
+        changed = {k: v for k, v in fields.items() if k not in words and v != full[k]}
+        assert changed == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
