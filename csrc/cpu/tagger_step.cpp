@@ -3,8 +3,9 @@
 // Inputs: as in tagger.cpp a vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups
 // a few times; what is dear to compute stays on the stack in between.
 //
-// Outputs: an item is a block of pixels of all rows of a seed, so that statistics, results and, in backward, the sums
-// and what needs them read from the second-level cache what the first pass has brought there.
+// Outputs: both directions go over rows and groups to sum, merge the sums of a seed by columns, and go over them again.
+// Items of the first and last pass are the same stretches of whole rows: a thread finds in its cache what it has read,
+// or written, and shares are equal.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger_step.cpp"
 
@@ -18,10 +19,36 @@
 
 namespace ladderfast::cpu {
 
-static const int64_t kOutputsBlock = 64;  // pixels of an item of the outputs
-static const int64_t kOutputsTile = 32;   // rows of x whose sums are kept in T
+static const int64_t kOutputsBlock = 512;   // pixels of an item of the outputs, at most
+static const int64_t kOutputsColumns = 64;  // columns of an item that merges
 
-static inline int64_t outputs_blocks(const TaggerShape& s) { return ceil_div(s.pixels, kOutputsBlock); }
+// An item is a chunk of a seed's rows, of at most 64 rows and groups, and a block of their pixels. The number of chunks
+// is a multiple of eight where there are rows enough, so that threads have equal shares.
+struct OutputsPlan {
+    int64_t rows, chunks, blocks, column_blocks, pixels;
+
+    explicit OutputsPlan(const TaggerShape& s) : pixels(s.pixels) {
+        rows = s.seeds > 0 ? s.rows / s.seeds : 0;
+        chunks = min_of(ceil_div(ceil_div(rows * s.groups, kMaxRows), 8) * 8, rows);
+        blocks = ceil_div(pixels, kOutputsBlock);
+        column_blocks = ceil_div(pixels, kOutputsColumns);
+    }
+    int64_t row_begin(int64_t chunk) const { return rows * chunk / chunks; }
+};
+
+struct OutputsPlace {
+    int64_t seed, slot, row, row_end, first, count;  // slot: of the seed's chunk
+
+    OutputsPlace(const OutputsPlan& plan, int64_t item) {
+        slot = item / plan.blocks;
+        seed = slot / plan.chunks;
+        const int64_t chunk = slot % plan.chunks;
+        row = seed * plan.rows + plan.row_begin(chunk);
+        row_end = seed * plan.rows + plan.row_begin(chunk + 1);
+        first = item % plan.blocks * kOutputsBlock;
+        count = min_of(kOutputsBlock, plan.pixels - first);
+    }
+};
 
 }  // namespace ladderfast::cpu
 
@@ -233,297 +260,358 @@ struct BernoulliStepInputsBackward : StepInputsBackward<T> {
     }
 };
 
-template <bool whole, class T>
-static LF_HD Vec<T> read(const T* from, int64_t n) {
-    if constexpr (whole) return Vec<T>::load(from);
-    return Vec<T>::load(from, n);
+template <bool whole, class V, class T>
+static LF_HD V read(const T* from, int64_t n) {
+    if constexpr (whole)
+        return V::load(from);
+    else
+        return V::load(from, n);
 }
 
-// What a vector of pixels needs of its columns.
-template <class T>
+// What pixels need of their columns.
+template <class V>
 struct Columns {
-    Vec<T> mean_z, rstd_z, mean_m, rstd_m, c1, b1;
+    V mean_z, rstd_z, mean_m, rstd_m, c1, b1;
 };
 
-// One item of the outputs: pixels [first, first + count) of the rows of a seed.
+// One item of the outputs: rows [row, row_end), pixels [first, last).
 template <bool gaussian, class T>
 struct OutputsItem {
     const TaggerOutputs& in;
-    const TaggerShape& s;
+    int64_t groups, width;
     const T *z_pre, *m_pre, *c1, *b1;
     const T* stats;  // (4, pixels) of the seed
     TaggerView<T> x;
-    int64_t seed, row, rows, first, count;
-    Vec<T> c2;
-    GaussianScalar<Vec<T>> scalars;
+    int64_t seed, row, row_end, first, last;
+    T c2;
+    GaussianScalar<T> scalars = {};
 
     OutputsItem(const TaggerOutputs& in, const TaggerShape& s, const T* all_stats, int64_t item)
-        : in(in), s(s), x(in.x) {
-        const int64_t blocks = outputs_blocks(s);
-        seed = item / blocks;
-        rows = s.rows / s.seeds;
-        row = seed * rows;
-        first = item % blocks * kOutputsBlock;
-        count = min_of(kOutputsBlock, s.pixels - first);
-        z_pre = static_cast<const T*>(in.z) + row * s.groups * s.pixels;
-        m_pre = static_cast<const T*>(in.m) + row * s.groups * s.pixels;
+        : in(in), groups(s.groups), width(s.pixels), x(in.x) {
+        const OutputsPlan plan(s);
+        const OutputsPlace place(plan, item);
+        seed = place.seed;
+        row = place.row;
+        row_end = place.row_end;
+        first = place.first;
+        last = place.first + place.count;
+        z_pre = static_cast<const T*>(in.z.data);
+        m_pre = static_cast<const T*>(in.m.data);
         c1 = static_cast<const T*>(in.c1) + seed * s.pixels;
         b1 = static_cast<const T*>(in.b1) + seed * s.pixels;
-        c2 = Vec<T>::broadcast(static_cast<const T*>(in.c2)[seed]);
+        c2 = static_cast<const T*>(in.c2)[seed];
         stats = all_stats + seed * 4 * s.pixels;
-        if constexpr (gaussian) scalars = broadcast<Vec<T>>(gaussian_scalar<T>(in.variance, seed));
+        if constexpr (gaussian) scalars = gaussian_scalar<T>(in.variance, seed);
     }
 
-    template <bool whole>
-    LF_HD Columns<T> columns(int64_t d, int64_t n) const {
-        return {read<whole>(stats + d, n),
-                read<whole>(stats + s.pixels + d, n),
-                read<whole>(stats + 2 * s.pixels + d, n),
-                read<whole>(stats + 3 * s.pixels + d, n),
-                read<whole>(c1 + d, n),
-                read<whole>(b1 + d, n)};
+    int64_t packed(int64_t r, int64_t k, int64_t d) const { return (r * groups + k) * width + d; }
+
+    template <class V, bool whole>
+    LF_HD Columns<V> columns(int64_t d, int64_t n) const {
+        return {read<whole, V>(stats + d, n),
+                read<whole, V>(stats + width + d, n),
+                read<whole, V>(stats + 2 * width + d, n),
+                read<whole, V>(stats + 3 * width + d, n),
+                read<whole, V>(c1 + d, n),
+                read<whole, V>(b1 + d, n)};
     }
 
-    // Normalised z and mask of group k of row r, both from the beginning of the seed, at pixel d.
-    template <bool whole>
-    LF_HD Vec<T> z_hat(const Columns<T>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
-        return (read<whole>(z_pre + (r * s.groups + k) * s.pixels + d, n) - c.mean_z) * c.rstd_z;
+    template <class V, bool whole>
+    LF_HD V z_hat(const Columns<V>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
+        return (read<whole, V>(z_pre + (r * groups + k) * in.z.group + d, n) - c.mean_z) * c.rstd_z;
     }
-    template <bool whole>
-    LF_HD Vec<T> m_hat(const Columns<T>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
-        return (read<whole>(m_pre + (r * s.groups + k) * s.pixels + d, n) - c.mean_m) * c.rstd_m;
+    template <class V, bool whole>
+    LF_HD V m_hat(const Columns<V>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
+        return (read<whole, V>(m_pre + (r * groups + k) * in.m.group + d, n) - c.mean_m) * c.rstd_m;
     }
 
-    static LF_HD Vec<T> activated(Vec<T> z) {
+    template <class V>
+    static LF_HD V activated(V z) {
         if constexpr (gaussian) return z;
         return logistic(z);
     }
+
+    // Calls pass.pixels<V, whole>(row, pixel, count) for all of the item.
+    template <class Pass>
+    LF_HD void each(Pass& pass) const {
+        for (int64_t r = row; r < row_end; ++r) {
+            int64_t d = first;
+            for (; d + Pair<T>::width <= last; d += Pair<T>::width) pass.template pixels<Pair<T>, true>(r, d, 0);
+            for (; d + Vec<T>::width <= last; d += Vec<T>::width) pass.template pixels<Vec<T>, true>(r, d, 0);
+            if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
+        }
+    }
 };
 
+// Partial moments of an item's rows and groups: workspace (items' slots, 4, pixels) gets mean, relative to the item's
+// first row, and squares of z, then of m.
 template <class T>
-static inline void outputs_statistics(const T* pre, T* stats, double eps, const TaggerShape& s, int64_t rows,
-                                      int64_t first, int64_t count) {
-    Moments all[kOutputsBlock] = {};
-    add_column_moments<kOutputsBlock>(all, pre + first, s.pixels, rows * s.groups, count);
-    for (int64_t d = 0; d < count; ++d) {
-        stats[first + d] = (T)all[d].mean;
-        stats[s.pixels + first + d] = all[d].n > 0 ? (T)(1.0 / sqrt(all[d].m2 / all[d].n + eps)) : (T)0;
+static inline void outputs_moments(const TaggerOutputs& in, T* workspace, const TaggerShape& s, int64_t begin,
+                                   int64_t end) {
+    const OutputsPlan plan(s);
+    for (int64_t i = begin; i < end; ++i) {
+        const OutputsPlace place(plan, i);
+        const TaggerInput* pre[2] = {&in.z, &in.m};
+        for (int j = 0; j < 2; ++j) {
+            const T* from = static_cast<const T*>(pre[j]->data) + place.row * s.groups * pre[j]->group + place.first;
+            T* mean = workspace + (place.slot * 4 + 2 * j) * s.pixels + place.first;
+            partial_column_moments(from, pre[j]->group, (place.row_end - place.row) * s.groups, place.count, mean,
+                                   mean + s.pixels);
+        }
     }
 }
 
-template <bool gaussian, bool whole, class T>
-static LF_HD void outputs_pixels(const OutputsItem<gaussian, T>& item, T* z_out, T* logits_out, T* nll, int64_t r,
-                                 int64_t d, int64_t n) {
-    using V = Vec<T>;
-    const auto c = item.template columns<whole>(d, n);
-    const V x = item.x.template load<V, whole>(item.row + r, 0, d, n);
-    V l[kKept], z[kKept];
-    MaskPixel<V> masks, joint;
-    for (int64_t k = 0; k < item.s.groups; ++k) {
-        const int64_t at = ((item.row + r) * item.s.groups + k) * item.s.pixels + d;
-        z[k] = item.activated(c.c1 * item.template z_hat<whole>(c, r, k, d, n) + c.b1);
-        const V logit = item.c2 * item.template m_hat<whole>(c, r, k, d, n);
-        write<whole>(z[k], z_out + at, n);
-        write<whole>(logit, logits_out + at, n);
-        l[k] = logit_exponent(logit);
-        masks.compare(l[k]);
-        if constexpr (gaussian) {
-            z[k] = l[k] + gaussian_exponent(x - z[k], item.scalars);
-            joint.compare(z[k]);
+// Merges what the chunks of a seed have left, for a block of columns.
+template <class T>
+static inline void outputs_merge(const TaggerOutputs& in, const T* workspace, T* stats, double eps,
+                                 const TaggerShape& s, int64_t begin, int64_t end) {
+    const OutputsPlan plan(s);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t seed = i / plan.column_blocks, first = i % plan.column_blocks * kOutputsColumns;
+        const int64_t count = min_of(kOutputsColumns, s.pixels - first);
+        for (int j = 0; j < 2; ++j) {
+            const TaggerInput& pre = j == 0 ? in.z : in.m;
+            double mean[kOutputsColumns] = {}, squares[kOutputsColumns] = {}, n = 0;
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+                const int64_t row = seed * plan.rows + plan.row_begin(chunk);
+                const double added = (double)((plan.row_begin(chunk + 1) - plan.row_begin(chunk)) * s.groups);
+                const T* origin = static_cast<const T*>(pre.data) + row * s.groups * pre.group + first;
+                const T* its_mean = workspace + ((seed * plan.chunks + chunk) * 4 + 2 * j) * s.pixels + first;
+                const T* its_squares = its_mean + s.pixels;
+                const double share = added / (n + added), weight = n * share;
+                for (int64_t d = 0; d < count; ++d) {
+                    const double delta = (double)origin[d] + (double)its_mean[d] - mean[d];
+                    mean[d] += delta * share;
+                    squares[d] += its_squares[d] + delta * delta * weight;
+                }
+                n += added;
+            }
+            T* to = stats + (seed * 4 + 2 * j) * s.pixels + first;
+            for (int64_t d = 0; d < count; ++d) {
+                to[d] = (T)mean[d];
+                to[s.pixels + d] = (T)(n > 0 ? 1.0 / sqrt(squares[d] / n + eps) : 0.0);
+            }
         }
     }
-    V out;
-    if constexpr (gaussian) {
-        for (int64_t k = 0; k < item.s.groups; ++k) {
-            masks.weigh(l[k]);
-            joint.weigh(z[k]);
-        }
-        out = gaussian_logits_nll(masks, joint, item.scalars);
-    } else {
-        V p = constant<V>(0);
-        for (int64_t k = 0; k < item.s.groups; ++k) p = p + masks.weigh(l[k]) * z[k];
-        BernoulliMixture<V> mixture;
-        mixture.p = p / masks.total;
-        out = mixture.nll(x);
-    }
-    write<whole>(out, nll + (item.row + r) * item.s.pixels + d, n);
 }
 
 template <bool gaussian, class T>
-static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, const TaggerShape& s,
+struct OutputsPass {
+    const OutputsItem<gaussian, T>& item;
+    T *z_out, *logits_out, *nll;
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) const {
+        const auto c = item.template columns<V, whole>(d, n);
+        const V x = item.x.template load<V, whole>(r, 0, d, n), c2 = V::broadcast(item.c2);
+        const auto scalars = broadcast<V>(item.scalars);
+        V l[kKept], z[kKept];
+        MaskPixel<V> masks, joint;
+        for (int64_t k = 0; k < item.groups; ++k) {
+            z[k] = item.activated(c.c1 * item.template z_hat<V, whole>(c, r, k, d, n) + c.b1);
+            const V logit = c2 * item.template m_hat<V, whole>(c, r, k, d, n);
+            write<whole>(z[k], z_out + item.packed(r, k, d), n);
+            write<whole>(logit, logits_out + item.packed(r, k, d), n);
+            l[k] = logit_exponent(logit);
+            masks.compare(l[k]);
+            if constexpr (gaussian) {
+                z[k] = l[k] + gaussian_exponent(x - z[k], scalars);
+                joint.compare(z[k]);
+            }
+        }
+        V out;
+        if constexpr (gaussian) {
+            for (int64_t k = 0; k < item.groups; ++k) {
+                masks.weigh(l[k]);
+                joint.weigh(z[k]);
+            }
+            out = gaussian_logits_nll(masks, joint, scalars);
+        } else {
+            BernoulliMixture<V> mixture;
+            for (int64_t k = 0; k < item.groups; ++k) mixture.gather(z[k], masks.weigh(l[k]));
+            mixture.p = mixture.p / masks.total;
+            out = mixture.nll(x);
+        }
+        write<whole>(out, nll + r * item.width + d, n);
+    }
+};
+
+template <bool gaussian, class T>
+static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats, const TaggerShape& s,
                            int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const OutputsItem<gaussian, T> item(in, s, stats, i);
-        T* own = stats + item.seed * 4 * s.pixels;
-        outputs_statistics(item.z_pre, own, eps, s, item.rows, item.first, item.count);
-        outputs_statistics(item.m_pre, own + 2 * s.pixels, eps, s, item.rows, item.first, item.count);
-        for (int64_t r = 0; r < item.rows; ++r) {
-            int64_t d = item.first;
-            const int64_t last = item.first + item.count;
-            for (; d + Vec<T>::width <= last; d += Vec<T>::width)
-                outputs_pixels<gaussian, true>(item, z, logits, nll, r, d, 0);
-            if (d < last) outputs_pixels<gaussian, false>(item, z, logits, nll, r, d, last - d);
-        }
+        OutputsPass<gaussian, T> pass{item, z, logits, nll};
+        item.each(pass);
     }
 }
 
-// Sums over rows and groups for each pixel of an item: of the gradients of c1 z_hat + b1 and of the logits, each alone
-// and times what is normalised.
-template <class T>
-struct OutputsSums {
-    alignas(64) T at[4][kOutputsBlock];
-    double total[4][kOutputsBlock];
+// Leaves the gradients of c1 z_hat + b1 and of the logits where those of z_pre and m_pre will be, and their sums over
+// the item's rows and groups, each alone and times what is normalised.
+template <bool gaussian, class T>
+struct OutputsBackward {
+    const OutputsItem<gaussian, T>& item;
+    TaggerView<T> grad_z, grad_logits, grad_nll;
+    const TaggerOutputsGradients<T>& to;
+    double variance;
+    Vec<T> of_row;  // of the variance
+    alignas(64) T sums[4][kOutputsBlock];
 
-    void flush() {
-        for (int j = 0; j < 4; ++j)
-            for (int64_t d = 0; d < kOutputsBlock; ++d) total[j][d] += at[j][d];
-        memset(at, 0, sizeof(at));
+    OutputsBackward(const OutputsItem<gaussian, T>& item, const TaggerOutputsGradients<T>& to)
+        : item(item),
+          grad_z(to.z),
+          grad_logits(to.logits),
+          grad_nll(to.nll),
+          to(to),
+          variance(0),
+          of_row(Vec<T>::broadcast(0)) {
+        memset(sums, 0, sizeof(sums));
+    }
+
+    LF_HD void add_variance(Vec<T> sum, int64_t n) {
+        for (int64_t j = n; n > 0 && j < Vec<T>::width; ++j) sum.raw[j] = 0;
+        of_row = of_row + sum;
+    }
+    LF_HD void add_variance(Pair<T> sum, int64_t) { of_row = of_row + (sum.a + sum.b); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        const auto c = item.template columns<V, whole>(d, n);
+        const V x = item.x.template load<V, whole>(r, 0, d, n), c2 = V::broadcast(item.c2);
+        const V grad = grad_nll.template load<V, whole>(r, 0, d, n);
+        const auto scalars = broadcast<V>(item.scalars);
+        V l[kKept], z[kKept], w[kKept];
+        MaskPixel<V> masks, joint;
+        for (int64_t k = 0; k < item.groups; ++k) {
+            z[k] = item.activated(c.c1 * item.template z_hat<V, whole>(c, r, k, d, n) + c.b1);
+            l[k] = logit_exponent(c2 * item.template m_hat<V, whole>(c, r, k, d, n));
+            masks.compare(l[k]);
+            if constexpr (gaussian) {
+                w[k] = l[k] + gaussian_exponent(x - z[k], scalars);
+                joint.compare(w[k]);
+            }
+        }
+        BernoulliMixture<V> mixture;
+        for (int64_t k = 0; k < item.groups; ++k) {
+            l[k] = masks.weigh(l[k]);
+            if constexpr (gaussian)
+                w[k] = joint.weigh(w[k]);
+            else
+                mixture.gather(z[k], l[k]);
+        }
+        masks.finish();
+        V slope, grad_x = constant<V>(0), sum_v = grad;
+        if constexpr (gaussian) {
+            joint.finish();
+        } else {
+            mixture.p = mixture.p * masks.share;
+            slope = mixture.backward(grad, x, grad_x);
+        }
+        V sum[4];
+        for (int j = 0; j < 4; ++j) sum[j] = constant<V>(0);
+        for (int64_t k = 0; k < item.groups; ++k) {
+            const V m = masks.mask(l[k]);
+            V out_z, out_m;
+            if constexpr (gaussian) {
+                gaussian_logits_backward(grad, x - z[k], m, joint.mask(w[k]), scalars, out_z, out_m, sum_v);
+                grad_x = grad_x - out_z;
+                out_z = out_z + grad_z.template load<V, whole>(r, k, d, n);
+            } else {
+                out_z = (slope * m + grad_z.template load<V, whole>(r, k, d, n)) * (z[k] * (constant<V>(1) - z[k]));
+                out_m = slope * m * (z[k] - mixture.p);
+            }
+            out_m = out_m + grad_logits.template load<V, whole>(r, k, d, n);
+            write<whole>(out_z, to.z_pre + item.packed(r, k, d), n);
+            write<whole>(out_m, to.m_pre + item.packed(r, k, d), n);
+            sum[0] = sum[0] + out_z;
+            sum[1] = sum[1] + out_z * item.template z_hat<V, whole>(c, r, k, d, n);
+            sum[2] = sum[2] + out_m;
+            sum[3] = sum[3] + out_m * item.template m_hat<V, whole>(c, r, k, d, n);
+        }
+        write<whole>(grad_x, to.x + r * item.width + d, n);
+        for (int j = 0; j < 4; ++j) {
+            T* at = sums[j] + (d - item.first);
+            (V::load(at) + sum[j]).store(at);
+        }
+        if constexpr (gaussian) add_variance(sum_v, n);
     }
 };
 
-// Leaves the gradients of c1 z_hat + b1 and of the logits where those of z_pre and m_pre will be.
-template <bool gaussian, bool whole, class T>
-static LF_HD void outputs_backward_pixels(const OutputsItem<gaussian, T>& item, const TaggerView<T>& grad_z,
-                                          const TaggerView<T>& grad_logits, const TaggerView<T>& grad_nll,
-                                          const TaggerOutputsGradients<T>& to, OutputsSums<T>& sums, Vec<T>& variance,
-                                          int64_t r, int64_t d, int64_t n) {
-    using V = Vec<T>;
-    const auto c = item.template columns<whole>(d, n);
-    const int64_t row = item.row + r, groups = item.s.groups;
-    const V x = item.x.template load<V, whole>(row, 0, d, n);
-    const V grad = grad_nll.template load<V, whole>(row, 0, d, n);
-    V l[kKept], z[kKept], w[kKept];
-    MaskPixel<V> masks, joint;
-    for (int64_t k = 0; k < groups; ++k) {
-        z[k] = item.activated(c.c1 * item.template z_hat<whole>(c, r, k, d, n) + c.b1);
-        l[k] = logit_exponent(item.c2 * item.template m_hat<whole>(c, r, k, d, n));
-        masks.compare(l[k]);
-        if constexpr (gaussian) {
-            w[k] = l[k] + gaussian_exponent(x - z[k], item.scalars);
-            joint.compare(w[k]);
-        }
-    }
-    BernoulliMixture<V> mixture;
-    for (int64_t k = 0; k < groups; ++k) {
-        l[k] = masks.weigh(l[k]);
-        if constexpr (gaussian)
-            w[k] = joint.weigh(w[k]);
-        else
-            mixture.gather(z[k], l[k]);
-    }
-    masks.finish();
-    V slope, grad_x = constant<V>(0), sum_v = grad;
-    if constexpr (gaussian) {
-        joint.finish();
-    } else {
-        mixture.p = mixture.p * masks.share;
-        slope = mixture.backward(grad, x, grad_x);
-    }
-    V sum[4];
-    for (int j = 0; j < 4; ++j) sum[j] = constant<V>(0);
-    for (int64_t k = 0; k < groups; ++k) {
-        const V m = masks.mask(l[k]);
-        V out_z, out_m;
-        if constexpr (gaussian) {
-            gaussian_logits_backward(grad, x - z[k], m, joint.mask(w[k]), item.scalars, out_z, out_m, sum_v);
-            grad_x = grad_x - out_z;
-            out_z = out_z + grad_z.template load<V, whole>(row, k, d, n);
-        } else {
-            out_z = (slope * m + grad_z.template load<V, whole>(row, k, d, n)) * (z[k] * (constant<V>(1) - z[k]));
-            out_m = slope * m * (z[k] - mixture.p);
-        }
-        out_m = out_m + grad_logits.template load<V, whole>(row, k, d, n);
-        const int64_t at = (row * groups + k) * item.s.pixels + d;
-        write<whole>(out_z, to.z_pre + at, n);
-        write<whole>(out_m, to.m_pre + at, n);
-        sum[0] = sum[0] + out_z;
-        sum[1] = sum[1] + out_z * item.template z_hat<whole>(c, r, k, d, n);
-        sum[2] = sum[2] + out_m;
-        sum[3] = sum[3] + out_m * item.template m_hat<whole>(c, r, k, d, n);
-    }
-    write<whole>(grad_x, to.x + row * item.s.pixels + d, n);
-    for (int j = 0; j < 4; ++j) {
-        T* at = sums.at[j] + (d - item.first);
-        (V::load(at) + sum[j]).store(at);
-    }
-    if constexpr (gaussian) {
-        if constexpr (whole) {
-            variance = variance + sum_v;
-        } else {
-            for (int64_t j = n; j < V::width; ++j) sum_v.raw[j] = 0;
-            variance = variance + sum_v;
-        }
-    }
-}
-
-// grad holds the gradient of weight x_hat; sums over `count` rows of it and of it times x_hat.
-template <bool whole, class T>
-static LF_HD void finish_pixels(const T* pre, T* grad, Vec<T> mean, Vec<T> rstd, Vec<T> scale, Vec<T> sum, Vec<T> sum_x,
-                                int64_t n) {
-    const Vec<T> hat = (read<whole>(pre, n) - mean) * rstd;
-    write<whole>(scale * (read<whole>(grad, n) - sum - hat * sum_x), grad, n);
-}
-
 template <bool gaussian, class T>
-static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, const TaggerShape& s,
-                                    int64_t begin, int64_t end) {
-    using V = Vec<T>;
-    const TaggerView<T> grad_z(to.z), grad_logits(to.logits), grad_nll(to.nll);
+static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, T* workspace,
+                                    const TaggerShape& s, int64_t begin, int64_t end) {
+    const OutputsPlan plan(s);
     for (int64_t i = begin; i < end; ++i) {
         const OutputsItem<gaussian, T> item(in, s, to.stats, i);
-        const int64_t last = item.first + item.count;
-        OutputsSums<T> sums;
-        memset(&sums, 0, sizeof(sums));
-        double variance = 0;
-        for (int64_t tile = 0; tile < item.rows; tile += kOutputsTile) {
-            V part = V::broadcast(0);
-            for (int64_t r = tile; r < min_of(tile + kOutputsTile, item.rows); ++r) {
-                int64_t d = item.first;
-                for (; d + V::width <= last; d += V::width)
-                    outputs_backward_pixels<gaussian, true>(item, grad_z, grad_logits, grad_nll, to, sums, part, r, d,
-                                                            0);
-                if (d < last)
-                    outputs_backward_pixels<gaussian, false>(item, grad_z, grad_logits, grad_nll, to, sums, part, r, d,
-                                                             last - d);
-            }
-            variance += part.sum();
-            sums.flush();
-        }
-        double c2 = 0;
-        const double share = 1.0 / (double)(item.rows * s.groups);
-        for (int64_t d = 0; d < item.count; ++d) {
-            to.b1[item.seed * s.pixels + item.first + d] = (T)sums.total[0][d];
-            to.c1[item.seed * s.pixels + item.first + d] = (T)sums.total[1][d];
-            c2 += sums.total[3][d];
-            for (int j = 0; j < 4; ++j) sums.at[j][d] = (T)(sums.total[j][d] * share);
-        }
-        to.c2[i] = c2;
-        if constexpr (gaussian) to.variance[i] = variance;
+        OutputsBackward<gaussian, T> pass(item, to);
+        item.each(pass);
+        T* partial = workspace + OutputsPlace(plan, i).slot * 4 * s.pixels + item.first;
+        for (int j = 0; j < 4; ++j) memcpy(partial + j * s.pixels, pass.sums[j], (item.last - item.first) * sizeof(T));
+        if constexpr (gaussian) to.variance[i] = pass.of_row.sum();
+    }
+}
 
-        const int64_t begin_row = item.row * s.groups, rows = item.rows * s.groups;
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t at = r * s.pixels;
-            T *gz = to.z_pre + begin_row * s.pixels + at, *gm = to.m_pre + begin_row * s.pixels + at;
-            for (int64_t d = item.first; d < last; d += V::width) {
-                const T(*mean)[kOutputsBlock] = sums.at;
-                const int64_t e = d - item.first;
-                V sum[4];
-                for (int j = 0; j < 4; ++j) sum[j] = V::load(mean[j] + e);
-                if (d + V::width <= last) {
-                    const auto c = item.template columns<true>(d, 0);
-                    finish_pixels<true>(item.z_pre + at + d, gz + d, c.mean_z, c.rstd_z, c.rstd_z * c.c1, sum[0],
-                                        sum[1], 0);
-                    finish_pixels<true>(item.m_pre + at + d, gm + d, c.mean_m, c.rstd_m, c.rstd_m * item.c2, sum[2],
-                                        sum[3], 0);
-                } else {
-                    const auto c = item.template columns<false>(d, last - d);
-                    finish_pixels<false>(item.z_pre + at + d, gz + d, c.mean_z, c.rstd_z, c.rstd_z * c.c1, sum[0],
-                                         sum[1], last - d);
-                    finish_pixels<false>(item.m_pre + at + d, gm + d, c.mean_m, c.rstd_m, c.rstd_m * item.c2, sum[2],
-                                         sum[3], last - d);
-                }
+// Sums over the chunks of a seed, for a block of columns: the gradients of c1 and b1, the block's part of that of c2,
+// and into `means` (seeds, 4, pixels) the means over rows and groups.
+template <class T>
+static inline void outputs_backward_merge(const TaggerOutputsGradients<T>& to, const T* workspace, T* means,
+                                          const TaggerShape& s, int64_t begin, int64_t end) {
+    const OutputsPlan plan(s);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t seed = i / plan.column_blocks, first = i % plan.column_blocks * kOutputsColumns;
+        const int64_t count = min_of(kOutputsColumns, s.pixels - first);
+        const double share = 1.0 / (double)(plan.rows * s.groups);
+        for (int j = 0; j < 4; ++j) {
+            double total[kOutputsColumns] = {};
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+                const T* from = workspace + ((seed * plan.chunks + chunk) * 4 + j) * s.pixels + first;
+                for (int64_t d = 0; d < count; ++d) total[d] += from[d];
+            }
+            T* mean = means + (seed * 4 + j) * s.pixels + first;
+            for (int64_t d = 0; d < count; ++d) mean[d] = (T)(total[d] * share);
+            if (j < 2) {
+                T* sum = (j == 0 ? to.b1 : to.c1) + seed * s.pixels + first;
+                for (int64_t d = 0; d < count; ++d) sum[d] = (T)total[d];
+            }
+            if (j == 3) {
+                double c2 = 0;
+                for (int64_t d = 0; d < count; ++d) c2 += total[d];
+                to.c2[i] = c2;
             }
         }
+    }
+}
+
+// From the gradient of scale x_hat to that of x, through the normalisation.
+template <bool gaussian, class T>
+struct OutputsFinish {
+    const OutputsItem<gaussian, T>& item;
+    const TaggerOutputsGradients<T>& to;
+    const T* means;  // (4, pixels) of the seed
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) const {
+        const auto c = item.template columns<V, whole>(d, n);
+        const V scale_z = c.rstd_z * c.c1, scale_m = c.rstd_m * V::broadcast(item.c2);
+        V mean[4];
+        for (int j = 0; j < 4; ++j) mean[j] = read<whole, V>(means + j * item.width + d, n);
+        for (int64_t k = 0; k < item.groups; ++k) {
+            T *z = to.z_pre + item.packed(r, k, d), *m = to.m_pre + item.packed(r, k, d);
+            const V z_hat = item.template z_hat<V, whole>(c, r, k, d, n);
+            const V m_hat = item.template m_hat<V, whole>(c, r, k, d, n);
+            write<whole>(scale_z * (read<whole, V>(z, n) - mean[0] - z_hat * mean[1]), z, n);
+            write<whole>(scale_m * (read<whole, V>(m, n) - mean[2] - m_hat * mean[3]), m, n);
+        }
+    }
+};
+
+template <class T>
+static inline void outputs_backward_finish(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, const T* means,
+                                           const TaggerShape& s, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const OutputsItem<false, T> item(in, s, to.stats, i);
+        OutputsFinish<false, T> pass{item, to, means + item.seed * 4 * s.pixels};
+        item.each(pass);
     }
 }
 
@@ -542,19 +630,35 @@ static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputs
         else                                                                                                          \
             over_items<T>(BernoulliStepInputsBackward<T>(g, in, s, gx, gz, gl, nullptr), s, begin, end);              \
     }                                                                                                                 \
-    static void outputs_##suffix(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats,           \
-                                 double eps, const TaggerShape& s, int64_t begin, int64_t end) {                      \
+    static void outputs_moments_##suffix(const TaggerOutputs& in, T* workspace, const TaggerShape& s, int64_t begin,  \
+                                         int64_t end) {                                                               \
+        outputs_moments(in, workspace, s, begin, end);                                                                \
+    }                                                                                                                 \
+    static void outputs_merge_##suffix(const TaggerOutputs& in, const T* workspace, T* stats, double eps,             \
+                                       const TaggerShape& s, int64_t begin, int64_t end) {                            \
+        outputs_merge(in, workspace, stats, eps, s, begin, end);                                                      \
+    }                                                                                                                 \
+    static void outputs_##suffix(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats,     \
+                                 const TaggerShape& s, int64_t begin, int64_t end) {                                  \
         if (gaussian)                                                                                                 \
-            outputs<true>(in, z, logits, nll, stats, eps, s, begin, end);                                             \
+            outputs<true>(in, z, logits, nll, stats, s, begin, end);                                                  \
         else                                                                                                          \
-            outputs<false>(in, z, logits, nll, stats, eps, s, begin, end);                                            \
+            outputs<false>(in, z, logits, nll, stats, s, begin, end);                                                 \
     }                                                                                                                 \
     static void outputs_backward_##suffix(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g, \
-                                          const TaggerShape& s, int64_t begin, int64_t end) {                         \
+                                          T* workspace, const TaggerShape& s, int64_t begin, int64_t end) {           \
         if (gaussian)                                                                                                 \
-            outputs_backward<true>(in, g, s, begin, end);                                                             \
+            outputs_backward<true>(in, g, workspace, s, begin, end);                                                  \
         else                                                                                                          \
-            outputs_backward<false>(in, g, s, begin, end);                                                            \
+            outputs_backward<false>(in, g, workspace, s, begin, end);                                                 \
+    }                                                                                                                 \
+    static void outputs_backward_merge_##suffix(const TaggerOutputsGradients<T>& g, const T* workspace, T* means,     \
+                                                const TaggerShape& s, int64_t begin, int64_t end) {                   \
+        outputs_backward_merge(g, workspace, means, s, begin, end);                                                   \
+    }                                                                                                                 \
+    static void outputs_backward_finish_##suffix(const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,         \
+                                                 const T* means, const TaggerShape& s, int64_t begin, int64_t end) {  \
+        outputs_backward_finish(in, g, means, s, begin, end);                                                         \
     }
 
 LF_TAGGER_STEP_INSTANCES(float, f32)
@@ -567,32 +671,61 @@ LF_TAGGER_STEP_INSTANCES(double, f64)
 #if LF_DISPATCH
 namespace ladderfast::cpu {
 
-int64_t tagger_outputs_items(const TaggerShape& s) { return s.seeds * outputs_blocks(s); }
+int64_t tagger_outputs_items(const TaggerShape& s) {
+    const OutputsPlan plan(s);
+    return s.seeds * plan.chunks * plan.blocks;
+}
+int64_t tagger_outputs_merge_items(const TaggerShape& s) { return s.seeds * OutputsPlan(s).column_blocks; }
+int64_t tagger_outputs_workspace(const TaggerShape& s) { return s.seeds * OutputsPlan(s).chunks * 4 * s.pixels; }
 
-#define LF_TAGGER_STEP_DISPATCH(T, suffix)                                                                             \
-    template <>                                                                                                        \
-    void tagger_step_inputs<T>(bool gaussian, const TaggerInputs& in, T* out, const TaggerShape& s, int64_t begin,     \
-                               int64_t end) {                                                                          \
-        static const auto kernel = LF_SELECT(inputs_##suffix);                                                         \
-        kernel(gaussian, in, out, s, begin, end);                                                                      \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    void tagger_step_inputs_backward<T>(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,     \
-                                        T* gl, double* partials, const TaggerShape& s, int64_t begin, int64_t end) {   \
-        static const auto kernel = LF_SELECT(inputs_backward_##suffix);                                                \
-        kernel(gaussian, g, in, gx, gz, gl, partials, s, begin, end);                                                  \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    void tagger_step_outputs<T>(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, \
-                                const TaggerShape& s, int64_t begin, int64_t end) {                                    \
-        static const auto kernel = LF_SELECT(outputs_##suffix);                                                        \
-        kernel(gaussian, in, z, logits, nll, stats, eps, s, begin, end);                                               \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    void tagger_step_outputs_backward<T>(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,   \
-                                         const TaggerShape& s, int64_t begin, int64_t end) {                           \
-        static const auto kernel = LF_SELECT(outputs_backward_##suffix);                                               \
-        kernel(gaussian, in, g, s, begin, end);                                                                        \
+#define LF_TAGGER_STEP_DISPATCH(T, suffix)                                                                           \
+    template <>                                                                                                      \
+    void tagger_step_inputs<T>(bool gaussian, const TaggerInputs& in, T* out, const TaggerShape& s, int64_t begin,   \
+                               int64_t end) {                                                                        \
+        static const auto kernel = LF_SELECT(inputs_##suffix);                                                       \
+        kernel(gaussian, in, out, s, begin, end);                                                                    \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_inputs_backward<T>(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,   \
+                                        T* gl, double* partials, const TaggerShape& s, int64_t begin, int64_t end) { \
+        static const auto kernel = LF_SELECT(inputs_backward_##suffix);                                              \
+        kernel(gaussian, g, in, gx, gz, gl, partials, s, begin, end);                                                \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_moments<T>(const TaggerOutputs& in, T* workspace, const TaggerShape& s, int64_t begin,  \
+                                        int64_t end) {                                                               \
+        static const auto kernel = LF_SELECT(outputs_moments_##suffix);                                              \
+        kernel(in, workspace, s, begin, end);                                                                        \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_merge<T>(const TaggerOutputs& in, const T* workspace, T* stats, double eps,             \
+                                      const TaggerShape& s, int64_t begin, int64_t end) {                            \
+        static const auto kernel = LF_SELECT(outputs_merge_##suffix);                                                \
+        kernel(in, workspace, stats, eps, s, begin, end);                                                            \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs<T>(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats,     \
+                                const TaggerShape& s, int64_t begin, int64_t end) {                                  \
+        static const auto kernel = LF_SELECT(outputs_##suffix);                                                      \
+        kernel(gaussian, in, z, logits, nll, stats, s, begin, end);                                                  \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_backward<T>(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g, \
+                                         T* workspace, const TaggerShape& s, int64_t begin, int64_t end) {           \
+        static const auto kernel = LF_SELECT(outputs_backward_##suffix);                                             \
+        kernel(gaussian, in, g, workspace, s, begin, end);                                                           \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_backward_merge<T>(const TaggerOutputsGradients<T>& g, const T* workspace, T* means,     \
+                                               const TaggerShape& s, int64_t begin, int64_t end) {                   \
+        static const auto kernel = LF_SELECT(outputs_backward_merge_##suffix);                                       \
+        kernel(g, workspace, means, s, begin, end);                                                                  \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_backward_finish<T>(const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,         \
+                                                const T* means, const TaggerShape& s, int64_t begin, int64_t end) {  \
+        static const auto kernel = LF_SELECT(outputs_backward_finish_##suffix);                                      \
+        kernel(in, g, means, s, begin, end);                                                                         \
     }
 
 LF_TAGGER_STEP_DISPATCH(float, f32)
