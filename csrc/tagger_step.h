@@ -82,3 +82,30 @@ void tagger_step_outputs_backward_finish(const TaggerOutputs& in, const TaggerOu
                                          const TaggerShape& shape, int64_t begin, int64_t end);
 
 }  // namespace ladderfast::cpu
+
+// CUDA, with the conventions of tagger.h. The variance has a dtype code of its own (that of z, or float32); stats are
+// float64 for float64, else float32. For Bernoulli grad_scalar and grad_variance are null.
+extern "C" {
+int ladderfast_tagger_step_inputs_cuda(int gaussian, const TaggerInputs* in, void* out, int dtype, int scalar_dtype,
+                                       const TaggerShape* shape, void* stream);
+
+// workspace: ladderfast_tagger_workspace_cuda bytes, null for Bernoulli.
+int ladderfast_tagger_step_inputs_backward_cuda(int gaussian, const TaggerInput* grad, const TaggerInputs* in,
+                                                void* grad_x, void* grad_z, void* grad_logits, void* grad_scalar,
+                                                void* workspace, int dtype, int scalar_dtype, const TaggerShape* shape,
+                                                void* stream);
+
+// Bytes of scratch for either direction, aligned to 16 bytes; depends on the shape only.
+int64_t ladderfast_tagger_step_outputs_workspace_cuda(const TaggerShape* shape);
+
+int ladderfast_tagger_step_outputs_cuda(int gaussian, const TaggerOutputs* in, void* z, void* logits, void* nll,
+                                        void* stats, void* workspace, double eps, int dtype, int variance_dtype,
+                                        const TaggerShape* shape, void* stream);
+
+int ladderfast_tagger_step_outputs_backward_cuda(int gaussian, const TaggerOutputs* in, const TaggerInput* grad_z,
+                                                 const TaggerInput* grad_logits, const TaggerInput* grad_nll,
+                                                 const void* stats, void* grad_x, void* grad_z_pre, void* grad_m_pre,
+                                                 void* grad_c1, void* grad_b1, void* grad_c2, void* grad_variance,
+                                                 void* workspace, int dtype, int variance_dtype,
+                                                 const TaggerShape* shape, void* stream);
+}

@@ -65,6 +65,13 @@ namespace LF_ISA {
 #include "../math/tagger.h"
 #include "tagger_pass.h"
 
+// Groups whose number the compiler knows, 0 otherwise: their intermediate results then stay in registers, and
+// independent chains of operations are four already, where else a pair of vectors makes two.
+static const int kFew = 4;
+template <int fixed>
+static constexpr int64_t kept = fixed ? fixed : kKept;
+#define LF_EACH_GROUP(k, groups) _Pragma("GCC unroll 4") for (int64_t k = 0; k < (fixed ? fixed : groups); ++k)
+
 template <class T>
 struct StepInputs : TaggerPass<T> {
     T* out;
@@ -268,17 +275,17 @@ static LF_HD V read(const T* from, int64_t n) {
         return V::load(from, n);
 }
 
-// What pixels need of their columns.
+// What pixels need of their columns: z before any squashing is (z_pre - mean_z) scale_z + b1, and the logit is
+// (m_pre - mean_m) scale_m.
 template <class V>
 struct Columns {
-    V mean_z, rstd_z, mean_m, rstd_m, c1, b1;
+    V mean_z, scale_z, b1, mean_m, scale_m;
 };
 
 // One item of the outputs: rows [row, row_end), pixels [first, last).
-template <bool gaussian, class T>
+template <bool gaussian, int fixed, class T>
 struct OutputsItem {
-    const TaggerOutputs& in;
-    int64_t groups, width;
+    int64_t groups, width, z_stride, m_stride;
     const T *z_pre, *m_pre, *c1, *b1;
     const T* stats;  // (4, pixels) of the seed
     TaggerView<T> x;
@@ -286,8 +293,8 @@ struct OutputsItem {
     T c2;
     GaussianScalar<T> scalars = {};
 
-    OutputsItem(const TaggerOutputs& in, const TaggerShape& s, const T* all_stats, int64_t item)
-        : in(in), groups(s.groups), width(s.pixels), x(in.x) {
+    LF_HD OutputsItem(const TaggerOutputs& in, const TaggerShape& s, const T* all_stats, int64_t item)
+        : groups(s.groups), width(s.pixels), z_stride(in.z.group), m_stride(in.m.group), x(in.x) {
         const OutputsPlan plan(s);
         const OutputsPlace place(plan, item);
         seed = place.seed;
@@ -304,25 +311,15 @@ struct OutputsItem {
         if constexpr (gaussian) scalars = gaussian_scalar<T>(in.variance, seed);
     }
 
-    int64_t packed(int64_t r, int64_t k, int64_t d) const { return (r * groups + k) * width + d; }
+    LF_HD int64_t packed(int64_t r, int64_t d) const { return r * groups * width + d; }
+    LF_HD const T* z_at(int64_t r, int64_t d) const { return z_pre + r * groups * z_stride + d; }
+    LF_HD const T* m_at(int64_t r, int64_t d) const { return m_pre + r * groups * m_stride + d; }
 
     template <class V, bool whole>
     LF_HD Columns<V> columns(int64_t d, int64_t n) const {
-        return {read<whole, V>(stats + d, n),
-                read<whole, V>(stats + width + d, n),
-                read<whole, V>(stats + 2 * width + d, n),
-                read<whole, V>(stats + 3 * width + d, n),
-                read<whole, V>(c1 + d, n),
-                read<whole, V>(b1 + d, n)};
-    }
-
-    template <class V, bool whole>
-    LF_HD V z_hat(const Columns<V>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
-        return (read<whole, V>(z_pre + (r * groups + k) * in.z.group + d, n) - c.mean_z) * c.rstd_z;
-    }
-    template <class V, bool whole>
-    LF_HD V m_hat(const Columns<V>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
-        return (read<whole, V>(m_pre + (r * groups + k) * in.m.group + d, n) - c.mean_m) * c.rstd_m;
+        return {read<whole, V>(stats + d, n), read<whole, V>(stats + width + d, n) * read<whole, V>(c1 + d, n),
+                read<whole, V>(b1 + d, n), read<whole, V>(stats + 2 * width + d, n),
+                read<whole, V>(stats + 3 * width + d, n) * V::broadcast(c2)};
     }
 
     template <class V>
@@ -331,17 +328,23 @@ struct OutputsItem {
         return logistic(z);
     }
 
-    // Calls pass.pixels<V, whole>(row, pixel, count) for all of the item.
-    template <class Pass>
-    LF_HD void each(Pass& pass) const {
-        for (int64_t r = row; r < row_end; ++r) {
-            int64_t d = first;
-            for (; d + Pair<T>::width <= last; d += Pair<T>::width) pass.template pixels<Pair<T>, true>(r, d, 0);
-            for (; d + Vec<T>::width <= last; d += Vec<T>::width) pass.template pixels<Vec<T>, true>(r, d, 0);
-            if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
-        }
+    // Calls step(pixels<V, whole>) for the pixels [begin, end): pass.step<V, whole>(row, pixel, count).
+#define LF_OVER_PIXELS(step, r, begin, end)                                               \
+    {                                                                                     \
+        int64_t d = begin;                                                                \
+        for (; d + Vec<T>::width <= end; d += Vec<T>::width) step<Vec<T>, true>(r, d, 0); \
+        if (d < end) step<Vec<T>, false>(r, d, end - d);                                  \
     }
 };
+
+// Chains of operations are long: where a pass takes them in steps, over a tile of a row's pixels at a time, the
+// processor has several in hand. What one step leaves for the next lies in the first-level cache.
+static const int64_t kTile = 2048;  // pixels and groups of a tile; pixels are whole vectors
+
+static inline int64_t tile_pixels(int64_t groups) {
+    const int64_t most = kTile / groups / 16 * 16;
+    return most < kOutputsBlock ? most : kOutputsBlock;
+}
 
 // Partial moments of an item's rows and groups: workspace (items' slots, 4, pixels) gets mean, relative to the item's
 // first row, and squares of z, then of m.
@@ -395,23 +398,34 @@ static inline void outputs_merge(const TaggerOutputs& in, const T* workspace, T*
     }
 }
 
-template <bool gaussian, class T>
+template <bool gaussian, int fixed, class T>
 struct OutputsPass {
-    const OutputsItem<gaussian, T>& item;
+    OutputsItem<gaussian, fixed, T> item;
     T *z_out, *logits_out, *nll;
+    // Of a row's pixels: the sum of weights that costs; Gaussian: of the masks' weights, and the tops' difference.
+    alignas(64) T sum[kOutputsBlock], masks_sum[kOutputsBlock], top[kOutputsBlock];
+
+    LF_HD void run() {
+        for (int64_t r = item.row; r < item.row_end; ++r) {
+            LF_OVER_PIXELS(groups, r, item.first, item.last)
+            LF_OVER_PIXELS(cost, r, item.first, item.last)
+        }
+    }
 
     template <class V, bool whole>
-    LF_HD void pixels(int64_t r, int64_t d, int64_t n) const {
+    LF_HD void groups(int64_t r, int64_t d, int64_t n) {
         const auto c = item.template columns<V, whole>(d, n);
-        const V x = item.x.template load<V, whole>(r, 0, d, n), c2 = V::broadcast(item.c2);
+        const V x = item.x.template load<V, whole>(r, 0, d, n);
         const auto scalars = broadcast<V>(item.scalars);
-        V l[kKept], z[kKept];
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        T *to_z = z_out + item.packed(r, d), *to_logits = logits_out + item.packed(r, d);
+        V l[kept<fixed>], z[kept<fixed>];
         MaskPixel<V> masks, joint;
-        for (int64_t k = 0; k < item.groups; ++k) {
-            z[k] = item.activated(c.c1 * item.template z_hat<V, whole>(c, r, k, d, n) + c.b1);
-            const V logit = c2 * item.template m_hat<V, whole>(c, r, k, d, n);
-            write<whole>(z[k], z_out + item.packed(r, k, d), n);
-            write<whole>(logit, logits_out + item.packed(r, k, d), n);
+        LF_EACH_GROUP(k, item.groups) {
+            z[k] = item.activated((read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z) * c.scale_z + c.b1);
+            const V logit = (read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m) * c.scale_m;
+            write<whole>(z[k], to_z + k * item.width, n);
+            write<whole>(logit, to_logits + k * item.width, n);
             l[k] = logit_exponent(logit);
             masks.compare(l[k]);
             if constexpr (gaussian) {
@@ -419,135 +433,196 @@ struct OutputsPass {
                 joint.compare(z[k]);
             }
         }
-        V out;
+        const int64_t at = d - item.first;
         if constexpr (gaussian) {
-            for (int64_t k = 0; k < item.groups; ++k) {
+            LF_EACH_GROUP(k, item.groups) {
                 masks.weigh(l[k]);
                 joint.weigh(z[k]);
             }
-            out = gaussian_logits_nll(masks, joint, scalars);
+            joint.total.store(sum + at);
+            (masks.top - joint.top).store(top + at);
         } else {
             BernoulliMixture<V> mixture;
-            for (int64_t k = 0; k < item.groups; ++k) mixture.gather(z[k], masks.weigh(l[k]));
-            mixture.p = mixture.p / masks.total;
-            out = mixture.nll(x);
+            LF_EACH_GROUP(k, item.groups) mixture.gather(z[k], masks.weigh(l[k]));
+            mixture.p.store(sum + at);
+        }
+        masks.total.store(masks_sum + at);
+    }
+
+    template <class V, bool whole>
+    LF_HD void cost(int64_t r, int64_t d, int64_t n) const {
+        const int64_t at = d - item.first;
+        V out;
+        if constexpr (gaussian) {
+            out = gaussian_logits_nll(V::load(top + at), V::load(masks_sum + at) / V::load(sum + at),
+                                      broadcast<V>(item.scalars));
+        } else {
+            BernoulliMixture<V> mixture;
+            mixture.p = V::load(sum + at) / V::load(masks_sum + at);
+            out = mixture.nll(item.x.template load<V, whole>(r, 0, d, n));
         }
         write<whole>(out, nll + r * item.width + d, n);
     }
 };
 
-template <bool gaussian, class T>
+template <bool gaussian, int fixed, class T>
 static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats, const TaggerShape& s,
                            int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-        const OutputsItem<gaussian, T> item(in, s, stats, i);
-        OutputsPass<gaussian, T> pass{item, z, logits, nll};
-        item.each(pass);
+        OutputsPass<gaussian, fixed, T> pass{OutputsItem<gaussian, fixed, T>(in, s, stats, i), z, logits, nll};
+        pass.run();
     }
 }
 
 // Leaves the gradients of c1 z_hat + b1 and of the logits where those of z_pre and m_pre will be, and their sums over
-// the item's rows and groups, each alone and times what is normalised.
-template <bool gaussian, class T>
+// the item's rows and groups, each alone and times z_pre or m_pre less its mean.
+template <bool gaussian, int fixed, class T>
 struct OutputsBackward {
-    const OutputsItem<gaussian, T>& item;
+    OutputsItem<gaussian, fixed, T> item;
     TaggerView<T> grad_z, grad_logits, grad_nll;
     const TaggerOutputsGradients<T>& to;
-    double variance;
-    Vec<T> of_row;  // of the variance
+    Vec<T> of_variance;
+    int64_t tile, begin;  // pixels of a tile, and its first
     alignas(64) T sums[4][kOutputsBlock];
+    // Of a tile, by group: the masks' weights, and Gaussian the joint ones, Bernoulli z.
+    alignas(64) T masks_at[kTile], other_at[kTile];
+    // By pixel: share of the masks' weights; Gaussian that of the joint ones, Bernoulli p and then the gradient of p.
+    alignas(64) T share_at[kOutputsBlock], joint_at[kOutputsBlock], slope_at[kOutputsBlock];
 
-    OutputsBackward(const OutputsItem<gaussian, T>& item, const TaggerOutputsGradients<T>& to)
+    LF_HD OutputsBackward(const OutputsItem<gaussian, fixed, T>& item, const TaggerOutputsGradients<T>& to)
         : item(item),
           grad_z(to.z),
           grad_logits(to.logits),
           grad_nll(to.nll),
           to(to),
-          variance(0),
-          of_row(Vec<T>::broadcast(0)) {
+          of_variance(Vec<T>::broadcast(0)),
+          tile(tile_pixels(item.groups)) {
         memset(sums, 0, sizeof(sums));
     }
 
-    LF_HD void add_variance(Vec<T> sum, int64_t n) {
-        for (int64_t j = n; n > 0 && j < Vec<T>::width; ++j) sum.raw[j] = 0;
-        of_row = of_row + sum;
+    LF_HD void run() {
+        for (int64_t r = item.row; r < item.row_end; ++r)
+            for (begin = item.first; begin < item.last; begin += tile) {
+                const int64_t end = min_of(begin + tile, item.last);
+                LF_OVER_PIXELS(weights, r, begin, end)
+                LF_OVER_PIXELS(mixtures, r, begin, end)
+                LF_OVER_PIXELS(gradients, r, begin, end)
+            }
     }
-    LF_HD void add_variance(Pair<T> sum, int64_t) { of_row = of_row + (sum.a + sum.b); }
 
     template <class V, bool whole>
-    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+    LF_HD void weights(int64_t r, int64_t d, int64_t n) {
         const auto c = item.template columns<V, whole>(d, n);
-        const V x = item.x.template load<V, whole>(r, 0, d, n), c2 = V::broadcast(item.c2);
-        const V grad = grad_nll.template load<V, whole>(r, 0, d, n);
+        const V x = item.x.template load<V, whole>(r, 0, d, n);
         const auto scalars = broadcast<V>(item.scalars);
-        V l[kKept], z[kKept], w[kKept];
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        const int64_t at = d - begin;
+        V l[kept<fixed>], other[kept<fixed>];
         MaskPixel<V> masks, joint;
-        for (int64_t k = 0; k < item.groups; ++k) {
-            z[k] = item.activated(c.c1 * item.template z_hat<V, whole>(c, r, k, d, n) + c.b1);
-            l[k] = logit_exponent(c2 * item.template m_hat<V, whole>(c, r, k, d, n));
+        LF_EACH_GROUP(k, item.groups) {
+            other[k] = item.activated((read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z) * c.scale_z + c.b1);
+            l[k] = logit_exponent((read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m) * c.scale_m);
             masks.compare(l[k]);
             if constexpr (gaussian) {
-                w[k] = l[k] + gaussian_exponent(x - z[k], scalars);
-                joint.compare(w[k]);
+                other[k] = l[k] + gaussian_exponent(x - other[k], scalars);
+                joint.compare(other[k]);
             }
         }
         BernoulliMixture<V> mixture;
-        for (int64_t k = 0; k < item.groups; ++k) {
-            l[k] = masks.weigh(l[k]);
+        LF_EACH_GROUP(k, item.groups) {
+            const V weight = masks.weigh(l[k]);
             if constexpr (gaussian)
-                w[k] = joint.weigh(w[k]);
+                other[k] = joint.weigh(other[k]);
             else
-                mixture.gather(z[k], l[k]);
+                mixture.gather(other[k], weight);
+            weight.store(masks_at + k * tile + at);
+            other[k].store(other_at + k * tile + at);
         }
-        masks.finish();
-        V slope, grad_x = constant<V>(0), sum_v = grad;
+        masks.total.store(share_at + at);
+        (gaussian ? joint.total : mixture.p).store(joint_at + at);
+    }
+
+    template <class V, bool whole>
+    LF_HD void mixtures(int64_t r, int64_t d, int64_t n) {
+        const int64_t at = d - begin;
+        const V share = constant<V>(1) / V::load(share_at + at);
+        share.store(share_at + at);
         if constexpr (gaussian) {
-            joint.finish();
+            (constant<V>(1) / V::load(joint_at + at)).store(joint_at + at);
         } else {
-            mixture.p = mixture.p * masks.share;
-            slope = mixture.backward(grad, x, grad_x);
+            const V x = item.x.template load<V, whole>(r, 0, d, n);
+            const V grad = grad_nll.template load<V, whole>(r, 0, d, n);
+            BernoulliMixture<V> mixture;
+            mixture.p = V::load(joint_at + at) * share;
+            mixture.p.store(joint_at + at);
+            V grad_x;
+            mixture.backward(grad, x, grad_x).store(slope_at + at);
+            write<whole>(grad_x, to.x + r * item.width + d, n);
         }
+    }
+
+    template <class V, bool whole>
+    LF_HD void gradients(int64_t r, int64_t d, int64_t n) {
+        const auto c = item.template columns<V, whole>(d, n);
+        const auto scalars = broadcast<V>(item.scalars);
+        const V x = item.x.template load<V, whole>(r, 0, d, n);
+        const V grad = grad_nll.template load<V, whole>(r, 0, d, n);
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        const T *grad_z_at = grad_z.data + r * grad_z.row + d, *grad_l_at = grad_logits.data + r * grad_logits.row + d;
+        T *to_z = to.z_pre + item.packed(r, d), *to_m = to.m_pre + item.packed(r, d);
+        const int64_t at = d - begin;
+        const V share = V::load(share_at + at), joint = V::load(joint_at + at);
+        V slope, grad_x = constant<V>(0), sum_v = grad;
+        if constexpr (!gaussian) slope = V::load(slope_at + at);
         V sum[4];
         for (int j = 0; j < 4; ++j) sum[j] = constant<V>(0);
-        for (int64_t k = 0; k < item.groups; ++k) {
-            const V m = masks.mask(l[k]);
+        LF_EACH_GROUP(k, item.groups) {
+            const V m = V::load(masks_at + k * tile + at) * share, other = V::load(other_at + k * tile + at);
+            const V from_z = read<whole, V>(grad_z_at + k * grad_z.group, n);
+            const V z_centred = read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z;
             V out_z, out_m;
             if constexpr (gaussian) {
-                gaussian_logits_backward(grad, x - z[k], m, joint.mask(w[k]), scalars, out_z, out_m, sum_v);
+                const V z = z_centred * c.scale_z + c.b1;
+                gaussian_logits_backward(grad, x - z, m, other * joint, scalars, out_z, out_m, sum_v);
                 grad_x = grad_x - out_z;
-                out_z = out_z + grad_z.template load<V, whole>(r, k, d, n);
+                out_z = out_z + from_z;
             } else {
-                out_z = (slope * m + grad_z.template load<V, whole>(r, k, d, n)) * (z[k] * (constant<V>(1) - z[k]));
-                out_m = slope * m * (z[k] - mixture.p);
+                const V pull = slope * m;
+                out_z = (pull + from_z) * (other * (constant<V>(1) - other));
+                out_m = pull * (other - joint);
             }
-            out_m = out_m + grad_logits.template load<V, whole>(r, k, d, n);
-            write<whole>(out_z, to.z_pre + item.packed(r, k, d), n);
-            write<whole>(out_m, to.m_pre + item.packed(r, k, d), n);
+            out_m = out_m + read<whole, V>(grad_l_at + k * grad_logits.group, n);
+            write<whole>(out_z, to_z + k * item.width, n);
+            write<whole>(out_m, to_m + k * item.width, n);
             sum[0] = sum[0] + out_z;
-            sum[1] = sum[1] + out_z * item.template z_hat<V, whole>(c, r, k, d, n);
+            sum[1] = sum[1] + out_z * z_centred;
             sum[2] = sum[2] + out_m;
-            sum[3] = sum[3] + out_m * item.template m_hat<V, whole>(c, r, k, d, n);
+            sum[3] = sum[3] + out_m * (read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m);
         }
-        write<whole>(grad_x, to.x + r * item.width + d, n);
         for (int j = 0; j < 4; ++j) {
-            T* at = sums[j] + (d - item.first);
-            (V::load(at) + sum[j]).store(at);
+            T* sum_at = sums[j] + (d - item.first);
+            (V::load(sum_at) + sum[j]).store(sum_at);
         }
-        if constexpr (gaussian) add_variance(sum_v, n);
+        if constexpr (gaussian) {
+            write<whole>(grad_x, to.x + r * item.width + d, n);
+            if constexpr (!whole)
+                for (int64_t j = n; j < V::width; ++j) sum_v.raw[j] = 0;
+            of_variance = of_variance + sum_v;
+        }
     }
 };
 
-template <bool gaussian, class T>
+template <bool gaussian, int fixed, class T>
 static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, T* workspace,
                                     const TaggerShape& s, int64_t begin, int64_t end) {
     const OutputsPlan plan(s);
     for (int64_t i = begin; i < end; ++i) {
-        const OutputsItem<gaussian, T> item(in, s, to.stats, i);
-        OutputsBackward<gaussian, T> pass(item, to);
-        item.each(pass);
+        const OutputsItem<gaussian, fixed, T> item(in, s, to.stats, i);
+        OutputsBackward<gaussian, fixed, T> pass(item, to);
+        pass.run();
         T* partial = workspace + OutputsPlace(plan, i).slot * 4 * s.pixels + item.first;
         for (int j = 0; j < 4; ++j) memcpy(partial + j * s.pixels, pass.sums[j], (item.last - item.first) * sizeof(T));
-        if constexpr (gaussian) to.variance[i] = pass.of_row.sum();
+        if constexpr (gaussian) to.variance[i] = pass.of_variance.sum();
     }
 }
 
@@ -562,11 +637,14 @@ static inline void outputs_backward_merge(const TaggerOutputsGradients<T>& to, c
         const int64_t count = min_of(kOutputsColumns, s.pixels - first);
         const double share = 1.0 / (double)(plan.rows * s.groups);
         for (int j = 0; j < 4; ++j) {
+            const T* rstd = to.stats + (seed * 4 + j) * s.pixels + first;  // for the sums that lack it, of odd j
             double total[kOutputsColumns] = {};
             for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
                 const T* from = workspace + ((seed * plan.chunks + chunk) * 4 + j) * s.pixels + first;
                 for (int64_t d = 0; d < count; ++d) total[d] += from[d];
             }
+            if (j % 2 == 1)
+                for (int64_t d = 0; d < count; ++d) total[d] *= rstd[d];
             T* mean = means + (seed * 4 + j) * s.pixels + first;
             for (int64_t d = 0; d < count; ++d) mean[d] = (T)(total[d] * share);
             if (j < 2) {
@@ -583,35 +661,41 @@ static inline void outputs_backward_merge(const TaggerOutputsGradients<T>& to, c
 }
 
 // From the gradient of scale x_hat to that of x, through the normalisation.
-template <bool gaussian, class T>
+template <bool gaussian, int fixed, class T>
 struct OutputsFinish {
-    const OutputsItem<gaussian, T>& item;
+    OutputsItem<gaussian, fixed, T> item;
     const TaggerOutputsGradients<T>& to;
     const T* means;  // (4, pixels) of the seed
+
+    LF_HD void run() const {
+        for (int64_t r = item.row; r < item.row_end; ++r) LF_OVER_PIXELS(pixels, r, item.first, item.last)
+    }
 
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) const {
         const auto c = item.template columns<V, whole>(d, n);
-        const V scale_z = c.rstd_z * c.c1, scale_m = c.rstd_m * V::broadcast(item.c2);
-        V mean[4];
-        for (int j = 0; j < 4; ++j) mean[j] = read<whole, V>(means + j * item.width + d, n);
-        for (int64_t k = 0; k < item.groups; ++k) {
-            T *z = to.z_pre + item.packed(r, k, d), *m = to.m_pre + item.packed(r, k, d);
-            const V z_hat = item.template z_hat<V, whole>(c, r, k, d, n);
-            const V m_hat = item.template m_hat<V, whole>(c, r, k, d, n);
-            write<whole>(scale_z * (read<whole, V>(z, n) - mean[0] - z_hat * mean[1]), z, n);
-            write<whole>(scale_m * (read<whole, V>(m, n) - mean[2] - m_hat * mean[3]), m, n);
+        const T *stats = item.stats + item.width + d, *mean = means + d;
+        const V mean_z = read<whole, V>(mean, n), mean_m = read<whole, V>(mean + 2 * item.width, n);
+        const V pull_z = read<whole, V>(stats, n) * read<whole, V>(mean + item.width, n);
+        const V pull_m = read<whole, V>(stats + 2 * item.width, n) * read<whole, V>(mean + 3 * item.width, n);
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        T *to_z = to.z_pre + item.packed(r, d), *to_m = to.m_pre + item.packed(r, d);
+        LF_EACH_GROUP(k, item.groups) {
+            T *z = to_z + k * item.width, *m = to_m + k * item.width;
+            const V from_z = read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z;
+            const V from_m = read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m;
+            write<whole>(c.scale_z * ((read<whole, V>(z, n) - mean_z) - from_z * pull_z), z, n);
+            write<whole>(c.scale_m * ((read<whole, V>(m, n) - mean_m) - from_m * pull_m), m, n);
         }
     }
 };
 
-template <class T>
+template <int fixed, class T>
 static inline void outputs_backward_finish(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, const T* means,
                                            const TaggerShape& s, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-        const OutputsItem<false, T> item(in, s, to.stats, i);
-        OutputsFinish<false, T> pass{item, to, means + item.seed * 4 * s.pixels};
-        item.each(pass);
+        const OutputsItem<false, fixed, T> item(in, s, to.stats, i);
+        OutputsFinish<false, fixed, T>{item, to, means + item.seed * 4 * s.pixels}.run();
     }
 }
 
@@ -641,16 +725,20 @@ static inline void outputs_backward_finish(const TaggerOutputs& in, const Tagger
     static void outputs_##suffix(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats,     \
                                  const TaggerShape& s, int64_t begin, int64_t end) {                                  \
         if (gaussian)                                                                                                 \
-            outputs<true>(in, z, logits, nll, stats, s, begin, end);                                                  \
+            s.groups == kFew ? outputs<true, kFew>(in, z, logits, nll, stats, s, begin, end)                          \
+                             : outputs<true, 0>(in, z, logits, nll, stats, s, begin, end);                            \
         else                                                                                                          \
-            outputs<false>(in, z, logits, nll, stats, s, begin, end);                                                 \
+            s.groups == kFew ? outputs<false, kFew>(in, z, logits, nll, stats, s, begin, end)                         \
+                             : outputs<false, 0>(in, z, logits, nll, stats, s, begin, end);                           \
     }                                                                                                                 \
     static void outputs_backward_##suffix(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g, \
                                           T* workspace, const TaggerShape& s, int64_t begin, int64_t end) {           \
         if (gaussian)                                                                                                 \
-            outputs_backward<true>(in, g, workspace, s, begin, end);                                                  \
+            s.groups == kFew ? outputs_backward<true, kFew>(in, g, workspace, s, begin, end)                          \
+                             : outputs_backward<true, 0>(in, g, workspace, s, begin, end);                            \
         else                                                                                                          \
-            outputs_backward<false>(in, g, workspace, s, begin, end);                                                 \
+            s.groups == kFew ? outputs_backward<false, kFew>(in, g, workspace, s, begin, end)                         \
+                             : outputs_backward<false, 0>(in, g, workspace, s, begin, end);                           \
     }                                                                                                                 \
     static void outputs_backward_merge_##suffix(const TaggerOutputsGradients<T>& g, const T* workspace, T* means,     \
                                                 const TaggerShape& s, int64_t begin, int64_t end) {                   \
@@ -658,7 +746,8 @@ static inline void outputs_backward_finish(const TaggerOutputs& in, const Tagger
     }                                                                                                                 \
     static void outputs_backward_finish_##suffix(const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,         \
                                                  const T* means, const TaggerShape& s, int64_t begin, int64_t end) {  \
-        outputs_backward_finish(in, g, means, s, begin, end);                                                         \
+        s.groups == kFew ? outputs_backward_finish<kFew>(in, g, means, s, begin, end)                                 \
+                         : outputs_backward_finish<0>(in, g, means, s, begin, end);                                   \
     }
 
 LF_TAGGER_STEP_INSTANCES(float, f32)
