@@ -1,5 +1,5 @@
-// Tagger's group inputs and mixture costs on NVIDIA GPUs. Contract in ../tagger.h, formulas in ../math/tagger.h, how the
-// work is cut in tagger.cuh. The variance's gradient is the only sum over pixels.
+// Tagger's group inputs and mixture costs on NVIDIA GPUs. Contract in ../tagger.h, formulas in ../math/tagger.h, how
+// the work is cut in tagger.cuh. The variance's gradient is the only sum over pixels.
 //
 // Floor, in elements for each of z: forward reads z and m, and writes dz and likelihood (a cost only 1 / K); backward
 // reads z, m and two gradients (of a cost 1 / K), and writes two. Arithmetic is below that: one exponential for each

@@ -71,8 +71,8 @@ struct GaussianStepInputs : StepInputs<T, N> {
             pixel.compare(y);
         }
         LF_EACH_GROUP(k) {
-            const V weight = pixel.weigh(
-                held ? w.at[k] : gaussian_exponent(x - this->in.z.template load<whole>(p, r, k), v));
+            const V weight =
+                pixel.weigh(held ? w.at[k] : gaussian_exponent(x - this->in.z.template load<whole>(p, r, k), v));
             if (held) w.at[k] = weight;
         }
         pixel.finish(v);
@@ -293,8 +293,8 @@ struct Outputs {
     }
 };
 
-// Passes over the outputs. A thread starts with its pixels, takes its rows, and where the pass sums over them all threads
-// of a block end together.
+// Passes over the outputs. A thread starts with its pixels, takes its rows, and where the pass sums over them all
+// threads of a block end together.
 
 // Moments of z_pre and m_pre, relative to the seed's first row and group; partials (seeds, chunks, 4, pixels) receive
 // mean and squares of each.
@@ -472,8 +472,9 @@ struct OutputsBackward {
             V out_z = grad_z.template load<whole>(p, r, k), out_m;
             if constexpr (gaussian) {
                 V from_nll;
-                gaussian_logits_backward(grad, x - out, m, joint.mask(exp2_of(joint_exponent(exponent, out) - joint.top)),
-                                         s.scalars, from_nll, out_m, sum_v);
+                gaussian_logits_backward(grad, x - out, m,
+                                         joint.mask(exp2_of(joint_exponent(exponent, out) - joint.top)), s.scalars,
+                                         from_nll, out_m, sum_v);
                 grad_x = grad_x - from_nll;
                 out_z = out_z + from_nll;
             } else {
@@ -606,8 +607,9 @@ __global__ void __launch_bounds__(kThreads)
     double c2 = 0;
 #pragma unroll 1
     for (int j = 0; j < 4; ++j) {
+        const int64_t at = (p.seed * 4 + j) * plan.pixels + p.pixel;
+        const C* from = partials + at + p.seed * 4 * (plan.chunks - 1) * plan.pixels;
         double total = 0;
-        const C* from = partials + (p.seed * plan.chunks * 4 + j) * plan.pixels + p.pixel;
         if (p.there) {
 #pragma unroll 4
             for (int chunk = p.y; chunk < plan.chunks; chunk += kMergeDown)
@@ -616,8 +618,7 @@ __global__ void __launch_bounds__(kThreads)
         shared[threadIdx.x] = total;
         __syncthreads();
         if (p.y == 0 && p.there) {
-            for (int n = threadIdx.x + kMergeColumns; n < kThreads; n += kMergeColumns) total += shared[n];
-            const int64_t at = (p.seed * 4 + j) * plan.pixels + p.pixel;
+            total = strided_sum(shared + threadIdx.x, kMergeColumns, kMergeDown);
             const double rstd = j % 2 == 1 ? stats[at] : 1;
             means[at] = static_cast<C>(total * share * rstd * rstd);
             const C sum = static_cast<C>(total * rstd);
@@ -629,6 +630,13 @@ __global__ void __launch_bounds__(kThreads)
     }
     const double all = block_sum(c2, kThreads);
     if (threadIdx.x == 0) of_c2[blockIdx.x] = all;
+}
+
+// Sums over no rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads) zeros(T* __restrict__ to, int64_t count) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i < count) to[i] = T{};
 }
 
 // The passes that sum: as few chunks as fill a chip, for each leaves partial results.
@@ -785,9 +793,9 @@ int ladderfast_tagger_step_outputs_backward_cuda(int gaussian, const TaggerOutpu
             if (const cudaError_t error =
                     gaussian ? pass(std::true_type(), std::false_type()) : pass(std::false_type(), std::false_type()))
                 return error;
-            if (const cudaError_t error = launch(merge_sums<T>, merge_blocks(s), kThreads, stream, scratch.partials,
-                                                 found, static_cast<T*>(grad_b1), static_cast<T*>(grad_c1),
-                                                 scratch.of_c2, scratch.means, plan))
+            if (const cudaError_t error =
+                    launch(merge_sums<T>, merge_blocks(s), kThreads, stream, scratch.partials, found,
+                           static_cast<T*>(grad_b1), static_cast<T*>(grad_c1), scratch.of_c2, scratch.means, plan))
                 return error;
             if (const cudaError_t error =
                     gaussian ? pass(std::true_type(), std::true_type()) : pass(std::false_type(), std::true_type()))
@@ -796,9 +804,15 @@ int ladderfast_tagger_step_outputs_backward_cuda(int gaussian, const TaggerOutpu
             of_variance = blocks_of(plan, s) / s.seeds;
             c2 = scratch.of_c2;
             variance = scratch.of_variance;
+        } else {
+            const int64_t count = s.seeds * s.pixels;
+            for (void* to : {grad_c1, grad_b1})
+                if (const cudaError_t error =
+                        launch(zeros<T>, ceil_div(count, kThreads), kThreads, stream, static_cast<T*>(to), count))
+                    return error;
         }
-        if (const cudaError_t error = launch(sum_partials<T>, s.seeds, kThreads, stream, c2, nullptr, grad_c2,
-                                             dtype == kFloat32, of_c2))
+        if (const cudaError_t error =
+                launch(sum_partials<T>, s.seeds, kThreads, stream, c2, nullptr, grad_c2, dtype == kFloat32, of_c2))
             return error;
         if (!gaussian) return cudaSuccess;
         return launch(sum_partials<T>, s.seeds, kThreads, stream, variance, in->variance, grad_variance,
