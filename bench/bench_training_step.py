@@ -53,53 +53,66 @@ def make_run(device: str, rows: int, **fields) -> ladderfast.Run:
     )
 
 
-def torch_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out=out)  # memory that is there already
+class Floor:
+    """A step's matrix products and Adam; operands are random.
 
+    ours: the products as our networks compute them, each into new memory; otherwise torch's, into memory that is there.
+    """
 
-def our_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    linear(a, b.t())
+    def __init__(self, run: ladderfast.Run) -> None:
+        self.device, self.ours = run.fabric.device, False
+        self.products: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        parameters = list(run.model.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.adam = torch.optim.Adam(parameters, lr=0.002, fused=True)
 
+    def add_map(self, weight: Tensor, rows: int, *, trained: int | None = None, again: bool = False) -> None:
+        """A map of so many rows and its gradients: of the weight from `trained` rows, and of what it maps.
 
-def floor(
-    run: ladderfast.Run, rows: int, product: Callable[[Tensor, Tensor, Tensor], None]
-) -> Callable[[], None]:
-    """The step's matrix products and Adam; no gradient of the images."""
-    device, half = run.fabric.device, rows // 2
-    products: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device)
-
-    def add(a: Tensor, b: Tensor, out: Tensor | None = None) -> None:
-        products.append((a, b, random(a.shape[0], b.shape[1]) if out is None else out))
-
-    parameters = list(run.model.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    weights = [layer.linear.weight for layer in run.model.encoder]
-    for index, weight in enumerate(weights):
+        trained: all rows by default; 0: no gradients. again: the weight's gradient is added to the one there is.
+        """
+        trained = rows if trained is None else trained
         above, below = weight.shape
-        grad, x = random(3 * half, above), random(3 * half, below)
-        add(x, weight.detach().t())  # corrupted rows and the clean unlabelled ones
-        add(random(half, below), weight.detach().t())  # the clean labelled ones: statistics for evaluation
-        add(grad.t(), x, weight.grad)
-        if index > 0:
-            add(grad, weight.detach())
-    for layer in run.model.decoder:
-        above, below = layer.weight.shape
-        grad, x = random(half, above), random(half, below)
-        add(x, layer.weight.detach().t())
-        add(grad.t(), x, layer.weight.grad)
-        add(grad, layer.weight.detach())
-    adam = torch.optim.Adam(parameters, lr=0.002, fused=True)
+        self._add(self._random(rows, below), weight.detach().t())
+        if trained:
+            grad, x = self._random(trained, above), self._random(trained, below)
+            self._add(grad.t(), x, weight.grad, again)
+            self._add(grad, weight.detach())
 
-    def step() -> None:
+    def drop_gradient_of_input(self) -> None:
+        """The map added last is one of data, which need none."""
+        del self.products[-1]
+
+    def __call__(self) -> None:
         with torch.no_grad():
-            for a, b, out in products:
-                product(a, b, out)
-        adam.step()
+            for a, b, out, beta in self.products:
+                if not self.ours:
+                    torch.addmm(out, a, b, beta=beta, out=out)
+                elif beta:
+                    out += linear(a, b.t())
+                else:
+                    linear(a, b.t())
+        self.adam.step()
 
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device)
+
+    def _add(self, a: Tensor, b: Tensor, out: Tensor | None = None, again: bool = False) -> None:
+        out = self._random(a.shape[0], b.shape[1]) if out is None else out
+        self.products.append((a, b, out, int(again)))
+
+
+def floor(run: ladderfast.Run, rows: int) -> Floor:
+    step, half = Floor(run), rows // 2
+    for index, layer in enumerate(run.model.encoder):
+        weight = layer.linear.weight
+        step.add_map(weight, 3 * half)  # corrupted rows and the clean unlabelled ones
+        if index == 0:
+            step.drop_gradient_of_input()
+        step.add_map(weight, half, trained=0)  # the clean labelled ones: statistics for evaluation
+    for layer in run.model.decoder:
+        step.add_map(layer.weight, half)
     return step
 
 
@@ -114,8 +127,12 @@ class Compiled(Objective):
 
 
 @contextlib.contextmanager
-def stepping(variant: str, device: str, rows: int) -> Iterator[Callable[[], object]]:
-    """The function that does one step of this variant."""
+def stepping(
+    variant: str,
+    make: Callable[[], ladderfast.Run],
+    make_floor: Callable[[ladderfast.Run], Floor],
+) -> Iterator[Callable[[], object]]:
+    """The function that does one step of this variant of a run."""
 
     def randn(state: Tensor, stream: int, count: int) -> Tensor:
         return torch.randn(count, device=state.device)
@@ -125,13 +142,19 @@ def stepping(variant: str, device: str, rows: int) -> Iterator[Callable[[], obje
         ladderfast.use_backend("reference" if plain else None),
         mock.patch.object(noise, "normal_noise", randn) if plain else contextlib.nullcontext(),
     ):
-        run = make_run(device, rows)
+        run = make()
         if variant == "compile":
             run.objective = Compiled(run.objective)
         if variant.startswith("floor"):
-            yield floor(run, rows, torch_product if variant == "floor" else our_product)
+            step = make_floor(run)
+            step.ours = variant != "floor"
+            yield step
         else:
             yield run.step
+
+
+def stepping_mnist(variant: str, device: str, rows: int):
+    return stepping(variant, lambda: make_run(device, rows), lambda run: floor(run, rows))
 
 
 def need_time(benchmark, rows: int) -> None:
@@ -140,11 +163,9 @@ def need_time(benchmark, rows: int) -> None:
 
 
 def record_step(
-    benchmark, variant: str, device: str, rows: int, step: Callable[[], object], phase: str
+    benchmark, variant: str, device: str, shape: str, step: Callable[[], object], phase: str
 ) -> None:
-    benchmark.extra_info.update(
-        table="step", op=phase, shape=f"{rows // 2} + {rows // 2}", variant=variant, device=device
-    )
+    benchmark.extra_info.update(table="step", op=phase, shape=shape, variant=variant, device=device)
     if device == "cpu":
         benchmark.extra_info.update(peak=peak_memory(step))
     else:
@@ -159,14 +180,13 @@ def record_step(
 @pytest.mark.parametrize("device", DEVICES)
 def bench_training_step(benchmark, device, rows, variant):
     need_time(benchmark, rows)
-    with stepping(variant, device, rows) as step:
+    with stepping_mnist(variant, device, rows) as step:
         for _ in range(3):
             step()
         benchmark._timer = sync_timer
         benchmark.pedantic(step, rounds=40 if rows < 1000 else 5, warmup_rounds=5 if rows < 1000 else 1)
-        record_step(
-            benchmark, variant, device, rows, step, "training step"
-        )  # afterwards, so that no profiler runs before what is timed
+        # Afterwards, so that no profiler runs before what is timed.
+        record_step(benchmark, variant, device, f"{rows // 2} + {rows // 2}", step, "training step")
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -174,8 +194,8 @@ def bench_training_step(benchmark, device, rows, variant):
 def bench_growth(benchmark, device, rows):
     """Time by the number of rows; bench/table.py draws it."""
     need_time(benchmark, rows)
-    with stepping("ladderfast", device, rows) as step:
+    with stepping_mnist("ladderfast", device, rows) as step:
         step()
         benchmark._timer = sync_timer
         benchmark.pedantic(step, rounds=max(3, min(40, 20000 // rows)), warmup_rounds=2)
-        record_step(benchmark, "ladderfast", device, rows, step, "growth")
+        record_step(benchmark, "ladderfast", device, f"{rows // 2} + {rows // 2}", step, "growth")

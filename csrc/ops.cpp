@@ -1382,8 +1382,8 @@ struct TaggerOutputsCall {
     TaggerOutputsCall(const char* op, const Tensor& x_, const Tensor& z_, const Tensor& m_, const Tensor& c1_,
                       const Tensor& b1_, const Tensor& c2_, const Tensor* variance_)
         : x(unit_stride(x_)),
-          z(torch::stable::contiguous(z_)),
-          m(torch::stable::contiguous(m_)),
+          z(even_stride(z_)),
+          m(even_stride(m_)),
           c1(torch::stable::contiguous(c1_)),
           b1(torch::stable::contiguous(b1_)),
           c2(torch::stable::contiguous(c2_)) {
@@ -1403,7 +1403,7 @@ struct TaggerOutputsCall {
         for (const Tensor& t : {c1, b1, c2})
             STD_TORCH_CHECK(t.scalar_type() == z.scalar_type() && t.device() == z.device(), op,
                             ": c1, b1 and c2 must have the dtype and device of z");
-        in = {tagger_input(x), z.data_ptr(), m.data_ptr(), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
+        in = {tagger_input(x), tagger_input(z), tagger_input(m), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
         if (variance_ == nullptr) return;
         variance = torch::stable::contiguous(*variance_);
         STD_TORCH_CHECK(variance.numel() == shape.seeds && variance.dim() == c2.dim() &&
@@ -1414,20 +1414,36 @@ struct TaggerOutputsCall {
 
     int64_t elements() const { return 2 * shape.rows * shape.groups * shape.pixels; }
     Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
+    Tensor like_groups() const { return torch::stable::new_empty(z, {shape.rows, shape.groups, shape.pixels}); }
+
+    // With one stride from group to group and from row to row.
+    static Tensor even_stride(const Tensor& t) {
+        const bool even = t.dim() == 3 && (t.size(0) <= 1 || t.stride(0) == t.size(1) * t.stride(1));
+        return even ? unit_stride(t) : torch::stable::contiguous(t);
+    }
 };
 
 using TaggerOutputsResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call, double eps) {
     const TaggerShape& s = call.shape;
-    Tensor z = torch::stable::empty_like(call.z), logits = torch::stable::empty_like(call.z);
-    Tensor nll = call.like_pixels(), stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels});
+    Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
+    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels});
+    Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
-        T* to_stats = (T*)stats.data_ptr();
-        parallel_items(ladderfast::cpu::tagger_outputs_items(s), call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, eps, s, begin, end);
+        T *to_stats = (T*)stats.data_ptr(), *between = (T*)workspace.data_ptr();
+        const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
+        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs_moments<T>(call.in, between, s, begin, end);
+        });
+        parallel_items(
+            ladderfast::cpu::tagger_outputs_merge_items(s), workspace.numel(), [&](int64_t begin, int64_t end) {
+                ladderfast::cpu::tagger_step_outputs_merge<T>(call.in, between, to_stats, eps, s, begin, end);
+            });
+        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, s, begin, end);
         });
     });
     return {z, logits, nll, stats};
@@ -1451,34 +1467,46 @@ TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussia
                         stats.device() == call.z.device(),
                     op, ": stats does not fit z");
     TaggerOutputsGrads out{call.like_pixels(),
-                           torch::stable::empty_like(call.z),
-                           torch::stable::empty_like(call.z),
+                           call.like_groups(),
+                           call.like_groups(),
                            torch::stable::empty_like(call.c1),
                            torch::stable::empty_like(call.b1),
                            torch::stable::empty_like(call.c2),
                            Tensor()};
     const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
-    std::vector<double> of_c2(items), of_variance(gaussian ? items : 0);
+    const int64_t merge_items = ladderfast::cpu::tagger_outputs_merge_items(s);
+    std::vector<double> of_c2(merge_items), of_variance(gaussian ? items : 0);
     if (gaussian) out.variance = torch::stable::empty_like(call.variance);
+    Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
+    Tensor means = torch::stable::empty_like(stats);
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
+        T *between = (T*)workspace.data_ptr(), *mean = (T*)means.data_ptr();
         const TaggerOutputsGradients<T> grad = {
             tagger_input(gz),      tagger_input(gl),     tagger_input(gn),     (const T*)stats.data_ptr(),
             (T*)out.x.data_ptr(),  (T*)out.z.data_ptr(), (T*)out.m.data_ptr(), (T*)out.c1.data_ptr(),
             (T*)out.b1.data_ptr(), of_c2.data(),         of_variance.data()};
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, s, begin, end);
+            ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, between, s, begin, end);
         });
-        const int64_t per_seed = s.seeds > 0 ? items / s.seeds : 0;
+        parallel_items(merge_items, workspace.numel(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs_backward_merge<T>(grad, between, mean, s, begin, end);
+        });
+        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs_backward_finish<T>(call.in, grad, mean, s, begin, end);
+        });
+        // In the order of the items.
+        const auto sum_of_seed = [&](const std::vector<double>& parts, int64_t seed) {
+            const int64_t per_seed = (int64_t)parts.size() / s.seeds;
+            double sum = 0;
+            for (int64_t i = seed * per_seed; i < (seed + 1) * per_seed; ++i) sum += parts[i];
+            return sum;
+        };
         for (int64_t seed = 0; seed < s.seeds; ++seed) {
-            double c2 = 0, variance = 0;
-            for (int64_t i = seed * per_seed; i < (seed + 1) * per_seed; ++i) {
-                c2 += of_c2[i];
-                if (gaussian) variance += of_variance[i];
-            }
-            ((T*)out.c2.data_ptr())[seed] = (T)c2;
+            ((T*)out.c2.data_ptr())[seed] = (T)sum_of_seed(of_c2, seed);
             if (gaussian)
-                ((T*)out.variance.data_ptr())[seed] = (T)(variance / (2.0 * ((const T*)call.in.variance)[seed]));
+                ((T*)out.variance.data_ptr())[seed] =
+                    (T)(sum_of_seed(of_variance, seed) / (2.0 * ((const T*)call.in.variance)[seed]));
         }
     });
     return out;

@@ -9,7 +9,7 @@
 // What comes out of the network, before its normalisation over the rows and groups of a seed.
 struct TaggerOutputs {
     TaggerInput x;         // (rows, pixels), the clean input
-    const void *z, *m;     // (rows, groups, pixels), packed
+    TaggerInput z, m;      // (rows, groups, pixels); rows are `groups` strides of a group apart
     const void *c1, *b1;   // (seeds, pixels)
     const void* c2;        // (seeds)
     const void* variance;  // (seeds), null for Bernoulli
@@ -22,12 +22,13 @@ struct TaggerOutputsGradients {
     T* x;                        // (rows, pixels)
     T *z_pre, *m_pre;            // (rows, groups, pixels)
     T *c1, *b1;                  // (seeds, pixels)
-    double *c2, *variance;       // (tagger_outputs_items): an item's part of the gradient of c2, and of 2 v times that
-                                 // of the variance; the latter null for Bernoulli
+    double* c2;                  // (tagger_outputs_merge_items): an item's part of the gradient
+    double* variance;            // (tagger_outputs_items): of 2 v times the gradient; null for Bernoulli
 };
 
-// T is float or double. Items as in tagger.h, of the inputs [0, tagger_items), of the outputs [0,
-// tagger_outputs_items): blocks of pixels, those of a seed beside each other.
+// T is float or double. Items as in tagger.h. The inputs have [0, tagger_items). The outputs take three passes in
+// either direction, one after the other: the first and the last have [0, tagger_outputs_items), the one that merges, by
+// columns, [0, tagger_outputs_merge_items); those of a seed are beside each other.
 namespace ladderfast::cpu {
 
 static const int64_t kTaggerGroups = 64;
@@ -48,17 +49,63 @@ void tagger_step_inputs_backward(bool gaussian,
                                  const TaggerShape& shape, int64_t begin, int64_t end);
 
 int64_t tagger_outputs_items(const TaggerShape& shape);
+int64_t tagger_outputs_merge_items(const TaggerShape& shape);
+int64_t tagger_outputs_workspace(const TaggerShape& shape);  // elements of T
+
+template <class T>
+void tagger_step_outputs_moments(const TaggerOutputs& in, T* workspace, const TaggerShape& shape, int64_t begin,
+                                 int64_t end);
+
+template <class T>
+void tagger_step_outputs_merge(const TaggerOutputs& in, const T* workspace,
+                               T* stats,  // (seeds, 4, pixels): mean and 1 / sqrt(variance + eps) of z, then of m
+                               double eps, const TaggerShape& shape, int64_t begin, int64_t end);
 
 template <class T>
 void tagger_step_outputs(bool gaussian, const TaggerOutputs& in,
                          T* z,       // (rows, groups, pixels)
                          T* logits,  // (rows, groups, pixels)
                          T* nll,     // (rows, pixels)
-                         T* stats,   // (seeds, 4, pixels): mean and 1 / sqrt(variance + eps) of z, then of m
-                         double eps, const TaggerShape& shape, int64_t begin, int64_t end);
+                         const T* stats, const TaggerShape& shape, int64_t begin, int64_t end);
 
 template <class T>
 void tagger_step_outputs_backward(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& grad,
-                                  const TaggerShape& shape, int64_t begin, int64_t end);
+                                  T* workspace, const TaggerShape& shape, int64_t begin, int64_t end);
+
+template <class T>
+void tagger_step_outputs_backward_merge(const TaggerOutputsGradients<T>& grad, const T* workspace,
+                                        T* means,  // (seeds, 4, pixels), for the last pass
+                                        const TaggerShape& shape, int64_t begin, int64_t end);
+
+template <class T>
+void tagger_step_outputs_backward_finish(const TaggerOutputs& in, const TaggerOutputsGradients<T>& grad, const T* means,
+                                         const TaggerShape& shape, int64_t begin, int64_t end);
 
 }  // namespace ladderfast::cpu
+
+// CUDA, with the conventions of tagger.h. The variance has a dtype code of its own (that of z, or float32); stats are
+// float64 for float64, else float32. For Bernoulli grad_scalar and grad_variance are null.
+extern "C" {
+int ladderfast_tagger_step_inputs_cuda(int gaussian, const TaggerInputs* in, void* out, int dtype, int scalar_dtype,
+                                       const TaggerShape* shape, void* stream);
+
+// workspace: ladderfast_tagger_workspace_cuda bytes, null for Bernoulli.
+int ladderfast_tagger_step_inputs_backward_cuda(int gaussian, const TaggerInput* grad, const TaggerInputs* in,
+                                                void* grad_x, void* grad_z, void* grad_logits, void* grad_scalar,
+                                                void* workspace, int dtype, int scalar_dtype, const TaggerShape* shape,
+                                                void* stream);
+
+// Bytes of scratch for either direction, aligned to 16 bytes; depends on the shape only.
+int64_t ladderfast_tagger_step_outputs_workspace_cuda(const TaggerShape* shape);
+
+int ladderfast_tagger_step_outputs_cuda(int gaussian, const TaggerOutputs* in, void* z, void* logits, void* nll,
+                                        void* stats, void* workspace, double eps, int dtype, int variance_dtype,
+                                        const TaggerShape* shape, void* stream);
+
+int ladderfast_tagger_step_outputs_backward_cuda(int gaussian, const TaggerOutputs* in, const TaggerInput* grad_z,
+                                                 const TaggerInput* grad_logits, const TaggerInput* grad_nll,
+                                                 const void* stats, void* grad_x, void* grad_z_pre, void* grad_m_pre,
+                                                 void* grad_c1, void* grad_b1, void* grad_c2, void* grad_variance,
+                                                 void* workspace, int dtype, int variance_dtype,
+                                                 const TaggerShape* shape, void* stream);
+}

@@ -150,6 +150,11 @@ LF_HD Vec<T> log_of(Vec<T> x) {
 }
 
 template <class T>
+LF_HD Vec<T> logistic(Vec<T> x) {
+    return sigmoid(x).value;
+}
+
+template <class T>
 LF_HD Pair<T> larger(Pair<T> x, Pair<T> y) {
     return {larger(x.a, y.a), larger(x.b, y.b)};
 }

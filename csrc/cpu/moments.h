@@ -47,6 +47,18 @@ LF_HD void column_moments(const T* x, int64_t stride, int64_t rows, T* mean, T* 
     }
 }
 
+// The same of `count` columns.
+template <class T>
+LF_HD void partial_column_moments(const T* x, int64_t stride, int64_t rows, int64_t count, T* mean, T* squares) {
+    using V = Vec<T>;
+    int64_t c = 0;
+    for (; c + 4 * V::width <= count; c += 4 * V::width)
+        column_moments<4, false>(x + c, stride, rows, mean + c, squares + c, 0);
+    for (; c + V::width <= count; c += V::width)
+        column_moments<1, false>(x + c, stride, rows, mean + c, squares + c, 0);
+    if (c < count) column_moments<1, true>(x + c, stride, rows, mean + c, squares + c, count - c);
+}
+
 // Mean and sum of squared deviations of a growing number of elements.
 struct Moments {
     double n, mean, m2;
@@ -63,18 +75,12 @@ struct Moments {
 // Adds `rows` rows of `count` columns, at most `most`.
 template <int most, class T>
 static inline void add_column_moments(Moments* all, const T* x, int64_t stride, int64_t rows, int64_t count) {
-    using V = Vec<T>;
     T mean[most], squares[most];
     for (int64_t row = 0; row < rows; row += kMaxRows) {
         const T* from = x + row * stride;
         const int64_t n = min_of(kMaxRows, rows - row);
-        int64_t c = 0;
-        for (; c + 4 * V::width <= count; c += 4 * V::width)
-            column_moments<4, false>(from + c, stride, n, mean + c, squares + c, 0);
-        for (; c + V::width <= count; c += V::width)
-            column_moments<1, false>(from + c, stride, n, mean + c, squares + c, 0);
-        if (c < count) column_moments<1, true>(from + c, stride, n, mean + c, squares + c, count - c);
-        for (c = 0; c < count; ++c) all[c].merge((double)n, (double)from[c] + (double)mean[c], squares[c]);
+        partial_column_moments(from, stride, n, count, mean, squares);
+        for (int64_t c = 0; c < count; ++c) all[c].merge((double)n, (double)from[c] + (double)mean[c], squares[c]);
     }
 }
 
@@ -126,7 +132,6 @@ static inline int64_t moments_workspace(const PartsPlan& plan) {
 // Items [begin, end) of plan.items().
 template <class T>
 static inline void partial_moments(const T* x, T* workspace, const PartsPlan& plan, int64_t begin, int64_t end) {
-    using V = Vec<T>;
     for (int64_t i = begin; i < end; ++i) {
         const PartsItem item(plan, i);
         T* out = workspace + item.slot * 2 * plan.slot_width();
@@ -135,14 +140,8 @@ static inline void partial_moments(const T* x, T* workspace, const PartsPlan& pl
             // A short last row is left to the merge.
             const int64_t rows = min_of(item.row_end, plan.full_rows(item.part)) - item.row;
             if (rows <= 0) continue;
-            T *mean = out + item.first, *squares = mean + plan.width;
-            int64_t c = 0;
-            for (; c + 4 * V::width <= item.count; c += 4 * V::width)
-                column_moments<4, false>(from + c, plan.width, rows, mean + c, squares + c, 0);
-            for (; c + V::width <= item.count; c += V::width)
-                column_moments<1, false>(from + c, plan.width, rows, mean + c, squares + c, 0);
-            if (c < item.count)
-                column_moments<1, true>(from + c, plan.width, rows, mean + c, squares + c, item.count - c);
+            T* mean = out + item.first;
+            partial_column_moments(from, plan.width, rows, item.count, mean, mean + plan.width);
         } else {
             if (item.row == item.row_end) continue;
             const T* from = x + item.offset + item.at(plan, item.row);

@@ -3,8 +3,9 @@
 // Inputs: as in tagger.cpp a vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups
 // a few times; what is dear to compute stays on the stack in between.
 //
-// Outputs: an item is a block of pixels of all rows of a seed, so that statistics, results and, in backward, the sums
-// and what needs them read from the second-level cache what the first pass has brought there.
+// Outputs: both directions go over rows and groups to sum, merge the sums of a seed by columns, and go over them again.
+// Items of the first and last pass are the same stretches of whole rows: a thread finds in its cache what it has read,
+// or written, and shares are equal.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger_step.cpp"
 
@@ -18,10 +19,36 @@
 
 namespace ladderfast::cpu {
 
-static const int64_t kOutputsBlock = 64;  // pixels of an item of the outputs
-static const int64_t kOutputsTile = 32;   // rows of x whose sums are kept in T
+static const int64_t kOutputsBlock = 512;   // pixels of an item of the outputs, at most
+static const int64_t kOutputsColumns = 64;  // columns of an item that merges
 
-static inline int64_t outputs_blocks(const TaggerShape& s) { return ceil_div(s.pixels, kOutputsBlock); }
+// An item is a chunk of a seed's rows, of at most 64 rows and groups, and a block of their pixels. The number of chunks
+// is a multiple of eight where there are rows enough, so that threads have equal shares.
+struct OutputsPlan {
+    int64_t rows, chunks, blocks, column_blocks, pixels;
+
+    explicit OutputsPlan(const TaggerShape& s) : pixels(s.pixels) {
+        rows = s.seeds > 0 ? s.rows / s.seeds : 0;
+        chunks = min_of(ceil_div(ceil_div(rows * s.groups, kMaxRows), 8) * 8, rows);
+        blocks = ceil_div(pixels, kOutputsBlock);
+        column_blocks = ceil_div(pixels, kOutputsColumns);
+    }
+    int64_t row_begin(int64_t chunk) const { return rows * chunk / chunks; }
+};
+
+struct OutputsPlace {
+    int64_t seed, slot, row, row_end, first, count;  // slot: of the seed's chunk
+
+    OutputsPlace(const OutputsPlan& plan, int64_t item) {
+        slot = item / plan.blocks;
+        seed = slot / plan.chunks;
+        const int64_t chunk = slot % plan.chunks;
+        row = seed * plan.rows + plan.row_begin(chunk);
+        row_end = seed * plan.rows + plan.row_begin(chunk + 1);
+        first = item % plan.blocks * kOutputsBlock;
+        count = min_of(kOutputsBlock, plan.pixels - first);
+    }
+};
 
 }  // namespace ladderfast::cpu
 
@@ -37,6 +64,13 @@ namespace LF_ISA {
 #include "moments.h"
 #include "../math/tagger.h"
 #include "tagger_pass.h"
+
+// Groups whose number the compiler knows, 0 otherwise: their intermediate results then stay in registers, and
+// independent chains of operations are four already, where else a pair of vectors makes two.
+static const int kFew = 4;
+template <int fixed>
+static constexpr int64_t kept = fixed ? fixed : kKept;
+#define LF_EACH_GROUP(k, groups) _Pragma("GCC unroll 4") for (int64_t k = 0; k < (fixed ? fixed : groups); ++k)
 
 template <class T>
 struct StepInputs : TaggerPass<T> {
@@ -233,297 +267,435 @@ struct BernoulliStepInputsBackward : StepInputsBackward<T> {
     }
 };
 
-template <bool whole, class T>
-static LF_HD Vec<T> read(const T* from, int64_t n) {
-    if constexpr (whole) return Vec<T>::load(from);
-    return Vec<T>::load(from, n);
+template <bool whole, class V, class T>
+static LF_HD V read(const T* from, int64_t n) {
+    if constexpr (whole)
+        return V::load(from);
+    else
+        return V::load(from, n);
 }
 
-// What a vector of pixels needs of its columns.
-template <class T>
+// What pixels need of their columns: z before any squashing is (z_pre - mean_z) scale_z + b1, and the logit is
+// (m_pre - mean_m) scale_m.
+template <class V>
 struct Columns {
-    Vec<T> mean_z, rstd_z, mean_m, rstd_m, c1, b1;
+    V mean_z, scale_z, b1, mean_m, scale_m;
 };
 
-// One item of the outputs: pixels [first, first + count) of the rows of a seed.
-template <bool gaussian, class T>
+// One item of the outputs: rows [row, row_end), pixels [first, last).
+template <bool gaussian, int fixed, class T>
 struct OutputsItem {
-    const TaggerOutputs& in;
-    const TaggerShape& s;
+    int64_t groups, width, z_stride, m_stride;
     const T *z_pre, *m_pre, *c1, *b1;
     const T* stats;  // (4, pixels) of the seed
     TaggerView<T> x;
-    int64_t seed, row, rows, first, count;
-    Vec<T> c2;
-    GaussianScalar<Vec<T>> scalars;
+    int64_t seed, row, row_end, first, last;
+    T c2;
+    GaussianScalar<T> scalars = {};
 
-    OutputsItem(const TaggerOutputs& in, const TaggerShape& s, const T* all_stats, int64_t item)
-        : in(in), s(s), x(in.x) {
-        const int64_t blocks = outputs_blocks(s);
-        seed = item / blocks;
-        rows = s.rows / s.seeds;
-        row = seed * rows;
-        first = item % blocks * kOutputsBlock;
-        count = min_of(kOutputsBlock, s.pixels - first);
-        z_pre = static_cast<const T*>(in.z) + row * s.groups * s.pixels;
-        m_pre = static_cast<const T*>(in.m) + row * s.groups * s.pixels;
+    LF_HD OutputsItem(const TaggerOutputs& in, const TaggerShape& s, const T* all_stats, int64_t item)
+        : groups(s.groups), width(s.pixels), z_stride(in.z.group), m_stride(in.m.group), x(in.x) {
+        const OutputsPlan plan(s);
+        const OutputsPlace place(plan, item);
+        seed = place.seed;
+        row = place.row;
+        row_end = place.row_end;
+        first = place.first;
+        last = place.first + place.count;
+        z_pre = static_cast<const T*>(in.z.data);
+        m_pre = static_cast<const T*>(in.m.data);
         c1 = static_cast<const T*>(in.c1) + seed * s.pixels;
         b1 = static_cast<const T*>(in.b1) + seed * s.pixels;
-        c2 = Vec<T>::broadcast(static_cast<const T*>(in.c2)[seed]);
+        c2 = static_cast<const T*>(in.c2)[seed];
         stats = all_stats + seed * 4 * s.pixels;
-        if constexpr (gaussian) scalars = broadcast<Vec<T>>(gaussian_scalar<T>(in.variance, seed));
+        if constexpr (gaussian) scalars = gaussian_scalar<T>(in.variance, seed);
     }
 
-    template <bool whole>
-    LF_HD Columns<T> columns(int64_t d, int64_t n) const {
-        return {read<whole>(stats + d, n),
-                read<whole>(stats + s.pixels + d, n),
-                read<whole>(stats + 2 * s.pixels + d, n),
-                read<whole>(stats + 3 * s.pixels + d, n),
-                read<whole>(c1 + d, n),
-                read<whole>(b1 + d, n)};
+    LF_HD int64_t packed(int64_t r, int64_t d) const { return r * groups * width + d; }
+    LF_HD const T* z_at(int64_t r, int64_t d) const { return z_pre + r * groups * z_stride + d; }
+    LF_HD const T* m_at(int64_t r, int64_t d) const { return m_pre + r * groups * m_stride + d; }
+
+    template <class V, bool whole>
+    LF_HD Columns<V> columns(int64_t d, int64_t n) const {
+        return {read<whole, V>(stats + d, n), read<whole, V>(stats + width + d, n) * read<whole, V>(c1 + d, n),
+                read<whole, V>(b1 + d, n), read<whole, V>(stats + 2 * width + d, n),
+                read<whole, V>(stats + 3 * width + d, n) * V::broadcast(c2)};
     }
 
-    // Normalised z and mask of group k of row r, both from the beginning of the seed, at pixel d.
-    template <bool whole>
-    LF_HD Vec<T> z_hat(const Columns<T>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
-        return (read<whole>(z_pre + (r * s.groups + k) * s.pixels + d, n) - c.mean_z) * c.rstd_z;
-    }
-    template <bool whole>
-    LF_HD Vec<T> m_hat(const Columns<T>& c, int64_t r, int64_t k, int64_t d, int64_t n) const {
-        return (read<whole>(m_pre + (r * s.groups + k) * s.pixels + d, n) - c.mean_m) * c.rstd_m;
-    }
-
-    static LF_HD Vec<T> activated(Vec<T> z) {
+    template <class V>
+    static LF_HD V activated(V z) {
         if constexpr (gaussian) return z;
         return logistic(z);
     }
+
+    // Calls step(pixels<V, whole>) for the pixels [begin, end): pass.step<V, whole>(row, pixel, count).
+#define LF_OVER_PIXELS(step, r, begin, end)                                               \
+    {                                                                                     \
+        int64_t d = begin;                                                                \
+        for (; d + Vec<T>::width <= end; d += Vec<T>::width) step<Vec<T>, true>(r, d, 0); \
+        if (d < end) step<Vec<T>, false>(r, d, end - d);                                  \
+    }
 };
 
+// Chains of operations are long: where a pass takes them in steps, over a tile of a row's pixels at a time, the
+// processor has several in hand. What one step leaves for the next lies in the first-level cache.
+static const int64_t kTile = 2048;  // pixels and groups of a tile; pixels are whole vectors
+
+static inline int64_t tile_pixels(int64_t groups) {
+    const int64_t most = kTile / groups / 16 * 16;
+    return most < kOutputsBlock ? most : kOutputsBlock;
+}
+
+// Partial moments of an item's rows and groups: workspace (items' slots, 4, pixels) gets mean, relative to the item's
+// first row, and squares of z, then of m.
 template <class T>
-static inline void outputs_statistics(const T* pre, T* stats, double eps, const TaggerShape& s, int64_t rows,
-                                      int64_t first, int64_t count) {
-    Moments all[kOutputsBlock] = {};
-    add_column_moments<kOutputsBlock>(all, pre + first, s.pixels, rows * s.groups, count);
-    for (int64_t d = 0; d < count; ++d) {
-        stats[first + d] = (T)all[d].mean;
-        stats[s.pixels + first + d] = all[d].n > 0 ? (T)(1.0 / sqrt(all[d].m2 / all[d].n + eps)) : (T)0;
+static inline void outputs_moments(const TaggerOutputs& in, T* workspace, const TaggerShape& s, int64_t begin,
+                                   int64_t end) {
+    const OutputsPlan plan(s);
+    for (int64_t i = begin; i < end; ++i) {
+        const OutputsPlace place(plan, i);
+        const TaggerInput* pre[2] = {&in.z, &in.m};
+        for (int j = 0; j < 2; ++j) {
+            const T* from = static_cast<const T*>(pre[j]->data) + place.row * s.groups * pre[j]->group + place.first;
+            T* mean = workspace + (place.slot * 4 + 2 * j) * s.pixels + place.first;
+            partial_column_moments(from, pre[j]->group, (place.row_end - place.row) * s.groups, place.count, mean,
+                                   mean + s.pixels);
+        }
     }
 }
 
-template <bool gaussian, bool whole, class T>
-static LF_HD void outputs_pixels(const OutputsItem<gaussian, T>& item, T* z_out, T* logits_out, T* nll, int64_t r,
-                                 int64_t d, int64_t n) {
-    using V = Vec<T>;
-    const auto c = item.template columns<whole>(d, n);
-    const V x = item.x.template load<V, whole>(item.row + r, 0, d, n);
-    V l[kKept], z[kKept];
-    MaskPixel<V> masks, joint;
-    for (int64_t k = 0; k < item.s.groups; ++k) {
-        const int64_t at = ((item.row + r) * item.s.groups + k) * item.s.pixels + d;
-        z[k] = item.activated(c.c1 * item.template z_hat<whole>(c, r, k, d, n) + c.b1);
-        const V logit = item.c2 * item.template m_hat<whole>(c, r, k, d, n);
-        write<whole>(z[k], z_out + at, n);
-        write<whole>(logit, logits_out + at, n);
-        l[k] = logit_exponent(logit);
-        masks.compare(l[k]);
+// Merges what the chunks of a seed have left, for a block of columns.
+template <class T>
+static inline void outputs_merge(const TaggerOutputs& in, const T* workspace, T* stats, double eps,
+                                 const TaggerShape& s, int64_t begin, int64_t end) {
+    const OutputsPlan plan(s);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t seed = i / plan.column_blocks, first = i % plan.column_blocks * kOutputsColumns;
+        const int64_t count = min_of(kOutputsColumns, s.pixels - first);
+        for (int j = 0; j < 2; ++j) {
+            const TaggerInput& pre = j == 0 ? in.z : in.m;
+            double mean[kOutputsColumns] = {}, squares[kOutputsColumns] = {}, n = 0;
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+                const int64_t row = seed * plan.rows + plan.row_begin(chunk);
+                const double added = (double)((plan.row_begin(chunk + 1) - plan.row_begin(chunk)) * s.groups);
+                const T* origin = static_cast<const T*>(pre.data) + row * s.groups * pre.group + first;
+                const T* its_mean = workspace + ((seed * plan.chunks + chunk) * 4 + 2 * j) * s.pixels + first;
+                const T* its_squares = its_mean + s.pixels;
+                const double share = added / (n + added), weight = n * share;
+                for (int64_t d = 0; d < count; ++d) {
+                    const double delta = (double)origin[d] + (double)its_mean[d] - mean[d];
+                    mean[d] += delta * share;
+                    squares[d] += its_squares[d] + delta * delta * weight;
+                }
+                n += added;
+            }
+            T* to = stats + (seed * 4 + 2 * j) * s.pixels + first;
+            for (int64_t d = 0; d < count; ++d) {
+                to[d] = (T)mean[d];
+                to[s.pixels + d] = (T)(n > 0 ? 1.0 / sqrt(squares[d] / n + eps) : 0.0);
+            }
+        }
+    }
+}
+
+template <bool gaussian, int fixed, class T>
+struct OutputsPass {
+    OutputsItem<gaussian, fixed, T> item;
+    T *z_out, *logits_out, *nll;
+    // Of a row's pixels: the sum of weights that costs; Gaussian: of the masks' weights, and the tops' difference.
+    alignas(64) T sum[kOutputsBlock], masks_sum[kOutputsBlock], top[kOutputsBlock];
+
+    LF_HD void run() {
+        for (int64_t r = item.row; r < item.row_end; ++r) {
+            LF_OVER_PIXELS(groups, r, item.first, item.last)
+            LF_OVER_PIXELS(cost, r, item.first, item.last)
+        }
+    }
+
+    template <class V, bool whole>
+    LF_HD void groups(int64_t r, int64_t d, int64_t n) {
+        const auto c = item.template columns<V, whole>(d, n);
+        const V x = item.x.template load<V, whole>(r, 0, d, n);
+        const auto scalars = broadcast<V>(item.scalars);
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        T *to_z = z_out + item.packed(r, d), *to_logits = logits_out + item.packed(r, d);
+        V l[kept<fixed>], z[kept<fixed>];
+        MaskPixel<V> masks, joint;
+        LF_EACH_GROUP(k, item.groups) {
+            z[k] = item.activated((read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z) * c.scale_z + c.b1);
+            const V logit = (read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m) * c.scale_m;
+            write<whole>(z[k], to_z + k * item.width, n);
+            write<whole>(logit, to_logits + k * item.width, n);
+            l[k] = logit_exponent(logit);
+            masks.compare(l[k]);
+            if constexpr (gaussian) {
+                z[k] = l[k] + gaussian_exponent(x - z[k], scalars);
+                joint.compare(z[k]);
+            }
+        }
+        const int64_t at = d - item.first;
         if constexpr (gaussian) {
-            z[k] = l[k] + gaussian_exponent(x - z[k], item.scalars);
-            joint.compare(z[k]);
+            LF_EACH_GROUP(k, item.groups) {
+                masks.weigh(l[k]);
+                joint.weigh(z[k]);
+            }
+            joint.total.store(sum + at);
+            (masks.top - joint.top).store(top + at);
+        } else {
+            BernoulliMixture<V> mixture;
+            LF_EACH_GROUP(k, item.groups) mixture.gather(z[k], masks.weigh(l[k]));
+            mixture.p.store(sum + at);
         }
+        masks.total.store(masks_sum + at);
     }
-    V out;
-    if constexpr (gaussian) {
-        for (int64_t k = 0; k < item.s.groups; ++k) {
-            masks.weigh(l[k]);
-            joint.weigh(z[k]);
-        }
-        out = gaussian_logits_nll(masks, joint, item.scalars);
-    } else {
-        V p = constant<V>(0);
-        for (int64_t k = 0; k < item.s.groups; ++k) p = p + masks.weigh(l[k]) * z[k];
-        BernoulliMixture<V> mixture;
-        mixture.p = p / masks.total;
-        out = mixture.nll(x);
-    }
-    write<whole>(out, nll + (item.row + r) * item.s.pixels + d, n);
-}
 
-template <bool gaussian, class T>
-static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, const TaggerShape& s,
+    template <class V, bool whole>
+    LF_HD void cost(int64_t r, int64_t d, int64_t n) const {
+        const int64_t at = d - item.first;
+        V out;
+        if constexpr (gaussian) {
+            out = gaussian_logits_nll(V::load(top + at), V::load(masks_sum + at) / V::load(sum + at),
+                                      broadcast<V>(item.scalars));
+        } else {
+            BernoulliMixture<V> mixture;
+            mixture.p = V::load(sum + at) / V::load(masks_sum + at);
+            out = mixture.nll(item.x.template load<V, whole>(r, 0, d, n));
+        }
+        write<whole>(out, nll + r * item.width + d, n);
+    }
+};
+
+template <bool gaussian, int fixed, class T>
+static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats, const TaggerShape& s,
                            int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-        const OutputsItem<gaussian, T> item(in, s, stats, i);
-        T* own = stats + item.seed * 4 * s.pixels;
-        outputs_statistics(item.z_pre, own, eps, s, item.rows, item.first, item.count);
-        outputs_statistics(item.m_pre, own + 2 * s.pixels, eps, s, item.rows, item.first, item.count);
-        for (int64_t r = 0; r < item.rows; ++r) {
-            int64_t d = item.first;
-            const int64_t last = item.first + item.count;
-            for (; d + Vec<T>::width <= last; d += Vec<T>::width)
-                outputs_pixels<gaussian, true>(item, z, logits, nll, r, d, 0);
-            if (d < last) outputs_pixels<gaussian, false>(item, z, logits, nll, r, d, last - d);
-        }
+        OutputsPass<gaussian, fixed, T> pass{OutputsItem<gaussian, fixed, T>(in, s, stats, i), z, logits, nll};
+        pass.run();
     }
 }
 
-// Sums over rows and groups for each pixel of an item: of the gradients of c1 z_hat + b1 and of the logits, each alone
-// and times what is normalised.
-template <class T>
-struct OutputsSums {
-    alignas(64) T at[4][kOutputsBlock];
-    double total[4][kOutputsBlock];
+// Leaves the gradients of c1 z_hat + b1 and of the logits where those of z_pre and m_pre will be, and their sums over
+// the item's rows and groups, each alone and times z_pre or m_pre less its mean.
+template <bool gaussian, int fixed, class T>
+struct OutputsBackward {
+    OutputsItem<gaussian, fixed, T> item;
+    TaggerView<T> grad_z, grad_logits, grad_nll;
+    const TaggerOutputsGradients<T>& to;
+    Vec<T> of_variance;
+    int64_t tile, begin;  // pixels of a tile, and its first
+    alignas(64) T sums[4][kOutputsBlock];
+    // Of a tile, by group: the masks' weights, and Gaussian the joint ones, Bernoulli z.
+    alignas(64) T masks_at[kTile], other_at[kTile];
+    // By pixel: share of the masks' weights; Gaussian that of the joint ones, Bernoulli p and then the gradient of p.
+    alignas(64) T share_at[kOutputsBlock], joint_at[kOutputsBlock], slope_at[kOutputsBlock];
 
-    void flush() {
-        for (int j = 0; j < 4; ++j)
-            for (int64_t d = 0; d < kOutputsBlock; ++d) total[j][d] += at[j][d];
-        memset(at, 0, sizeof(at));
+    LF_HD OutputsBackward(const OutputsItem<gaussian, fixed, T>& item, const TaggerOutputsGradients<T>& to)
+        : item(item),
+          grad_z(to.z),
+          grad_logits(to.logits),
+          grad_nll(to.nll),
+          to(to),
+          of_variance(Vec<T>::broadcast(0)),
+          tile(tile_pixels(item.groups)) {
+        memset(sums, 0, sizeof(sums));
+    }
+
+    LF_HD void run() {
+        for (int64_t r = item.row; r < item.row_end; ++r)
+            for (begin = item.first; begin < item.last; begin += tile) {
+                const int64_t end = min_of(begin + tile, item.last);
+                LF_OVER_PIXELS(weights, r, begin, end)
+                LF_OVER_PIXELS(mixtures, r, begin, end)
+                LF_OVER_PIXELS(gradients, r, begin, end)
+            }
+    }
+
+    template <class V, bool whole>
+    LF_HD void weights(int64_t r, int64_t d, int64_t n) {
+        const auto c = item.template columns<V, whole>(d, n);
+        const V x = item.x.template load<V, whole>(r, 0, d, n);
+        const auto scalars = broadcast<V>(item.scalars);
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        const int64_t at = d - begin;
+        V l[kept<fixed>], other[kept<fixed>];
+        MaskPixel<V> masks, joint;
+        LF_EACH_GROUP(k, item.groups) {
+            other[k] = item.activated((read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z) * c.scale_z + c.b1);
+            l[k] = logit_exponent((read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m) * c.scale_m);
+            masks.compare(l[k]);
+            if constexpr (gaussian) {
+                other[k] = l[k] + gaussian_exponent(x - other[k], scalars);
+                joint.compare(other[k]);
+            }
+        }
+        BernoulliMixture<V> mixture;
+        LF_EACH_GROUP(k, item.groups) {
+            const V weight = masks.weigh(l[k]);
+            if constexpr (gaussian)
+                other[k] = joint.weigh(other[k]);
+            else
+                mixture.gather(other[k], weight);
+            weight.store(masks_at + k * tile + at);
+            other[k].store(other_at + k * tile + at);
+        }
+        masks.total.store(share_at + at);
+        (gaussian ? joint.total : mixture.p).store(joint_at + at);
+    }
+
+    template <class V, bool whole>
+    LF_HD void mixtures(int64_t r, int64_t d, int64_t n) {
+        const int64_t at = d - begin;
+        const V share = constant<V>(1) / V::load(share_at + at);
+        share.store(share_at + at);
+        if constexpr (gaussian) {
+            (constant<V>(1) / V::load(joint_at + at)).store(joint_at + at);
+        } else {
+            const V x = item.x.template load<V, whole>(r, 0, d, n);
+            const V grad = grad_nll.template load<V, whole>(r, 0, d, n);
+            BernoulliMixture<V> mixture;
+            mixture.p = V::load(joint_at + at) * share;
+            mixture.p.store(joint_at + at);
+            V grad_x;
+            mixture.backward(grad, x, grad_x).store(slope_at + at);
+            write<whole>(grad_x, to.x + r * item.width + d, n);
+        }
+    }
+
+    template <class V, bool whole>
+    LF_HD void gradients(int64_t r, int64_t d, int64_t n) {
+        const auto c = item.template columns<V, whole>(d, n);
+        const auto scalars = broadcast<V>(item.scalars);
+        const V x = item.x.template load<V, whole>(r, 0, d, n);
+        const V grad = grad_nll.template load<V, whole>(r, 0, d, n);
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        const T *grad_z_at = grad_z.data + r * grad_z.row + d, *grad_l_at = grad_logits.data + r * grad_logits.row + d;
+        T *to_z = to.z_pre + item.packed(r, d), *to_m = to.m_pre + item.packed(r, d);
+        const int64_t at = d - begin;
+        const V share = V::load(share_at + at), joint = V::load(joint_at + at);
+        V slope, grad_x = constant<V>(0), sum_v = grad;
+        if constexpr (!gaussian) slope = V::load(slope_at + at);
+        V sum[4];
+        for (int j = 0; j < 4; ++j) sum[j] = constant<V>(0);
+        LF_EACH_GROUP(k, item.groups) {
+            const V m = V::load(masks_at + k * tile + at) * share, other = V::load(other_at + k * tile + at);
+            const V from_z = read<whole, V>(grad_z_at + k * grad_z.group, n);
+            const V z_centred = read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z;
+            V out_z, out_m;
+            if constexpr (gaussian) {
+                const V z = z_centred * c.scale_z + c.b1;
+                gaussian_logits_backward(grad, x - z, m, other * joint, scalars, out_z, out_m, sum_v);
+                grad_x = grad_x - out_z;
+                out_z = out_z + from_z;
+            } else {
+                const V pull = slope * m;
+                out_z = (pull + from_z) * (other * (constant<V>(1) - other));
+                out_m = pull * (other - joint);
+            }
+            out_m = out_m + read<whole, V>(grad_l_at + k * grad_logits.group, n);
+            write<whole>(out_z, to_z + k * item.width, n);
+            write<whole>(out_m, to_m + k * item.width, n);
+            sum[0] = sum[0] + out_z;
+            sum[1] = sum[1] + out_z * z_centred;
+            sum[2] = sum[2] + out_m;
+            sum[3] = sum[3] + out_m * (read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m);
+        }
+        for (int j = 0; j < 4; ++j) {
+            T* sum_at = sums[j] + (d - item.first);
+            (V::load(sum_at) + sum[j]).store(sum_at);
+        }
+        if constexpr (gaussian) {
+            write<whole>(grad_x, to.x + r * item.width + d, n);
+            if constexpr (!whole)
+                for (int64_t j = n; j < V::width; ++j) sum_v.raw[j] = 0;
+            of_variance = of_variance + sum_v;
+        }
     }
 };
 
-// Leaves the gradients of c1 z_hat + b1 and of the logits where those of z_pre and m_pre will be.
-template <bool gaussian, bool whole, class T>
-static LF_HD void outputs_backward_pixels(const OutputsItem<gaussian, T>& item, const TaggerView<T>& grad_z,
-                                          const TaggerView<T>& grad_logits, const TaggerView<T>& grad_nll,
-                                          const TaggerOutputsGradients<T>& to, OutputsSums<T>& sums, Vec<T>& variance,
-                                          int64_t r, int64_t d, int64_t n) {
-    using V = Vec<T>;
-    const auto c = item.template columns<whole>(d, n);
-    const int64_t row = item.row + r, groups = item.s.groups;
-    const V x = item.x.template load<V, whole>(row, 0, d, n);
-    const V grad = grad_nll.template load<V, whole>(row, 0, d, n);
-    V l[kKept], z[kKept], w[kKept];
-    MaskPixel<V> masks, joint;
-    for (int64_t k = 0; k < groups; ++k) {
-        z[k] = item.activated(c.c1 * item.template z_hat<whole>(c, r, k, d, n) + c.b1);
-        l[k] = logit_exponent(item.c2 * item.template m_hat<whole>(c, r, k, d, n));
-        masks.compare(l[k]);
-        if constexpr (gaussian) {
-            w[k] = l[k] + gaussian_exponent(x - z[k], item.scalars);
-            joint.compare(w[k]);
-        }
-    }
-    BernoulliMixture<V> mixture;
-    for (int64_t k = 0; k < groups; ++k) {
-        l[k] = masks.weigh(l[k]);
-        if constexpr (gaussian)
-            w[k] = joint.weigh(w[k]);
-        else
-            mixture.gather(z[k], l[k]);
-    }
-    masks.finish();
-    V slope, grad_x = constant<V>(0), sum_v = grad;
-    if constexpr (gaussian) {
-        joint.finish();
-    } else {
-        mixture.p = mixture.p * masks.share;
-        slope = mixture.backward(grad, x, grad_x);
-    }
-    V sum[4];
-    for (int j = 0; j < 4; ++j) sum[j] = constant<V>(0);
-    for (int64_t k = 0; k < groups; ++k) {
-        const V m = masks.mask(l[k]);
-        V out_z, out_m;
-        if constexpr (gaussian) {
-            gaussian_logits_backward(grad, x - z[k], m, joint.mask(w[k]), item.scalars, out_z, out_m, sum_v);
-            grad_x = grad_x - out_z;
-            out_z = out_z + grad_z.template load<V, whole>(row, k, d, n);
-        } else {
-            out_z = (slope * m + grad_z.template load<V, whole>(row, k, d, n)) * (z[k] * (constant<V>(1) - z[k]));
-            out_m = slope * m * (z[k] - mixture.p);
-        }
-        out_m = out_m + grad_logits.template load<V, whole>(row, k, d, n);
-        const int64_t at = (row * groups + k) * item.s.pixels + d;
-        write<whole>(out_z, to.z_pre + at, n);
-        write<whole>(out_m, to.m_pre + at, n);
-        sum[0] = sum[0] + out_z;
-        sum[1] = sum[1] + out_z * item.template z_hat<whole>(c, r, k, d, n);
-        sum[2] = sum[2] + out_m;
-        sum[3] = sum[3] + out_m * item.template m_hat<whole>(c, r, k, d, n);
-    }
-    write<whole>(grad_x, to.x + row * item.s.pixels + d, n);
-    for (int j = 0; j < 4; ++j) {
-        T* at = sums.at[j] + (d - item.first);
-        (V::load(at) + sum[j]).store(at);
-    }
-    if constexpr (gaussian) {
-        if constexpr (whole) {
-            variance = variance + sum_v;
-        } else {
-            for (int64_t j = n; j < V::width; ++j) sum_v.raw[j] = 0;
-            variance = variance + sum_v;
-        }
-    }
-}
-
-// grad holds the gradient of weight x_hat; sums over `count` rows of it and of it times x_hat.
-template <bool whole, class T>
-static LF_HD void finish_pixels(const T* pre, T* grad, Vec<T> mean, Vec<T> rstd, Vec<T> scale, Vec<T> sum, Vec<T> sum_x,
-                                int64_t n) {
-    const Vec<T> hat = (read<whole>(pre, n) - mean) * rstd;
-    write<whole>(scale * (read<whole>(grad, n) - sum - hat * sum_x), grad, n);
-}
-
-template <bool gaussian, class T>
-static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, const TaggerShape& s,
-                                    int64_t begin, int64_t end) {
-    using V = Vec<T>;
-    const TaggerView<T> grad_z(to.z), grad_logits(to.logits), grad_nll(to.nll);
+template <bool gaussian, int fixed, class T>
+static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, T* workspace,
+                                    const TaggerShape& s, int64_t begin, int64_t end) {
+    const OutputsPlan plan(s);
     for (int64_t i = begin; i < end; ++i) {
-        const OutputsItem<gaussian, T> item(in, s, to.stats, i);
-        const int64_t last = item.first + item.count;
-        OutputsSums<T> sums;
-        memset(&sums, 0, sizeof(sums));
-        double variance = 0;
-        for (int64_t tile = 0; tile < item.rows; tile += kOutputsTile) {
-            V part = V::broadcast(0);
-            for (int64_t r = tile; r < min_of(tile + kOutputsTile, item.rows); ++r) {
-                int64_t d = item.first;
-                for (; d + V::width <= last; d += V::width)
-                    outputs_backward_pixels<gaussian, true>(item, grad_z, grad_logits, grad_nll, to, sums, part, r, d,
-                                                            0);
-                if (d < last)
-                    outputs_backward_pixels<gaussian, false>(item, grad_z, grad_logits, grad_nll, to, sums, part, r, d,
-                                                             last - d);
-            }
-            variance += part.sum();
-            sums.flush();
-        }
-        double c2 = 0;
-        const double share = 1.0 / (double)(item.rows * s.groups);
-        for (int64_t d = 0; d < item.count; ++d) {
-            to.b1[item.seed * s.pixels + item.first + d] = (T)sums.total[0][d];
-            to.c1[item.seed * s.pixels + item.first + d] = (T)sums.total[1][d];
-            c2 += sums.total[3][d];
-            for (int j = 0; j < 4; ++j) sums.at[j][d] = (T)(sums.total[j][d] * share);
-        }
-        to.c2[i] = c2;
-        if constexpr (gaussian) to.variance[i] = variance;
+        const OutputsItem<gaussian, fixed, T> item(in, s, to.stats, i);
+        OutputsBackward<gaussian, fixed, T> pass(item, to);
+        pass.run();
+        T* partial = workspace + OutputsPlace(plan, i).slot * 4 * s.pixels + item.first;
+        for (int j = 0; j < 4; ++j) memcpy(partial + j * s.pixels, pass.sums[j], (item.last - item.first) * sizeof(T));
+        if constexpr (gaussian) to.variance[i] = pass.of_variance.sum();
+    }
+}
 
-        const int64_t begin_row = item.row * s.groups, rows = item.rows * s.groups;
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t at = r * s.pixels;
-            T *gz = to.z_pre + begin_row * s.pixels + at, *gm = to.m_pre + begin_row * s.pixels + at;
-            for (int64_t d = item.first; d < last; d += V::width) {
-                const T(*mean)[kOutputsBlock] = sums.at;
-                const int64_t e = d - item.first;
-                V sum[4];
-                for (int j = 0; j < 4; ++j) sum[j] = V::load(mean[j] + e);
-                if (d + V::width <= last) {
-                    const auto c = item.template columns<true>(d, 0);
-                    finish_pixels<true>(item.z_pre + at + d, gz + d, c.mean_z, c.rstd_z, c.rstd_z * c.c1, sum[0],
-                                        sum[1], 0);
-                    finish_pixels<true>(item.m_pre + at + d, gm + d, c.mean_m, c.rstd_m, c.rstd_m * item.c2, sum[2],
-                                        sum[3], 0);
-                } else {
-                    const auto c = item.template columns<false>(d, last - d);
-                    finish_pixels<false>(item.z_pre + at + d, gz + d, c.mean_z, c.rstd_z, c.rstd_z * c.c1, sum[0],
-                                         sum[1], last - d);
-                    finish_pixels<false>(item.m_pre + at + d, gm + d, c.mean_m, c.rstd_m, c.rstd_m * item.c2, sum[2],
-                                         sum[3], last - d);
-                }
+// Sums over the chunks of a seed, for a block of columns: the gradients of c1 and b1, the block's part of that of c2,
+// and into `means` (seeds, 4, pixels) the means over rows and groups.
+template <class T>
+static inline void outputs_backward_merge(const TaggerOutputsGradients<T>& to, const T* workspace, T* means,
+                                          const TaggerShape& s, int64_t begin, int64_t end) {
+    const OutputsPlan plan(s);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t seed = i / plan.column_blocks, first = i % plan.column_blocks * kOutputsColumns;
+        const int64_t count = min_of(kOutputsColumns, s.pixels - first);
+        const double share = 1.0 / (double)(plan.rows * s.groups);
+        for (int j = 0; j < 4; ++j) {
+            const T* rstd = to.stats + (seed * 4 + j) * s.pixels + first;  // for the sums that lack it, of odd j
+            double total[kOutputsColumns] = {};
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+                const T* from = workspace + ((seed * plan.chunks + chunk) * 4 + j) * s.pixels + first;
+                for (int64_t d = 0; d < count; ++d) total[d] += from[d];
+            }
+            if (j % 2 == 1)
+                for (int64_t d = 0; d < count; ++d) total[d] *= rstd[d];
+            T* mean = means + (seed * 4 + j) * s.pixels + first;
+            for (int64_t d = 0; d < count; ++d) mean[d] = (T)(total[d] * share);
+            if (j < 2) {
+                T* sum = (j == 0 ? to.b1 : to.c1) + seed * s.pixels + first;
+                for (int64_t d = 0; d < count; ++d) sum[d] = (T)total[d];
+            }
+            if (j == 3) {
+                double c2 = 0;
+                for (int64_t d = 0; d < count; ++d) c2 += total[d];
+                to.c2[i] = c2;
             }
         }
+    }
+}
+
+// From the gradient of scale x_hat to that of x, through the normalisation.
+template <bool gaussian, int fixed, class T>
+struct OutputsFinish {
+    OutputsItem<gaussian, fixed, T> item;
+    const TaggerOutputsGradients<T>& to;
+    const T* means;  // (4, pixels) of the seed
+
+    LF_HD void run() const {
+        for (int64_t r = item.row; r < item.row_end; ++r) LF_OVER_PIXELS(pixels, r, item.first, item.last)
+    }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) const {
+        const auto c = item.template columns<V, whole>(d, n);
+        const T *stats = item.stats + item.width + d, *mean = means + d;
+        const V mean_z = read<whole, V>(mean, n), mean_m = read<whole, V>(mean + 2 * item.width, n);
+        const V pull_z = read<whole, V>(stats, n) * read<whole, V>(mean + item.width, n);
+        const V pull_m = read<whole, V>(stats + 2 * item.width, n) * read<whole, V>(mean + 3 * item.width, n);
+        const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+        T *to_z = to.z_pre + item.packed(r, d), *to_m = to.m_pre + item.packed(r, d);
+        LF_EACH_GROUP(k, item.groups) {
+            T *z = to_z + k * item.width, *m = to_m + k * item.width;
+            const V from_z = read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z;
+            const V from_m = read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m;
+            write<whole>(c.scale_z * ((read<whole, V>(z, n) - mean_z) - from_z * pull_z), z, n);
+            write<whole>(c.scale_m * ((read<whole, V>(m, n) - mean_m) - from_m * pull_m), m, n);
+        }
+    }
+};
+
+template <int fixed, class T>
+static inline void outputs_backward_finish(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, const T* means,
+                                           const TaggerShape& s, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const OutputsItem<false, fixed, T> item(in, s, to.stats, i);
+        OutputsFinish<false, fixed, T>{item, to, means + item.seed * 4 * s.pixels}.run();
     }
 }
 
@@ -542,19 +714,40 @@ static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputs
         else                                                                                                          \
             over_items<T>(BernoulliStepInputsBackward<T>(g, in, s, gx, gz, gl, nullptr), s, begin, end);              \
     }                                                                                                                 \
-    static void outputs_##suffix(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats,           \
-                                 double eps, const TaggerShape& s, int64_t begin, int64_t end) {                      \
+    static void outputs_moments_##suffix(const TaggerOutputs& in, T* workspace, const TaggerShape& s, int64_t begin,  \
+                                         int64_t end) {                                                               \
+        outputs_moments(in, workspace, s, begin, end);                                                                \
+    }                                                                                                                 \
+    static void outputs_merge_##suffix(const TaggerOutputs& in, const T* workspace, T* stats, double eps,             \
+                                       const TaggerShape& s, int64_t begin, int64_t end) {                            \
+        outputs_merge(in, workspace, stats, eps, s, begin, end);                                                      \
+    }                                                                                                                 \
+    static void outputs_##suffix(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats,     \
+                                 const TaggerShape& s, int64_t begin, int64_t end) {                                  \
         if (gaussian)                                                                                                 \
-            outputs<true>(in, z, logits, nll, stats, eps, s, begin, end);                                             \
+            s.groups == kFew ? outputs<true, kFew>(in, z, logits, nll, stats, s, begin, end)                          \
+                             : outputs<true, 0>(in, z, logits, nll, stats, s, begin, end);                            \
         else                                                                                                          \
-            outputs<false>(in, z, logits, nll, stats, eps, s, begin, end);                                            \
+            s.groups == kFew ? outputs<false, kFew>(in, z, logits, nll, stats, s, begin, end)                         \
+                             : outputs<false, 0>(in, z, logits, nll, stats, s, begin, end);                           \
     }                                                                                                                 \
     static void outputs_backward_##suffix(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g, \
-                                          const TaggerShape& s, int64_t begin, int64_t end) {                         \
+                                          T* workspace, const TaggerShape& s, int64_t begin, int64_t end) {           \
         if (gaussian)                                                                                                 \
-            outputs_backward<true>(in, g, s, begin, end);                                                             \
+            s.groups == kFew ? outputs_backward<true, kFew>(in, g, workspace, s, begin, end)                          \
+                             : outputs_backward<true, 0>(in, g, workspace, s, begin, end);                            \
         else                                                                                                          \
-            outputs_backward<false>(in, g, s, begin, end);                                                            \
+            s.groups == kFew ? outputs_backward<false, kFew>(in, g, workspace, s, begin, end)                         \
+                             : outputs_backward<false, 0>(in, g, workspace, s, begin, end);                           \
+    }                                                                                                                 \
+    static void outputs_backward_merge_##suffix(const TaggerOutputsGradients<T>& g, const T* workspace, T* means,     \
+                                                const TaggerShape& s, int64_t begin, int64_t end) {                   \
+        outputs_backward_merge(g, workspace, means, s, begin, end);                                                   \
+    }                                                                                                                 \
+    static void outputs_backward_finish_##suffix(const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,         \
+                                                 const T* means, const TaggerShape& s, int64_t begin, int64_t end) {  \
+        s.groups == kFew ? outputs_backward_finish<kFew>(in, g, means, s, begin, end)                                 \
+                         : outputs_backward_finish<0>(in, g, means, s, begin, end);                                   \
     }
 
 LF_TAGGER_STEP_INSTANCES(float, f32)
@@ -567,32 +760,61 @@ LF_TAGGER_STEP_INSTANCES(double, f64)
 #if LF_DISPATCH
 namespace ladderfast::cpu {
 
-int64_t tagger_outputs_items(const TaggerShape& s) { return s.seeds * outputs_blocks(s); }
+int64_t tagger_outputs_items(const TaggerShape& s) {
+    const OutputsPlan plan(s);
+    return s.seeds * plan.chunks * plan.blocks;
+}
+int64_t tagger_outputs_merge_items(const TaggerShape& s) { return s.seeds * OutputsPlan(s).column_blocks; }
+int64_t tagger_outputs_workspace(const TaggerShape& s) { return s.seeds * OutputsPlan(s).chunks * 4 * s.pixels; }
 
-#define LF_TAGGER_STEP_DISPATCH(T, suffix)                                                                             \
-    template <>                                                                                                        \
-    void tagger_step_inputs<T>(bool gaussian, const TaggerInputs& in, T* out, const TaggerShape& s, int64_t begin,     \
-                               int64_t end) {                                                                          \
-        static const auto kernel = LF_SELECT(inputs_##suffix);                                                         \
-        kernel(gaussian, in, out, s, begin, end);                                                                      \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    void tagger_step_inputs_backward<T>(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,     \
-                                        T* gl, double* partials, const TaggerShape& s, int64_t begin, int64_t end) {   \
-        static const auto kernel = LF_SELECT(inputs_backward_##suffix);                                                \
-        kernel(gaussian, g, in, gx, gz, gl, partials, s, begin, end);                                                  \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    void tagger_step_outputs<T>(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, \
-                                const TaggerShape& s, int64_t begin, int64_t end) {                                    \
-        static const auto kernel = LF_SELECT(outputs_##suffix);                                                        \
-        kernel(gaussian, in, z, logits, nll, stats, eps, s, begin, end);                                               \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    void tagger_step_outputs_backward<T>(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,   \
-                                         const TaggerShape& s, int64_t begin, int64_t end) {                           \
-        static const auto kernel = LF_SELECT(outputs_backward_##suffix);                                               \
-        kernel(gaussian, in, g, s, begin, end);                                                                        \
+#define LF_TAGGER_STEP_DISPATCH(T, suffix)                                                                           \
+    template <>                                                                                                      \
+    void tagger_step_inputs<T>(bool gaussian, const TaggerInputs& in, T* out, const TaggerShape& s, int64_t begin,   \
+                               int64_t end) {                                                                        \
+        static const auto kernel = LF_SELECT(inputs_##suffix);                                                       \
+        kernel(gaussian, in, out, s, begin, end);                                                                    \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_inputs_backward<T>(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,   \
+                                        T* gl, double* partials, const TaggerShape& s, int64_t begin, int64_t end) { \
+        static const auto kernel = LF_SELECT(inputs_backward_##suffix);                                              \
+        kernel(gaussian, g, in, gx, gz, gl, partials, s, begin, end);                                                \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_moments<T>(const TaggerOutputs& in, T* workspace, const TaggerShape& s, int64_t begin,  \
+                                        int64_t end) {                                                               \
+        static const auto kernel = LF_SELECT(outputs_moments_##suffix);                                              \
+        kernel(in, workspace, s, begin, end);                                                                        \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_merge<T>(const TaggerOutputs& in, const T* workspace, T* stats, double eps,             \
+                                      const TaggerShape& s, int64_t begin, int64_t end) {                            \
+        static const auto kernel = LF_SELECT(outputs_merge_##suffix);                                                \
+        kernel(in, workspace, stats, eps, s, begin, end);                                                            \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs<T>(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, const T* stats,     \
+                                const TaggerShape& s, int64_t begin, int64_t end) {                                  \
+        static const auto kernel = LF_SELECT(outputs_##suffix);                                                      \
+        kernel(gaussian, in, z, logits, nll, stats, s, begin, end);                                                  \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_backward<T>(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g, \
+                                         T* workspace, const TaggerShape& s, int64_t begin, int64_t end) {           \
+        static const auto kernel = LF_SELECT(outputs_backward_##suffix);                                             \
+        kernel(gaussian, in, g, workspace, s, begin, end);                                                           \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_backward_merge<T>(const TaggerOutputsGradients<T>& g, const T* workspace, T* means,     \
+                                               const TaggerShape& s, int64_t begin, int64_t end) {                   \
+        static const auto kernel = LF_SELECT(outputs_backward_merge_##suffix);                                       \
+        kernel(g, workspace, means, s, begin, end);                                                                  \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    void tagger_step_outputs_backward_finish<T>(const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,         \
+                                                const T* means, const TaggerShape& s, int64_t begin, int64_t end) {  \
+        static const auto kernel = LF_SELECT(outputs_backward_finish_##suffix);                                      \
+        kernel(in, g, means, s, begin, end);                                                                         \
     }
 
 LF_TAGGER_STEP_DISPATCH(float, f32)

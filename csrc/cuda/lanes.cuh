@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elements.cuh"
+#include "math.cuh"
 
 namespace ladderfast::cuda {
 
@@ -75,6 +76,11 @@ __device__ __forceinline__ double exponent_of(double x) {
     return exponent < -1022 ? -1022 : exponent;
 }
 
+template <class C>
+__device__ __forceinline__ C logistic(C x) {
+    return precise::sigmoid(x).value;
+}
+
 #define LF_LANES_FUNCTION(f)                                                \
     template <class C, int N>                                               \
     __device__ __forceinline__ Lanes<C, N> f(Lanes<C, N> x) {               \
@@ -84,6 +90,7 @@ __device__ __forceinline__ double exponent_of(double x) {
 LF_LANES_FUNCTION(exp2_of)
 LF_LANES_FUNCTION(log_of)
 LF_LANES_FUNCTION(exponent_of)
+LF_LANES_FUNCTION(logistic)
 #undef LF_LANES_FUNCTION
 
 }  // namespace ladderfast::cuda

@@ -18,6 +18,7 @@
 //   larger(a, b), smaller(a, b): b if either is NaN                     exponent_of(V): floor(log2) of positive
 //   numbers, if_less(a, b, then, otherwise): a < b ? then : otherwise            for subnormal ones that of the least
 //   normal
+//   logistic(V): 1 / (1 + exp(-x))
 
 // Numbers of reference/tagger.py.
 #define LF_TAGGER_CLIP 1e-4
@@ -229,9 +230,10 @@ struct MaskPixel {
 
 // The Gaussian mixture's cost from logits: nll = log(2 pi v) / 2 + log sum_k exp(l_k) - log sum_k exp(l_k) density_k,
 // whose sums are those of two MaskPixel, of l and of l + y. Here m and share are the two softmaxes.
+// tops: masks.top - joint.top; totals: masks.total / joint.total.
 template <class V>
-LF_HD V gaussian_logits_nll(const MaskPixel<V>& masks, const MaskPixel<V>& joint, const GaussianScalar<V>& s) {
-    return s.offset + constant<V>(0.693147180559945309) * (masks.top - joint.top) + log_of(masks.total / joint.total);
+LF_HD V gaussian_logits_nll(V tops, V totals, const GaussianScalar<V>& s) {
+    return s.offset + constant<V>(0.693147180559945309) * tops + log_of(totals);
 }
 // Adds to sum_v, which starts as the pixel's grad, the group's part of 2 v grad_variance.
 template <class V>
@@ -240,14 +242,6 @@ LF_HD void gaussian_logits_backward(V grad, V e, V m, V share, const GaussianSca
     grad_z = constant<V>(0) - ((grad * share) * (e * s.precision));
     grad_logit = grad * (m - share);
     sum_v = sum_v + e * grad_z;
-}
-
-// What the network's outputs become: z = c1 z_hat + b1 and logits = c2 m_hat of normalised values, for binary pixels z
-// the logistic function of that. logistic(V), by exp2_of.
-template <class V>
-LF_HD V logistic(V x) {
-    // The exponent is cut off where the sum stays finite.
-    return constant<V>(1) / (constant<V>(1) + exp2_of(smaller(constant<V>(126), x * constant<V>(-1.4426950408889634))));
 }
 
 #undef LF_TAGGER_CLIP

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.nn.recurrent_ladder import averaged_statistics
+from ladderfast.ops import bernoulli_mixture_nll, gaussian_mixture_nll
 
 from .recurrent_ladder import Level, RLadder
 from .tagger import EPS, Grouping
@@ -110,11 +111,25 @@ class RTagger(Grouping):
             for x in batches:
                 self(x, num_groups, num_iterations, generator=generator)
 
-    def _iterate(self, inputs: list[Tensor], state: Any) -> tuple[Tensor, Any, Any]:
-        groups = inputs[0].shape[:2]
-        x = torch.stack(inputs, 2).flatten(0, 1).unflatten(2, self.image_shape)
+    def _iterate(self, told: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
+        x = told.unflatten(1, (4, *self.image_shape))
         out, state = self.engine.step(x.to(self.scale.dtype), state)
         assert out.prediction is not None
+        return out.prediction.flatten(1), out.logits, state
+
+    # Its normalisation is over positions as well, which the ops for a Tagger's outputs have not.
+    def _normalised(self, pre: Tensor) -> Tensor:
+        maps = pre.unflatten(2, (2, self.num_pixels)).flatten(0, 1)
         shift = F.pad(self.shift, (0, 1))
-        read = F.batch_norm(out.prediction.to(x.dtype), None, None, self.scale, shift, training=True, eps=EPS)
-        return read.flatten(1).unflatten(0, groups), out.logits, state
+        maps = F.batch_norm(maps, None, None, self.scale, shift, training=True, eps=EPS)
+        return maps.view(pre.shape)
+
+    def _outputs(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, logits = self._normalised(pre).chunk(2, 2)
+        if not self.binary:
+            return z, logits, gaussian_mixture_nll(x, z, logits.softmax(1), self.variance)
+        z = torch.sigmoid(z)
+        return z, logits, bernoulli_mixture_nll(x, z, logits.softmax(1))
+
+    def _unsquashed(self, pre: Tensor) -> Tensor:
+        return self._normalised(pre)[..., : self.num_pixels]

@@ -16,10 +16,10 @@ from ladderfast.nn import GaussianCombinator
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer
 from ladderfast.ops import (
-    bernoulli_group_inputs,
-    bernoulli_mixture_nll,
-    gaussian_group_inputs,
-    gaussian_mixture_nll,
+    bernoulli_step_inputs,
+    bernoulli_step_outputs,
+    gaussian_step_inputs,
+    gaussian_step_outputs,
 )
 
 EPS = 1e-10  # beneath the square root of every normalisation, as in the Ladder
@@ -224,50 +224,67 @@ class Grouping(nn.Module):
             corrupted = self.corrupt(x, generator=generator)
         _check("corrupted", corrupted, tuple(x.shape))
         if mask is None:
-            mask = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).softmax(1)
-        _check("mask", mask, shape)
-        z = seen = torch.full(shape, self.input_mean, device=x.device, dtype=x.dtype)
+            mask_logits = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        else:
+            _check("mask", mask, shape)
+            mask_logits = mask.clamp(min=torch.finfo(mask.dtype).tiny).log()
+        z = torch.full(shape, self.input_mean, device=x.device, dtype=x.dtype)
+        unsquashed: Tensor | None = None
         state: Any = None
         zs, masks, costs, classes = [], [], [], []
         for t in range(num_iterations):
             shown, wanted = (corrupted[:, t], x[:, t + 1]) if sequences else (corrupted, x)
-            dz, likelihood = self._told(shown, z, mask)
-            read, logits, state = self._iterate([seen, mask, dz, likelihood], state)
-            z, seen, mask, cost = self._outputs(read.to(x.dtype), wanted)
+            told = self._told(shown, z, mask_logits, unsquashed)
+            pre, logits, state = self._iterate(told, state)
+            pre = pre.to(x.dtype).unflatten(0, shape[:2])
+            z, mask_logits, nll = self._outputs(wanted, pre)
+            if self.feed_logits and self.binary:
+                unsquashed = self._unsquashed(pre)
             if self.num_classes:
                 classes.append(class_shares(logits.unflatten(0, shape[:2])))
             zs.append(z)
-            masks.append(mask)
-            costs.append(cost)
+            masks.append(mask_logits.softmax(1))
+            costs.append(nll.sum(1))
         log_classes = torch.stack(classes) if classes else None
         return TaggerOutput(tuple(zs), tuple(masks), torch.stack(costs), log_classes)
 
-    def _iterate(self, inputs: list[Tensor], state: Any) -> tuple[Tensor, Any, Any]:
-        """What the inputs z, m, dz and L (N, K, D) of the groups, which share the network, lead to.
+    def _iterate(self, told: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
+        """What z, m, dz and L of the groups, which share the network, lead to: told is (N K, 4 D).
 
-        Returns (N, K, 2 D), z before any squashing and then the masks' logits; logits (N K, classes + 1) or None; and
+        Returns (N K, 2 D), z and then the masks' logits before normalisation; logits (N K, classes + 1) or None; and
         the state for the next iteration.
         """
         raise NotImplementedError
 
-    def _told(self, corrupted: Tensor, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """dz and L (N, K, D)."""
-        if self.binary:
-            dz, likelihood = bernoulli_group_inputs(corrupted, z, mask, self.noise)
-            return (dz * (1 - 2 * self.noise) if self.scale_residual else dz), likelihood
-        v = self.variance
-        variance = (v * v if self.square_variance else v) + self.noise**2
-        dz, likelihood = gaussian_group_inputs(corrupted, z, mask, variance)
-        return dz if self.density_in_residual else (corrupted.unsqueeze(1) - z) * mask, likelihood
+    def _outputs(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z and the masks' logits (N, K, D), and the cost (N, D), of what `_iterate` returns, (N, K, 2 D)."""
+        raise NotImplementedError
 
-    def _outputs(self, read: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z, z as the next iteration sees it, the masks (N, K, D) each, and the cost (N,)."""
-        z, logits = read.chunk(2, 2)
-        mask = logits.softmax(1)
-        if not self.binary:
-            return z, z, mask, gaussian_mixture_nll(x, z, mask, self.variance).sum(1)
-        p = torch.sigmoid(z)
-        return p, z if self.feed_logits else p, mask, bernoulli_mixture_nll(x, p, mask).sum(1)
+    def _unsquashed(self, pre: Tensor) -> Tensor:
+        """The binary z (N, K, D) before its sigmoid."""
+        raise NotImplementedError
+
+    def _told(self, corrupted: Tensor, z: Tensor, mask_logits: Tensor, unsquashed: Tensor | None) -> Tensor:
+        """What the network reads, (N K, 4 D): z, or where there is one the unsquashed z; m, dz and L."""
+        if self.binary:
+            told = bernoulli_step_inputs(corrupted, z, mask_logits, self.noise)
+        else:
+            v = self.variance
+            told = gaussian_step_inputs(
+                corrupted, z, mask_logits, (v * v if self.square_variance else v) + self.noise**2
+            )
+        # What the published code puts in the place of the paper's.
+        scaled, residual = self.binary and self.scale_residual, not (self.binary or self.density_in_residual)
+        if not scaled and not residual and unsquashed is None:
+            return told
+        parts = list(told.unflatten(1, (4, self.num_pixels)).unbind(1))
+        if unsquashed is not None:
+            parts[0] = unsquashed.flatten(0, 1)
+        if scaled:
+            parts[2] = parts[2] * (1 - 2 * self.noise)
+        if residual:
+            parts[2] = (corrupted.unsqueeze(1) - z).flatten(0, 1) * parts[1]
+        return torch.cat(parts, 1)
 
     def extra_repr(self) -> str:
         kind = "binary" if self.binary else "continuous"
@@ -277,9 +294,9 @@ class Grouping(nn.Module):
 class Tagger(Grouping):
     """Tagger: K groups that share one network explain an input together, over T iterations.
 
-        dz, L = what the corrupted input tells each group          (the ops `gaussian_group_inputs`, `bernoulli_...`)
+        dz, L = what the corrupted input tells each group          (the ops `gaussian_step_inputs`, `bernoulli_...`)
         h_k   = relu(BN(W_h [z_k, m_k, dz_k, L_k]))
-        y_k   = inner(h_k)
+        y_k   = inner(h_k)                                         (below: the ops `gaussian_step_outputs`, ...)
         z_k   = c1 BN(W_z y_k) + b1                                (binary: sigmoid of it)
         m     = softmax over k of c2 BN(W_m y_k)
 
@@ -372,20 +389,25 @@ class Tagger(Grouping):
         for module in (self.project.linear, self.read):
             cast("Dense", module).reset_parameters()
 
-    def _iterate(self, inputs: list[Tensor], state: Any) -> tuple[Tensor, Any, Any]:
-        groups = inputs[0].shape[:2]
-        h = self.project(torch.cat(inputs, 2).flatten(0, 1), want_z=False).h
+    def _iterate(self, told: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
+        h = self.project(told, want_z=False).h
         y, logits = self.inner(h), None
         if isinstance(y, tuple):
             y, logits = y
         elif self.num_classes:
             raise TypeError("inner must return a pair, (N K, H) and the classes' logits, for num_classes")
-        read = self.read(y.to(self.read.weight.dtype)).to(inputs[0].dtype)
-        ones = torch.ones_like(self.z_scale)
-        scale = torch.cat([self.z_scale, self.m_scale * ones])
-        shift = torch.cat([self.z_shift, torch.zeros_like(ones)])
-        read = F.batch_norm(read, None, None, scale, shift, training=True, eps=EPS)
-        return read.unflatten(0, groups), logits, None
+        return self.read(y.to(self.read.weight.dtype)), logits, None
+
+    def _outputs(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given = (x, *pre.chunk(2, 2), *(t.to(x.dtype) for t in (self.z_scale, self.z_shift, self.m_scale)))
+        if self.binary:
+            return bernoulli_step_outputs(*given, eps=EPS)
+        return gaussian_step_outputs(*given, self.variance, eps=EPS)
+
+    def _unsquashed(self, pre: Tensor) -> Tensor:
+        z = pre[..., : self.num_pixels].flatten(0, 1)
+        z = F.batch_norm(z, None, None, self.z_scale, self.z_shift, training=True, eps=EPS)
+        return z.unflatten(0, pre.shape[:2])
 
 
 def _check(name: str, t: Tensor, shape: tuple[int | None, ...]) -> None:

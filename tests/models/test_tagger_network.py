@@ -96,9 +96,10 @@ def by_hand(model, x, corrupted, m, iterations, **options):
     return found
 
 
-BINARY = [{}, {"scale_residual": True}, {"feed_logits": True}]
+BINARY = [{}, {"scale_residual": True}, {"feed_logits": True}, PUBLISHED]
 CONTINUOUS = [
     {},
+    PUBLISHED,
     {"density_in_residual": False},
     {"square_variance": True},
     {"variance_map": "exp_asinh"},
@@ -114,10 +115,17 @@ def test_iterations_written_out(binary, options):
     corrupted = model.corrupt(x)
     m = torch.rand(N, K, D, dtype=torch.float64).softmax(1)
     out = model(x, K, 2, corrupted=corrupted, mask=m)
-    for t, (z, mask, cost) in enumerate(by_hand(model, x, corrupted, m, 2, **options)):
+    written_out = by_hand(model, x, corrupted, m, 2, **options)
+    for t, (z, mask, cost) in enumerate(written_out):
         torch.testing.assert_close(out.z[t], z)
         torch.testing.assert_close(out.m[t], mask)
         torch.testing.assert_close(out.cost[t], cost)
+    grads = [
+        torch.autograd.grad(cost, list(model.parameters()), allow_unused=True)
+        for cost in (out.cost.sum(), torch.stack([cost for *_, cost in written_out]).sum())
+    ]
+    for (name, _), found, expected in zip(model.named_parameters(), *grads, strict=True):
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
     assert len(out.z) == len(out.m) == len(out.cost) == 2
     assert out.log_classes is None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import cuda_shim
 import pytest
 import torch
+from tagger_cases import CODES, DTYPES, EMPTY, Inputs, Shape, assert_same_bits, view
 from torch import Tensor
 
 from ladderfast.reference import tagger as reference
@@ -18,13 +19,6 @@ pytestmark = pytest.mark.skipif(
     cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
 )
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-DTYPES = [
-    pytest.param(torch.float32, torch.float32, id="float32"),
-    pytest.param(torch.float64, torch.float64, id="float64"),
-    pytest.param(torch.bfloat16, torch.float32, id="bfloat16-scalar-float32"),
-    pytest.param(torch.float16, torch.float16, id="float16"),
-]
 # (rows, groups, pixels, seeds). A slice is four pixels, of float64 one; four groups stay in registers.
 SHAPES = [
     (1, 1, 1, 1),
@@ -36,20 +30,7 @@ SHAPES = [
     (70, 2, 16, 2),  # several chunks of rows
     (1, 2, 1100, 1),  # several tiles
 ]
-EMPTY = [(0, 2, 3, 1), (2, 3, 0, 2), (0, 3, 4, 0)]
 NAMES = ("gaussian_group_inputs", "bernoulli_group_inputs", "gaussian_mixture_nll", "bernoulli_mixture_nll")
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "groups", "pixels", "seeds")]
-
-
-class Input(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("group", ctypes.c_int64)]
-
-
-class Inputs(ctypes.Structure):
-    _fields_ = [("x", Input), ("z", Input), ("m", Input), ("scalar", ctypes.c_void_p)]
 
 
 @dataclass
@@ -113,10 +94,6 @@ def name(request) -> str:
     return request.param
 
 
-def view(t: Tensor) -> Input:
-    return Input(t.data_ptr(), t.stride(0), t.stride(1) if t.dim() == 3 else 0)
-
-
 def run(
     lib: cuda_shim.Library, case: Case, *, off: tuple[int, int] = (0, 0), padded: int = 0
 ) -> list[Tensor]:
@@ -176,10 +153,6 @@ def assert_accurate(case: Case, actual: list[Tensor]) -> None:
         if a.dtype in (torch.bfloat16, torch.float16):
             error = error - 1.01 * (exact.to(a.dtype).double() - exact).abs()
         assert error.max() <= allowed, f"{case.name}, result {k}: {error.max():.3g}, allowed {allowed:.3g}"
-
-
-def assert_same_bits(a: Tensor, b: Tensor) -> None:
-    assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize(("dtype", "scalar_dtype"), DTYPES)
