@@ -36,6 +36,16 @@ def _keep_running(module: nn.BatchNorm1d, mean: Tensor, var: Tensor) -> None:
         running.lerp_(new.to(running.dtype), module.momentum or 0.0)
 
 
+def _by_running(module: nn.BatchNorm1d, gates: Tensor) -> Tensor:
+    """Batch norm with the running statistics."""
+    return F.batch_norm(gates, module.running_mean, module.running_var, module.weight, None, eps=module.eps)
+
+
+def _values(gates: Tensor) -> int:
+    """How many values a channel has."""
+    return gates.shape[0] * math.prod(gates.shape[2:])
+
+
 class _Cell(nn.Module):
     """What the dense and the convolutional cell share: the norm, the bias, the step, the state."""
 
@@ -96,8 +106,8 @@ class _Cell(nn.Module):
             nn.init.zeros_(self.cell_bias)
 
     @abstractmethod
-    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The gates of each input, before their normalisation."""
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gates of each input, before their normalisation; None for an input that is not there."""
 
     def project_all(self, x: Tensor) -> Tensor | None:
         """The gates of all time steps (T, N, ...) at once, or None where step by step is better.
@@ -110,28 +120,34 @@ class _Cell(nn.Module):
     def project_state(self, h: Tensor) -> Tensor:
         """The gates of the hidden state."""
 
-    def step(self, gates: Sequence[Tensor], state: State | None) -> State:
-        """(h, c) from the inputs' gates and the state before; None is a state of zeros, which needs no convolution."""
-        first = gates[0]
+    def step(self, gates: Sequence[Tensor | None], state: State | None, *, of_batch: bool = True) -> State:
+        """(h, c) from the inputs' gates and the state before; None is a state of zeros, which needs no convolution.
+
+        An input whose gates are None adds nothing, and its statistics stay as they are. of_batch: whether batch norm
+        in training takes the batch's statistics, or the running ones, as in evaluation.
+        """
+        there = [i for i, g in enumerate(gates) if g is not None]
+        given = [cast(Tensor, gates[i]) for i in there]
+        first = given[0]
         if state is None:
             rec = torch.zeros_like(first)
             c = first.new_zeros((first.shape[0], self.hidden, *first.shape[2:]))
         else:
             rec, c = self.project_state(state[0]), state[1]
         eps, cell_weight, cell_bias = self.eps, self.cell_weight, self.cell_bias
-        if self.batch_norm is None or not self.training:
-            weight = None if self.norm_weight is None else tuple(self.norm_weight)
-            if self.batch_norm is not None:
-                gates = [module(g) for module, g in zip(self.batch_norm, gates, strict=True)]
+        modules = [] if self.batch_norm is None else [cast(nn.BatchNorm1d, self.batch_norm[i]) for i in there]
+        if not modules or not (self.training and of_batch):
+            weight = None if self.norm_weight is None else tuple(self.norm_weight[i] for i in there)
+            if modules:
+                given = [_by_running(module, g) for module, g in zip(modules, given, strict=True)]
             return ln_convlstm_step(
-                tuple(gates), rec, c, weight, self.bias, eps=eps, cell_weight=cell_weight, cell_bias=cell_bias
+                tuple(given), rec, c, weight, self.bias, eps=eps, cell_weight=cell_weight, cell_bias=cell_bias
             )
-        count = first.shape[0] * first[0, 0].numel()
+        count = _values(first)
         if count < 2:
             raise ValueError(f"batch norm needs more than 1 value for each channel in training, got {count}")
-        modules = cast(list[nn.BatchNorm1d], list(self.batch_norm))
         h, c, mean, var = ln_convlstm_step(
-            tuple(gates),
+            tuple(given),
             rec,
             c,
             tuple(module.weight for module in modules),
@@ -142,8 +158,8 @@ class _Cell(nn.Module):
             cell_bias=cell_bias,
         )
         with torch.no_grad():
-            for module, of_batch, variance in zip(modules, mean, var, strict=True):
-                _keep_running(module, of_batch, variance * (count / (count - 1)))
+            for module, average, variance in zip(modules, mean, var, strict=True):
+                _keep_running(module, average, variance * (count / (count - 1)))
         return h, c
 
     def check_state(self, state: State, shape: tuple[int, ...]) -> None:
@@ -171,7 +187,7 @@ class _DenseCell(_Cell):
             nn.init.uniform_(weight, -bound, bound)
         self._reset_vectors()
 
-    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         x = inputs[0]
         assert x is not None  # a sequence's
         return (linear(x, self.weight_ih),)
@@ -208,7 +224,10 @@ class LayerNormConvLSTMCell(_Cell):
         kernel_size: of all convolutions; one number or one for each spatial axis.
         stride, padding: of the convolution of x. Padding None keeps the size where the stride is 1. The state, and a
             second input, have the size of that convolution's result, and are convolved with stride 1 and kept in size.
-        dilation, groups: of all convolutions.
+        dilation: of all convolutions.
+        groups: of all convolutions. The channels of h and c are in as many groups, each with its own part of the inputs
+            and of the state before, apart from the norm; the kernels have the four gates of a group one after the
+            other.
         bias: whether b is there. It starts at 0, and at `forget_bias` for the forget gate.
         norm: "layer"; "batch", batch normalisation over the batch and all positions of a step in the place of LN, with
             running statistics in evaluation; or "none" (None is the same).
@@ -297,10 +316,15 @@ class LayerNormConvLSTMCell(_Cell):
 
     def _convolve_state(self, t: Tensor, weight: Tensor) -> Tensor:
         convolve = _CONVOLUTIONS[self.spatial]
-        return convolve(t, weight, None, 1, self.state_padding, self.dilation, self.groups)
+        return self._by_gate(convolve(t, weight, None, 1, self.state_padding, self.dilation, self.groups))
 
-    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The gates of each input, before their normalisation; a second input of None is one of zeros."""
+    def _by_gate(self, t: Tensor) -> Tensor:
+        """The four gates one after the other: a grouped convolution gives those of its first group first."""
+        if self.groups == 1:
+            return t
+        return t.unflatten(1, (self.groups, 4, -1)).transpose(1, 2).flatten(1, 3)
+
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         if len(inputs) != self.inputs:
             raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
         first, *others = inputs
@@ -314,8 +338,8 @@ class LayerNormConvLSTMCell(_Cell):
         gates = convolve(
             first, self.weight_ih[0], None, self.stride, self.padding, self.dilation, self.groups
         )
-        return gates, *(
-            torch.zeros_like(gates) if t is None else self._convolve_state(t, w)
+        return self._by_gate(gates), *(
+            None if t is None else self._convolve_state(t, w)
             for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
         )
 
@@ -325,7 +349,8 @@ class LayerNormConvLSTMCell(_Cell):
     def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
         gates = self.project((x,) if isinstance(x, Tensor) else x)
         if state is not None:
-            self.check_state(state, (gates[0].shape[0], self.hidden, *gates[0].shape[2:]))
+            first = cast(Tensor, gates[0])
+            self.check_state(state, (first.shape[0], self.hidden, *first.shape[2:]))
         return self.step(gates, state)
 
     def extra_repr(self) -> str:
@@ -371,23 +396,43 @@ class _Sequence(nn.Module):
         outputs: list[Tensor] = []
         now: State | None = None
         projected = self.cell.project_all(x)
+        by_rows = mask is not None and self.cell.norm == "batch" and self.cell.training
         for t in range(x.shape[0]):
-            gates = self.cell.project((x[t],)) if projected is None else (projected[t],)
+            gates = self.cell.project((x[t],))[0] if projected is None else projected[t]
+            assert gates is not None  # its input is there
             if t == 0 and state is not None:
-                shape = (gates[0].shape[0], self.cell.hidden, *gates[0].shape[2:])
+                shape = (gates.shape[0], self.cell.hidden, *gates.shape[2:])
                 self.cell.check_state(state, (1, *shape))
                 now = (state[0][0], state[1][0])
-            new = self.cell.step(gates, now)
             if mask is None:
-                now = new
-                outputs.append(new[0])
+                now = self.cell.step((gates,), now)
+                outputs.append(now[0])
                 continue
-            here = mask[t].view(-1, *[1] * (new[0].dim() - 1))
-            before = now if now is not None else (torch.zeros_like(new[0]), torch.zeros_like(new[1]))
-            now = (torch.where(here, new[0], before[0]), torch.where(here, new[1], before[1]))
-            outputs.append(torch.where(here, new[0], 0))
+            if now is None:
+                zeros = gates.new_zeros((gates.shape[0], self.cell.hidden, *gates.shape[2:]))
+                now = (zeros, zeros)
+            if by_rows:
+                now, output = self._step_of_rows(gates, now, mask[t].nonzero()[:, 0])
+            else:
+                new = self.cell.step((gates,), now)
+                here = mask[t].view(-1, *[1] * (gates.dim() - 1))
+                now = (torch.where(here, new[0], now[0]), torch.where(here, new[1], now[1]))
+                output = torch.where(here, new[0], 0)
+            outputs.append(output)
         assert now is not None  # there is a time step
         return torch.stack(outputs, 1 if self.batch_first else 0), (now[0][None], now[1][None])
+
+    def _step_of_rows(self, gates: Tensor, state: State, rows: Tensor) -> tuple[State, Tensor]:
+        """The state and the output after a step of these samples alone, whose statistics leave the others out.
+
+        Too few values to have any take the running statistics.
+        """
+        if len(rows) == 0:
+            return state, torch.zeros_like(state[0])
+        own = gates[rows]
+        new = self.cell.step((own,), (state[0][rows], state[1][rows]), of_batch=_values(own) > 1)
+        h, c = (before.index_copy(0, rows, after) for before, after in zip(state, new, strict=True))
+        return (h, c), torch.zeros_like(h).index_copy(0, rows, new[0])
 
 
 class LayerNormConvLSTM(_Sequence):
@@ -400,7 +445,8 @@ class LayerNormConvLSTM(_Sequence):
         x (T, N, in_channels, *) -> output (T, N, C, *), (h, c). The state that goes in, None for zeros, and the state
         after the last step are pairs of (1, N, C, *), as torch.nn.LSTM has them.
         mask (T, N) bool, for sequences of different lengths: where it is False the state stays as it is and the
-        output is 0.
+        output is 0. Batch norm leaves these samples out of its statistics; a step with a single value for each channel
+        takes the running ones.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -548,7 +594,7 @@ class LayerNormLSTMCell(_Cell):
             nn.init.uniform_(weight, -bound, bound)
         self._reset_vectors()
 
-    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         if len(inputs) != self.inputs:
             raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
         first, *others = inputs
@@ -557,10 +603,8 @@ class LayerNormLSTMCell(_Cell):
         for t, size in zip(inputs, self.input_sizes, strict=True):
             if t is not None and (t.dim() != 2 or t.shape[1] != size):
                 raise ValueError(f"an input must have shape (N, {size}), got {tuple(t.shape)}")
-        gates = linear(first, self.weight_ih[0])
-        return gates, *(
-            torch.zeros_like(gates) if t is None else linear(t, w)
-            for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
+        return linear(first, self.weight_ih[0]), *(
+            None if t is None else linear(t, w) for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
         )
 
     def project_state(self, h: Tensor) -> Tensor:
@@ -569,7 +613,7 @@ class LayerNormLSTMCell(_Cell):
     def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
         gates = self.project((x,) if isinstance(x, Tensor) else x)
         if state is not None:
-            self.check_state(state, (len(gates[0]), self.hidden))
+            self.check_state(state, (len(cast(Tensor, gates[0])), self.hidden))
         return self.step(gates, state)
 
     def extra_repr(self) -> str:

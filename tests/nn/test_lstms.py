@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ladderfast.nn import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM
+from ladderfast.nn import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM, LayerNormLSTMCell
 
 OPTIONS = [
     {},
@@ -31,7 +31,11 @@ def double(module):
 
 def plain_cell(cell, x, state, *, stride=1, padding=None, dilation=1, groups=1):
     """One step, written with torch's functions alone; the window is 3 where the test says nothing else."""
-    convolve = {1: F.conv1d, 2: F.conv2d}[x.dim() - 2]
+
+    def convolve(*args):
+        y = {1: F.conv1d, 2: F.conv2d}[x.dim() - 2](*args)
+        return y.unflatten(1, (groups, 4, -1)).transpose(1, 2).flatten(1, 3)
+
     kernel = cell.weight_hh.shape[2:]
     same = [dilation * (k - 1) // 2 for k in kernel]
     a = convolve(x, cell.weight_ih[0], None, stride, same if padding is None else padding, dilation, groups)
@@ -186,6 +190,65 @@ def test_mask_is_each_sequence_alone(dense):
     module(x, state, mask)[0].square().sum().backward()
     assert x.grad.isfinite().all()
     assert not x.grad[2:, 1].any()
+
+
+def test_groups_are_cells_of_their_own():
+    """Without a norm, which would connect them."""
+    both = double(LayerNormConvLSTMCell((4, 2), 6, 3, groups=2, norm=None))
+    x, feedback = torch.randn(2, 4, 5, 5).double(), torch.randn(2, 2, 5, 5).double()
+    state = tuple(torch.randn(2, 6, 5, 5).double() for _ in range(2))
+    found = both((x, feedback), state)
+    for group in range(2):
+        one = LayerNormConvLSTMCell((2, 1), 3, 3, norm=None).double()
+        with torch.no_grad():
+            for mine, theirs in zip(one.weight_ih, both.weight_ih, strict=True):
+                mine.copy_(theirs.chunk(2)[group])
+            one.weight_hh.copy_(both.weight_hh.chunk(2)[group])
+            one.bias.copy_(both.bias.view(4, 2, 3)[:, group].flatten())
+        inputs = (x.chunk(2, 1)[group], feedback.chunk(2, 1)[group])
+        alone = one(inputs, tuple(t.chunk(2, 1)[group] for t in state))
+        torch.testing.assert_close([t.chunk(2, 1)[group] for t in found], list(alone))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "batch", None])
+def test_a_second_input_that_is_not_there_adds_nothing(norm, dense):
+    if dense:
+        cell, x, d = LayerNormLSTMCell((3, 5), 4, norm=norm), torch.randn(6, 3), torch.randn(6, 5)
+    else:
+        cell = LayerNormConvLSTMCell((3, 5), 4, 3, norm=norm)
+        x, d = torch.randn(6, 3, 4, 4), torch.randn(6, 5, 4, 4)
+    for _ in range(3):
+        cell((x + 2, d - 3))  # running statistics that are not those of zeros
+    if norm == "batch":
+        before = cell.batch_norm[1].running_mean.clone()
+        cell((x, None))
+        assert torch.equal(cell.batch_norm[1].running_mean, before)
+    found = cell.eval()((x, None))
+    one = LayerNormLSTMCell(3, 4, norm=norm) if dense else LayerNormConvLSTMCell(3, 4, 3, norm=norm)
+    own = {k: v for k, v in cell.state_dict().items() if ".1" not in k}
+    one.load_state_dict(own)
+    torch.testing.assert_close(found, one.eval()(x))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_batch_norm_leaves_out_what_is_masked(dense):
+    module = (
+        LayerNormLSTM(2, 3, norm="batch") if dense else LayerNormConvLSTM(2, 3, 3, norm="batch", spatial=1)
+    )
+    x = torch.randn(5, 4, 2) if dense else torch.randn(5, 4, 2, 4)
+    mask = torch.arange(5)[:, None] < torch.tensor([5, 4, 3, 0])
+    other = torch.where(mask.view(5, 4, *[1] * (x.dim() - 2)), x, 100.0)
+    a, b = copy.deepcopy(module), copy.deepcopy(module)
+    torch.testing.assert_close(a(x, None, mask), b(other, None, mask))
+    torch.testing.assert_close(a.state_dict(), b.state_dict())
+    first = copy.deepcopy(module)
+    three = first(x[:3, :3])[0]  # the steps at which none of the first three is masked
+    torch.testing.assert_close(a(x, None, mask)[0][:3, :3], three)
+    updates = int(module.cell.batch_norm[0].num_batches_tracked)
+    module(x, None, mask)
+    # The last step has one sample: in the dense network a single value, which has no statistics.
+    assert module.cell.batch_norm[0].num_batches_tracked == updates + (4 if dense else 5)
 
 
 def test_two_inputs():
