@@ -192,6 +192,27 @@ def test_mask_is_each_sequence_alone(dense):
     assert not x.grad[2:, 1].any()
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_two_inputs_have_batch_norms_of_their_own(dense):
+    cell = (
+        LayerNormLSTMCell((3, 5), 4, norm="batch")
+        if dense
+        else LayerNormConvLSTMCell((3, 5), 4, 3, norm="batch")
+    )
+    cell = double(cell)
+    size = () if dense else (4, 4)
+    x, d = torch.randn(6, 3, *size).double(), torch.randn(6, 5, *size).double()
+    gates = cell.project((x, d))
+    a = sum(
+        F.batch_norm(g, None, None, m.weight, None, True) for g, m in zip(gates, cell.batch_norm, strict=True)
+    )
+    i, _, g, o = (a + cell.bias.view(-1, *[1] * len(size))).chunk(4, 1)
+    c = i.sigmoid() * g.tanh()
+    torch.testing.assert_close(cell((x, d)), (o.sigmoid() * c.tanh(), c))
+    for g, module in zip(gates, cell.batch_norm, strict=True):
+        torch.testing.assert_close(module.running_mean, 0.1 * g.mean((0, *range(2, g.dim()))))
+
+
 def test_groups_are_cells_of_their_own():
     """Without a norm, which would connect them."""
     both = double(LayerNormConvLSTMCell((4, 2), 6, 3, groups=2, norm=None))
