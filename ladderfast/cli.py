@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -213,6 +214,8 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
             {**published, **figures, "epochs": run.epochs_done, "seconds": run.seconds}, run.objective.metric
         )
     )
+    if others := _others(figures, run.objective.metric):
+        print(others)
     if robust is not None:
         print(
             f"test error without noise {robust['test_error']:.2f} %, with {robust['tau']:g} times random signs "
@@ -247,6 +250,17 @@ def _summary(result: dict[str, Any], metric: Metric) -> str:
     if f"{metric.name}_by_seed" in result:
         text += f"; of {len(result[f'{metric.name}_by_seed'])} seeds"
     return f"{text}; published: {result['published']}" if result["published"] else text
+
+
+def _others(figures: dict[str, Any], metric: Metric) -> str:
+    """What was measured beside the figure that the run is judged by: "name value", several to a line."""
+    shown = {metric.name, "test_errors", "test_samples"}
+    texts = [
+        f"{name} {value:.4g}"
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and name not in shown
+    ]
+    return textwrap.fill(", ".join(text.replace(" ", "\0") for text in texts), 100).replace("\0", " ")
 
 
 def _table(results: dict[str, dict[str, Any]], metric: Metric) -> str:

@@ -68,7 +68,8 @@ def test_train_evaluate_and_continue(recipe, capsys):
 
     code, evaluated, _ = call(capsys, "evaluate", "runs/small-seed3", "--accelerator", "cpu")
     assert code == 0
-    assert evaluated.strip() == line
+    assert evaluated.splitlines()[0] == line
+    assert evaluated.splitlines()[1].startswith("test_cross_entropy ")
 
     assert "already holds a run" in refused(capsys, "train", recipe, "--seed", 3)
     message = refused(capsys, "train", recipe, "--seed", 3, "--resume", "--epochs", 3)
