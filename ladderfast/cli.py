@@ -294,7 +294,11 @@ def _errors(code: int) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LADDERFAST_TRACEBACK"):
             traceback.print_exc()
-        known = isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError))
+        from ladderfast.ops.backend import BackendError
+
+        known = isinstance(
+            error, (ValueError, TypeError, OSError, ImportError, ArithmeticError, BackendError)
+        )
         hint = "" if known else " (LADDERFAST_TRACEBACK=1 shows where)"
         _fail(f"{error if known else repr(error)}{hint}", code)
 

@@ -25,7 +25,7 @@ def download_file(name: str, urls: Sequence[str], target: Path, *, check: Callab
     except ImportError as error:
         raise ImportError('download needs pooch: pip install "ladderfast[train]"') from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")  # another process may fetch the same file
     failures = []
     for url in urls:
         try:

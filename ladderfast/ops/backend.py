@@ -29,6 +29,10 @@ _WITHOUT: Mapping[str, Mapping[str, str]] = {
 _forced: str | None = os.environ.get("LADDERFAST_BACKEND") or None
 
 
+class BackendError(RuntimeError):
+    """A forced backend cannot serve a call."""
+
+
 def _check_name(name: str | None, source: str) -> None:
     if name is not None and name not in NAMES:
         raise ValueError(f"{source}: there is no backend {name!r}; choose one of {', '.join(NAMES)}")
@@ -149,5 +153,5 @@ def choose(op: str, device: str, dtype: torch.dtype, lacking: Mapping[str, str] 
     _check_name(_forced, "LADDERFAST_BACKEND")
     reason = lacking.get(_forced) or unavailable(_forced, device, dtype, op)
     if reason is not None:
-        raise RuntimeError(f"{op}: the forced backend {_forced!r} cannot serve this call: {reason}")
+        raise BackendError(f"{op}: the forced backend {_forced!r} cannot serve this call: {reason}")
     return _forced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import time
 import warnings
 import zipfile
@@ -16,6 +17,8 @@ import torch
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 FORMAT = 2  # of what is in a checkpoint
+# What a run goes on from, at the least.
+RUN = frozenset({"recipe", "model", "optimizer", "course", "epoch", "step_in_epoch", "random"})
 
 # An epoch's end is not saved while that would bring the time spent on saving above this part of the whole.
 SHARE = 0.05
@@ -72,11 +75,11 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     write_atomically(folder / NEWEST, lambda file: torch.save(content, file), keep=folder / PREVIOUS)
 
 
-def load(folder: Path) -> dict[str, Any] | None:
+def load(folder: Path, needed: frozenset[str] = RUN) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, on the CPU; None where there is none.
 
-    Warns where the newest is damaged and the previous one serves. Raises ValueError where there are
-    checkpoints but none that is whole.
+    needed: names without which it is not whole. Warns where the newest is damaged and the previous one serves. Raises
+    ValueError where there are checkpoints but none that is whole.
     """
     damages = []
     for name in (NEWEST, PREVIOUS):
@@ -84,7 +87,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            state = _read(path)
+            state = _read(path, needed)
         except OSError:
             raise
         except Exception as error:  # of damaged bytes one can make anything
@@ -112,16 +115,21 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
         torch.get_device_module(device).set_rng_state(state["device"], device)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, needed: frozenset[str]) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"wrong checksum of {damaged}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("it holds more than tensors, numbers and text") from None
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError("it is not a checkpoint of a run")
     if state["format"] != FORMAT:
         raise ValueError(f"it has format {state['format']}, this version of ladderfast reads {FORMAT}")
+    if missing := sorted(needed - state.keys()):
+        raise ValueError(f"it lacks {', '.join(missing)}")
     return state
 
 

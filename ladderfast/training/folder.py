@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nobody looks after the folder then
+    fcntl = None  # type: ignore[assignment]
 
 from . import checkpoint
 from .logs import EVENTS, METRICS
@@ -13,6 +19,7 @@ from .recipe import Recipe, read_recipe
 
 DEFAULT = "runs/{recipe}-seed{seed}"  # says that `default` is to be asked
 RECIPE, RESULTS, REPORT = "recipe.yaml", "results.json", "report.html"
+LOCK = ".lock"
 FILES = (RECIPE, METRICS, RESULTS, REPORT, checkpoint.NEWEST, checkpoint.PREVIOUS)
 
 # What may differ between a run and its continuation: none of it has a part in the result.
@@ -25,10 +32,43 @@ def default(recipe: Recipe) -> str:
     return DEFAULT.format(recipe=recipe.name, seed=f"{recipe.seed}{last}")
 
 
-def check_free(folder: Path) -> None:
-    """Raise FileExistsError if a run, finished or not, has the folder, NotADirectoryError if it is none."""
+def check_folder(folder: Path) -> None:
+    """Raise NotADirectoryError if something else has that name."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
+
+
+def check_results(folder: Path) -> None:
+    """Raise FileExistsError if there are results, and no checkpoint to continue from."""
+    if (folder / RESULTS).exists():
+        raise FileExistsError(
+            f"{folder} holds {RESULTS} but no checkpoint to continue from: --overwrite trains anew"
+        )
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder for this process alone. Raises FileExistsError while another one has it."""
+    if fcntl is None:
+        yield
+        return
+    path = folder / LOCK
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is training in {folder}") from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError if a run, finished or not, has the folder."""
     if any((folder / name).exists() for name in FILES):
         raise FileExistsError(
             f"{folder} already holds a run: continue it (--resume), replace it (--overwrite), or write "

@@ -10,7 +10,7 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,8 +93,19 @@ class Run:
         self.progress = progress
         self._overwrite = overwrite
         saved = None
+        self._fresh = not resume
+        if self.folder is not None:
+            folders.check_folder(self.folder)
         if self.folder is not None and resume:
             saved = checkpoint.load(self.folder)
+            if saved is None:
+                folders.check_results(self.folder)
+                if progress and getattr(rank_zero_only, "rank", 0) == 0:
+                    warnings.warn(
+                        f"{self.folder} holds no checkpoint: the run starts at its beginning",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
             self.recipe = folders.continued(self.folder, saved, self.recipe, fields)
         elif self.folder is not None and not overwrite and getattr(rank_zero_only, "rank", 0) == 0:
             folders.check_free(self.folder)
@@ -116,9 +127,9 @@ class Run:
         run = cls.__new__(cls)
         if data_dir is not None:
             fields["data.data_dir"] = str(data_dir)
-        alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "auto"}
+        alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "auto", "graph": "auto"}
         run.recipe = read_recipe(saved["recipe"], {**alone, **fields})
-        run.folder, run.progress, run._overwrite = None, False, False
+        run.folder, run.progress, run._overwrite, run._fresh = None, False, False, False
         run._setup(fresh=False)
         run._restore(saved, random=False)
         return run
@@ -249,9 +260,7 @@ class Run:
         """
         recipe, main = self.recipe, self.fabric.is_global_zero
         folder = self.folder if main else None
-        if folder is not None:
-            self._open_folder(folder)
-        log = Log(folder, self.history) if folder is not None else None
+        log: Log | None = None
         bar = (
             ProgressBar(recipe.name, self._steps_planned(), self.global_step, self.objective.metric)
             if main and self.progress
@@ -259,11 +268,18 @@ class Run:
         )
         pace = checkpoint.Pace(recipe.checkpoint_minutes, recipe.checkpoint_steps)
         with StopRequest() as stop, contextlib.ExitStack() as closing:
-            for each in (log, bar):
-                if each is not None:
-                    closing.callback(each.close)
+            if bar is not None:
+                closing.callback(bar.close)
+            if folder is not None and self.finished:
+                closing.enter_context(self._open_folder(folder))
             while not self.finished:
                 self._train_step()
+                if folder is not None and log is None:
+                    # Only now, as most of what is wrong with a recipe shows in the first step: what is in the folder
+                    # is still there then, and nothing is left behind.
+                    closing.enter_context(self._open_folder(folder))
+                    log = Log(folder, self.history)
+                    closing.callback(log.close)
                 if bar is not None:
                     bar.advance()
                 if pace.falls_on(self.global_step):
@@ -314,6 +330,12 @@ class Run:
             )
         if self.recipe.seeds > 1:
             raise ValueError(f"robustness is measured of one network, this run has {self.recipe.seeds}")
+        training = self.model.training
+        with torch.no_grad():
+            logits = self.model.eval()(self.batches.x_test[:1])
+        self.model.train(training)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+            raise ValueError("robustness is measured of a classifier, and this network gives no logits")
 
     def robustness(self, tau: float, *, seed: int = 1) -> dict[str, Any]:
         """Test errors in percent without noise and under two kinds of noise on the input of the same power.
@@ -641,13 +663,19 @@ class Run:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
-    def _open_folder(self, folder: Path) -> None:
+    @contextlib.contextmanager
+    def _open_folder(self, folder: Path) -> Iterator[None]:
+        """The folder with the resolved recipe in it, and no other process there meanwhile."""
         folder.mkdir(parents=True, exist_ok=True)
-        if self._overwrite:
-            folders.remove_run(folder)
-            self._overwrite = False
-        text = self.recipe.to_yaml()
-        checkpoint.write_atomically(folder / folders.RECIPE, lambda file: file.write(text.encode()))
+        with folders.held(folder):
+            if self._overwrite:
+                folders.remove_run(folder)
+            elif self._fresh:
+                folders.check_free(folder)  # somebody may have come first
+            self._overwrite = self._fresh = False
+            text = self.recipe.to_yaml()
+            checkpoint.write_atomically(folder / folders.RECIPE, lambda file: file.write(text.encode()))
+            yield
 
     def _save(self) -> None:
         self._stop_clock()

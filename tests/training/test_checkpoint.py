@@ -15,7 +15,7 @@ def state(step):
 def load_quietly(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return checkpoint.load(folder)
+        return checkpoint.load(folder, frozenset())
 
 
 def test_the_newest_is_loaded_and_the_one_before_it_kept(tmp_path):
@@ -49,7 +49,7 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path, damage):
     path = tmp_path / NEWEST
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(RuntimeWarning, match=r"checkpoint\.pt cannot be used .* going back to .*previous"):
-        assert checkpoint.load(tmp_path)["step"] == 1
+        assert checkpoint.load(tmp_path, frozenset())["step"] == 1
 
 
 def test_a_crash_between_the_two_renamings(tmp_path):
@@ -65,7 +65,7 @@ def test_nothing_whole_is_an_error(tmp_path):
     for name in (NEWEST, PREVIOUS):
         (tmp_path / name).write_bytes(b"no")
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be used .*previous\.pt cannot be used"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, frozenset())
 
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
@@ -93,20 +93,20 @@ def test_loading_executes_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "x": Malicious()}, tmp_path / NEWEST)
     with pytest.raises(ValueError, match="cannot be used"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, frozenset())
     (tmp_path / NEWEST).write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(ValueError, match="cannot be used"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, frozenset())
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_foreign_file_is_not_a_checkpoint(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / NEWEST)
     with pytest.raises(ValueError, match="is not a checkpoint of a run"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, frozenset())
     torch.save({"format": 99}, tmp_path / NEWEST)
     with pytest.raises(ValueError, match="it has format 99, this version of ladderfast reads 2"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, frozenset())
 
 
 def test_the_random_state_comes_back():

@@ -101,8 +101,8 @@ def test_what_the_objective_holds_is_resumed(tmp_path):
     result = whole.fit()
     first = Run(RECIPE, folder=tmp_path / "run", progress=False)
     first.step()
-    first._open_folder(first.folder)
-    first._save()
+    with first._open_folder(first.folder):
+        first._save()
     second = Run(RECIPE, folder=tmp_path / "run", resume=True, progress=False)
     assert second.objective.average.equal(first.objective.average)
     assert second.fit()["closeness"] == result["closeness"]

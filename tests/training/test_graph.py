@@ -51,8 +51,8 @@ def test_a_static_run_is_resumed_and_changed_for_an_ordinary_one(small, static, 
     whole = losses(quiet(small), 8)
     run = quiet(small, folder=tmp_path / "run")
     losses(run, 3)
-    run._open_folder(run.folder)
-    run._save()
+    with run._open_folder(run.folder):
+        run._save()
     for graph in ("auto", "off"):
         again = quiet(small, folder=tmp_path / "run", resume=True, graph=graph)
         assert (again._static is None) == (graph == "off")
@@ -100,7 +100,7 @@ def test_a_captured_run_resumes(small, tmp_path):
     whole = losses(quiet(small, graph="on"), 8)
     run = quiet(small, graph="on", folder=tmp_path / "run")
     losses(run, 3)
-    run._open_folder(run.folder)
-    run._save()
+    with run._open_folder(run.folder):
+        run._save()
     again = quiet(small, folder=tmp_path / "run", resume=True)
     assert torch.equal(losses(again, 5), whole[3:])

@@ -124,8 +124,8 @@ def test_a_run_is_resumed_to_the_same_bits(tmp_path):
     expected = [whole.step()["total"] for _ in range(5)]
     first = Run({**RECIPE, "checkpoint_steps": 1}, folder=tmp_path / "run", progress=False)
     got = [first.step()["total"] for _ in range(2)]
-    first._open_folder(first.folder)
-    first._save()
+    with first._open_folder(first.folder):
+        first._save()
     second = Run({**RECIPE, "checkpoint_steps": 1}, folder=tmp_path / "run", resume=True, progress=False)
     got += [second.step()["total"] for _ in range(3)]
     assert torch.stack(got).equal(torch.stack(expected))

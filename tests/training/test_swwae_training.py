@@ -141,8 +141,8 @@ def test_a_run_learns_reports_and_resumes_to_the_same_bits(small, tmp_path):
     first = Run(small, folder=tmp_path / "run", progress=False)
     for _ in range(7):
         first.step()
-    first._open_folder(first.folder)
-    first._save()
+    with first._open_folder(first.folder):
+        first._save()
     second = Run(small, folder=tmp_path / "run", resume=True, progress=False)
     second.fit()
     for name, value in whole.model.state_dict().items():

@@ -174,8 +174,8 @@ def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
     for _ in range(4):  # an epoch is three steps
         first.step()
     first.evaluate()
-    first._open_folder(first.folder)
-    first._save()
+    with first._open_folder(first.folder):
+        first._save()
     second = Run(RECIPE, folder=tmp_path / "part", resume=True, progress=False).fit()
     assert {k: second[k] for k in second if k != "seconds"} == {
         k: result[k] for k in result if k != "seconds"
