@@ -96,7 +96,7 @@ def _backend_lines() -> list[str]:
                     continue
                 lines.append(f"  {op} on {device}, {_short(dtype)}: {chosen}")
                 for name in backend.NAMES:
-                    reason = backend.unavailable(name, device, dtype, op)
+                    reason = backend.unavailable(name, device, dtype)
                     if name != chosen:
                         lines.append(f"      not {name}: {reason or 'it would serve, but slower'}")
     return lines
