@@ -3,22 +3,22 @@ the reference and torch.compile of it.
 
 The yardsticks compute ladderfast.reference.tagger_step in the same run. Bytes, in elements for each of z: the inputs
 read two and write four forward, read six and write two backward; the outputs read two and write two, and read four and
-write two. What has the size of x counts as 1 / K.
+write two. What has the size of x counts as 1 / K. A whole training step is in bench_tagger_training_step.py.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from bench_tagger import CASES, PHASES, bytes_kept
+from bench_tagger import CASES, PHASES, VARIANTS, bytes_kept
 from conftest import record, sync_timer
 
 import ladderfast
 from ladderfast import ops
+from ladderfast.ops import backend
 from ladderfast.reference import tagger_step as reference
 
 NAMES = [f"{kind}_step_{what}" for what in ("inputs", "outputs") for kind in ("gaussian", "bernoulli")]
-VARIANTS = ["ladderfast", "plain", "compile"]
 
 
 def elements_moved(name: str, shape: tuple[int, int, int], phase: str) -> int:
@@ -31,15 +31,17 @@ def elements_moved(name: str, shape: tuple[int, int, int], phase: str) -> int:
 
 
 def function_of(name: str, variant: str):
-    function = getattr(ops if variant == "ladderfast" else reference, name)
+    function = getattr(reference if variant in ("plain", "compile") else ops, name)
     return torch.compile(function) if variant == "compile" else function
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("device", "shape", "dtype"), [c for c in CASES if c.values[0] == "cpu"])
+@pytest.mark.parametrize(("device", "shape", "dtype"), CASES)
 @pytest.mark.parametrize("name", NAMES)
 def bench_tagger_step(benchmark, name, device, shape, dtype, phase, variant):
+    if variant == "ladderfast-triton" and (reason := backend.unavailable("triton", device, dtype)):
+        pytest.skip(reason)
     torch.manual_seed(0)
     n, _, d = shape
     gaussian = name.startswith("gaussian")
@@ -62,16 +64,16 @@ def bench_tagger_step(benchmark, name, device, shape, dtype, phase, variant):
         with torch.no_grad():
             return function(*inputs)
 
-    out = function(*inputs)
-    grads = [torch.randn_like(t) for t in (out if isinstance(out, tuple) else (out,))]
+    with ladderfast.use_backend("triton" if variant == "ladderfast-triton" else None):
+        out = function(*inputs)
+        grads = [torch.randn_like(t) for t in (out if isinstance(out, tuple) else (out,))]
 
-    def backward():
-        return torch.autograd.grad(out, trained, grads, retain_graph=True)
+        def backward():
+            return torch.autograd.grad(out, trained, grads, retain_graph=True)
 
-    def both():
-        return torch.autograd.grad(function(*inputs), trained, grads)
+        def both():
+            return torch.autograd.grad(function(*inputs), trained, grads)
 
-    with ladderfast.use_backend(None):
         record(
             benchmark,
             op=name,

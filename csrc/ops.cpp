@@ -1325,18 +1325,31 @@ struct TaggerOps {
 };
 
 using TaggerCpu = TaggerOps<tagger_inputs_cpu, tagger_nll_cpu, tagger_backward_cpu>;
+
 // tagger_step
 
-// As TaggerCall, with logits for m; the groups of the CPU kernels are limited.
-struct TaggerStepCall : TaggerCall {
-    TaggerStepCall(const char* op, const Tensor& x, const Tensor& z, const Tensor& logits, const Tensor& scalar)
-        : TaggerCall(op, x, z, logits, &scalar) {
-        STD_TORCH_CHECK(shape.groups <= ladderfast::cpu::kTaggerGroups, op, ": z must have at most 64 groups");
+// The gradient of what the network reads, (N K, 4 D).
+struct TaggerStepGrad {
+    Tensor grad;
+    TaggerInput view;
+
+    TaggerStepGrad(const char* op, const TaggerCall& call, const Tensor& grad_) {
+        const TaggerShape& s = call.shape;
+        STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == s.rows * s.groups && grad_.size(1) == 4 * s.pixels &&
+                            grad_.scalar_type() == call.z.scalar_type() && grad_.device() == call.z.device(),
+                        op, ": grad must be (N K, 4 D) with the dtype and device of z");
+        grad = unit_stride(grad_);
+        view = {grad.data_ptr(), grad.stride(0) * s.groups, grad.stride(0)};
     }
 };
 
-Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerStepCall& call) {
+void check_tagger_groups(const char* op, const TaggerShape& shape) {
+    STD_TORCH_CHECK(shape.groups <= ladderfast::cpu::kTaggerGroups, op, ": z must have at most 64 groups on the CPU");
+}
+
+Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerCall& call) {
     const TaggerShape& s = call.shape;
+    check_tagger_groups(op, s);
     Tensor out = torch::stable::new_empty(call.z, {s.rows * s.groups, 4 * s.pixels});
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -1348,14 +1361,11 @@ Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerStepCal
     return out;
 }
 
-TaggerGradients tagger_step_inputs_backward_cpu(const char* op, bool gaussian, const TaggerStepCall& call,
-                                                const Tensor& grad_) {
+TaggerGradients tagger_step_inputs_backward_cpu(const char* op, bool gaussian, const TaggerCall& call,
+                                                const Tensor& grad) {
     const TaggerShape& s = call.shape;
-    STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == s.rows * s.groups && grad_.size(1) == 4 * s.pixels &&
-                        grad_.scalar_type() == call.z.scalar_type() && grad_.device() == call.z.device(),
-                    op, ": grad must be (N K, 4 D) with the dtype and device of z");
-    const Tensor grad = unit_stride(grad_);
-    const TaggerInput g = {grad.data_ptr(), grad.stride(0) * s.groups, grad.stride(0)};
+    check_tagger_groups(op, s);
+    const TaggerStepGrad g(op, call, grad);
     TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
     const int64_t items = ladderfast::cpu::tagger_items(s);
     std::vector<double> partials(gaussian ? items : 0);
@@ -1364,8 +1374,8 @@ TaggerGradients tagger_step_inputs_backward_cpu(const char* op, bool gaussian, c
         using T = std::remove_pointer_t<decltype(type)>;
         T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gl = (T*)out.m.data_ptr();
         parallel_items(items, 2 * call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_inputs_backward<T>(gaussian, g, call.in, gx, gz, gl, partials.data(), s, begin,
-                                                            end);
+            ladderfast::cpu::tagger_step_inputs_backward<T>(gaussian, g.view, call.in, gx, gz, gl, partials.data(), s,
+                                                            begin, end);
         });
         if (gaussian)
             ladderfast::cpu::tagger_sum<T>(partials.data(), (const T*)call.in.scalar, (T*)out.scalar.data_ptr(), s);
@@ -1387,8 +1397,7 @@ struct TaggerOutputsCall {
           c1(torch::stable::contiguous(c1_)),
           b1(torch::stable::contiguous(b1_)),
           c2(torch::stable::contiguous(c2_)) {
-        STD_TORCH_CHECK(z.dim() == 3 && z.size(1) > 0 && z.size(1) <= ladderfast::cpu::kTaggerGroups, op,
-                        ": z must be (N, K, D) with 1 to 64 groups");
+        STD_TORCH_CHECK(z.dim() == 3 && z.size(1) > 0, op, ": z must be (N, K, D) with at least one group");
         check_same_shape(op, "m", m, z);
         STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == z.size(0) && x.size(1) == z.size(2) &&
                             x.scalar_type() == z.scalar_type() && x.device() == z.device(),
@@ -1406,15 +1415,17 @@ struct TaggerOutputsCall {
         in = {tagger_input(x), tagger_input(z), tagger_input(m), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
         if (variance_ == nullptr) return;
         variance = torch::stable::contiguous(*variance_);
-        STD_TORCH_CHECK(variance.numel() == shape.seeds && variance.dim() == c2.dim() &&
-                            variance.scalar_type() == z.scalar_type() && variance.device() == z.device(),
-                        op, ": variance must be as c2");
+        STD_TORCH_CHECK(
+            variance.numel() == shape.seeds && variance.dim() == c2.dim() && variance.device() == z.device(), op,
+            ": variance must have the shape and device of c2");
         in.variance = variance.data_ptr();
     }
 
     int64_t elements() const { return 2 * shape.rows * shape.groups * shape.pixels; }
     Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
     Tensor like_groups() const { return torch::stable::new_empty(z, {shape.rows, shape.groups, shape.pixels}); }
+
+    ScalarType wide() const { return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
     // With one stride from group to group and from row to row.
     static Tensor even_stride(const Tensor& t) {
@@ -1425,10 +1436,17 @@ struct TaggerOutputsCall {
 
 using TaggerOutputsResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+void check_tagger_outputs_cpu(const char* op, const TaggerOutputsCall& call) {
+    check_tagger_groups(op, call.shape);
+    STD_TORCH_CHECK(call.in.variance == nullptr || call.variance.scalar_type() == call.z.scalar_type(), op,
+                    ": variance must have the dtype of z on the CPU");
+}
+
 TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call, double eps) {
     const TaggerShape& s = call.shape;
+    check_tagger_outputs_cpu(op, call);
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels});
+    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
     Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -1454,36 +1472,54 @@ struct TaggerOutputsGrads {
     Tensor x, z, m, c1, b1, c2, variance;
 };
 
+// The gradients that come in, and what forward has kept.
+struct TaggerOutputsBackward {
+    Tensor z, logits, nll, stats;
+    TaggerInput z_view, logits_view, nll_view;
+
+    TaggerOutputsBackward(const char* op, const TaggerOutputsCall& call, const Tensor& grad_z,
+                          const Tensor& grad_logits, const Tensor& grad_nll, const Tensor& stats_) {
+        check_same_shape(op, "grad_z", grad_z, call.z);
+        check_same_shape(op, "grad_logits", grad_logits, call.z);
+        check_same_shape(op, "grad_nll", grad_nll, call.x, "x");
+        STD_TORCH_CHECK(stats_.numel() == 4 * call.shape.seeds * call.shape.pixels &&
+                            stats_.scalar_type() == call.wide() && stats_.device() == call.z.device(),
+                        op, ": stats does not fit z");
+        z = unit_stride(grad_z);
+        logits = unit_stride(grad_logits);
+        nll = unit_stride(grad_nll);
+        stats = torch::stable::contiguous(stats_);
+        z_view = tagger_input(z);
+        logits_view = tagger_input(logits);
+        nll_view = tagger_input(nll);
+    }
+};
+
+TaggerOutputsGrads like_arguments(bool gaussian, const TaggerOutputsCall& call) {
+    return {call.like_pixels(),
+            call.like_groups(),
+            call.like_groups(),
+            torch::stable::empty_like(call.c1),
+            torch::stable::empty_like(call.b1),
+            torch::stable::empty_like(call.c2),
+            gaussian ? torch::stable::empty_like(call.variance) : Tensor()};
+}
+
 TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call,
-                                                    const Tensor& grad_z, const Tensor& grad_logits,
-                                                    const Tensor& grad_nll, const Tensor& stats_) {
+                                                    const TaggerOutputsBackward& from) {
     const TaggerShape& s = call.shape;
-    check_same_shape(op, "grad_z", grad_z, call.z);
-    check_same_shape(op, "grad_logits", grad_logits, call.z);
-    check_same_shape(op, "grad_nll", grad_nll, call.x, "x");
-    const Tensor gz = unit_stride(grad_z), gl = unit_stride(grad_logits), gn = unit_stride(grad_nll);
-    const Tensor stats = torch::stable::contiguous(stats_);
-    STD_TORCH_CHECK(stats.numel() == 4 * s.seeds * s.pixels && stats.scalar_type() == call.z.scalar_type() &&
-                        stats.device() == call.z.device(),
-                    op, ": stats does not fit z");
-    TaggerOutputsGrads out{call.like_pixels(),
-                           call.like_groups(),
-                           call.like_groups(),
-                           torch::stable::empty_like(call.c1),
-                           torch::stable::empty_like(call.b1),
-                           torch::stable::empty_like(call.c2),
-                           Tensor()};
+    check_tagger_outputs_cpu(op, call);
+    const TaggerOutputsGrads out = like_arguments(gaussian, call);
     const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
     const int64_t merge_items = ladderfast::cpu::tagger_outputs_merge_items(s);
     std::vector<double> of_c2(merge_items), of_variance(gaussian ? items : 0);
-    if (gaussian) out.variance = torch::stable::empty_like(call.variance);
     Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
-    Tensor means = torch::stable::empty_like(stats);
+    Tensor means = torch::stable::empty_like(from.stats);
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *between = (T*)workspace.data_ptr(), *mean = (T*)means.data_ptr();
         const TaggerOutputsGradients<T> grad = {
-            tagger_input(gz),      tagger_input(gl),     tagger_input(gn),     (const T*)stats.data_ptr(),
+            from.z_view,           from.logits_view,     from.nll_view,        (const T*)from.stats.data_ptr(),
             (T*)out.x.data_ptr(),  (T*)out.z.data_ptr(), (T*)out.m.data_ptr(), (T*)out.c1.data_ptr(),
             (T*)out.b1.data_ptr(), of_c2.data(),         of_variance.data()};
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
@@ -1512,52 +1548,130 @@ TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussia
     return out;
 }
 
-Tensor gaussian_step_inputs_cpu(Tensor x, Tensor z, Tensor logits, Tensor variance) {
-    const char* op = "gaussian_step_inputs";
-    return tagger_step_inputs_cpu(op, true, TaggerStepCall(op, x, z, logits, variance));
+#ifdef LADDERFAST_WITH_CUDA
+
+Tensor tagger_step_inputs_cuda(const char* op, bool gaussian, const TaggerCall& call) {
+    const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
+    const TaggerLaunch to(op, call);
+    const TaggerShape& s = call.shape;
+    Tensor out = torch::stable::new_empty(call.z, {s.rows * s.groups, 4 * s.pixels});
+    STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_inputs_cuda(gaussian, &call.in, out.data_ptr(), to.dtype,
+                                                                   to.scalar_dtype, &s, to.stream));
+    return out;
 }
-Tensor bernoulli_step_inputs_cpu(Tensor x, Tensor z, Tensor logits, Tensor flip_prob) {
-    const char* op = "bernoulli_step_inputs";
-    return tagger_step_inputs_cpu(op, false, TaggerStepCall(op, x, z, logits, flip_prob));
+
+TaggerGradients tagger_step_inputs_backward_cuda(const char* op, bool gaussian, const TaggerCall& call,
+                                                 const Tensor& grad) {
+    const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
+    const TaggerLaunch to(op, call);
+    const TaggerStepGrad g(op, call, grad);
+    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    Tensor workspace;
+    void *scalar = nullptr, *scratch = nullptr;
+    if (gaussian) {
+        out.scalar = torch::stable::empty_like(call.scalar);
+        workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
+        scalar = out.scalar.data_ptr();
+        scratch = workspace.data_ptr();
+    }
+    STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_inputs_backward_cuda(
+        gaussian, &g.view, &call.in, out.x.data_ptr(), out.z.data_ptr(), out.m.data_ptr(), scalar, scratch, to.dtype,
+        to.scalar_dtype, &call.shape, to.stream));
+    return out;
 }
-std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_step_inputs_backward_cpu(Tensor grad, Tensor x, Tensor z,
-                                                                             Tensor logits, Tensor variance) {
-    const char* op = "gaussian_step_inputs_backward";
-    const auto g = tagger_step_inputs_backward_cpu(op, true, TaggerStepCall(op, x, z, logits, variance), grad);
-    return {g.x, g.z, g.m, g.scalar};
+
+int tagger_variance_code(const char* op, const TaggerOutputsCall& call) {
+    return dtype_code(op, call.in.variance == nullptr ? call.z.scalar_type() : call.variance.scalar_type());
 }
-std::tuple<Tensor, Tensor, Tensor> bernoulli_step_inputs_backward_cpu(Tensor grad, Tensor x, Tensor z, Tensor logits,
-                                                                      Tensor flip_prob) {
-    const char* op = "bernoulli_step_inputs_backward";
-    const auto g = tagger_step_inputs_backward_cpu(op, false, TaggerStepCall(op, x, z, logits, flip_prob), grad);
-    return {g.x, g.z, g.m};
+
+Tensor tagger_outputs_scratch(const TaggerOutputsCall& call) {
+    return torch::stable::new_empty(call.z, {ladderfast_tagger_step_outputs_workspace_cuda(&call.shape)},
+                                    ScalarType::Byte);
 }
-TaggerOutputsResults gaussian_step_outputs_cpu(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
-                                               Tensor variance, double eps) {
-    const char* op = "gaussian_step_outputs";
-    return tagger_step_outputs_cpu(op, true, TaggerOutputsCall(op, x, z, m, c1, b1, c2, &variance), eps);
+
+TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, const TaggerOutputsCall& call,
+                                              double eps) {
+    const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
+    const TaggerShape& s = call.shape;
+    Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
+    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor workspace = tagger_outputs_scratch(call);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_cuda(
+        gaussian, &call.in, z.data_ptr(), logits.data_ptr(), nll.data_ptr(), stats.data_ptr(), workspace.data_ptr(),
+        eps, dtype_code(op, call.z.scalar_type()), tagger_variance_code(op, call), &s, current_stream(call.z)));
+    return {z, logits, nll, stats};
 }
-TaggerOutputsResults bernoulli_step_outputs_cpu(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
-                                                double eps) {
-    const char* op = "bernoulli_step_outputs";
-    return tagger_step_outputs_cpu(op, false, TaggerOutputsCall(op, x, z, m, c1, b1, c2, nullptr), eps);
+
+TaggerOutputsGrads tagger_step_outputs_backward_cuda(const char* op, bool gaussian, const TaggerOutputsCall& call,
+                                                     const TaggerOutputsBackward& from) {
+    const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
+    const TaggerOutputsGrads out = like_arguments(gaussian, call);
+    Tensor workspace = tagger_outputs_scratch(call);
+    STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_backward_cuda(
+        gaussian, &call.in, &from.z_view, &from.logits_view, &from.nll_view, from.stats.data_ptr(), out.x.data_ptr(),
+        out.z.data_ptr(), out.m.data_ptr(), out.c1.data_ptr(), out.b1.data_ptr(), out.c2.data_ptr(),
+        gaussian ? out.variance.data_ptr() : nullptr, workspace.data_ptr(), dtype_code(op, call.z.scalar_type()),
+        tagger_variance_code(op, call), &call.shape, current_stream(call.z)));
+    return out;
 }
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_step_outputs_backward_cpu(
-    Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
-    Tensor variance, Tensor stats) {
-    const char* op = "gaussian_step_outputs_backward";
-    const auto g = tagger_step_outputs_backward_cpu(op, true, TaggerOutputsCall(op, x, z, m, c1, b1, c2, &variance),
-                                                    grad_z, grad_logits, grad_nll, stats);
-    return {g.x, g.z, g.m, g.c1, g.b1, g.c2, g.variance};
-}
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bernoulli_step_outputs_backward_cpu(
-    Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
-    Tensor stats) {
-    const char* op = "bernoulli_step_outputs_backward";
-    const auto g = tagger_step_outputs_backward_cpu(op, false, TaggerOutputsCall(op, x, z, m, c1, b1, c2, nullptr),
-                                                    grad_z, grad_logits, grad_nll, stats);
-    return {g.x, g.z, g.m, g.c1, g.b1, g.c2};
-}
+
+#endif
+
+// The ops of one device: its four functions above.
+template <auto inputs, auto inputs_backward, auto outputs, auto outputs_backward>
+struct TaggerStepOps {
+    static Tensor gaussian_inputs(Tensor x, Tensor z, Tensor logits, Tensor variance) {
+        const char* op = "gaussian_step_inputs";
+        return inputs(op, true, TaggerCall(op, x, z, logits, &variance));
+    }
+    static Tensor bernoulli_inputs(Tensor x, Tensor z, Tensor logits, Tensor flip_prob) {
+        const char* op = "bernoulli_step_inputs";
+        return inputs(op, false, TaggerCall(op, x, z, logits, &flip_prob));
+    }
+    static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_inputs_backward(Tensor grad, Tensor x, Tensor z,
+                                                                               Tensor logits, Tensor variance) {
+        const char* op = "gaussian_step_inputs_backward";
+        const auto g = inputs_backward(op, true, TaggerCall(op, x, z, logits, &variance), grad);
+        return {g.x, g.z, g.m, g.scalar};
+    }
+    static std::tuple<Tensor, Tensor, Tensor> bernoulli_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor logits,
+                                                                        Tensor flip_prob) {
+        const char* op = "bernoulli_step_inputs_backward";
+        const auto g = inputs_backward(op, false, TaggerCall(op, x, z, logits, &flip_prob), grad);
+        return {g.x, g.z, g.m};
+    }
+    static TaggerOutputsResults gaussian_outputs(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
+                                                 Tensor variance, double eps) {
+        const char* op = "gaussian_step_outputs";
+        return outputs(op, true, TaggerOutputsCall(op, x, z, m, c1, b1, c2, &variance), eps);
+    }
+    static TaggerOutputsResults bernoulli_outputs(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
+                                                  double eps) {
+        const char* op = "bernoulli_step_outputs";
+        return outputs(op, false, TaggerOutputsCall(op, x, z, m, c1, b1, c2, nullptr), eps);
+    }
+    static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_outputs_backward(
+        Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1,
+        Tensor c2, Tensor variance, Tensor stats) {
+        const char* op = "gaussian_step_outputs_backward";
+        const TaggerOutputsCall call(op, x, z, m, c1, b1, c2, &variance);
+        const TaggerOutputsBackward from(op, call, grad_z, grad_logits, grad_nll, stats);
+        const auto g = outputs_backward(op, true, call, from);
+        return {g.x, g.z, g.m, g.c1, g.b1, g.c2, g.variance};
+    }
+    static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bernoulli_outputs_backward(
+        Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1,
+        Tensor c2, Tensor stats) {
+        const char* op = "bernoulli_step_outputs_backward";
+        const TaggerOutputsCall call(op, x, z, m, c1, b1, c2, nullptr);
+        const TaggerOutputsBackward from(op, call, grad_z, grad_logits, grad_nll, stats);
+        const auto g = outputs_backward(op, false, call, from);
+        return {g.x, g.z, g.m, g.c1, g.b1, g.c2};
+    }
+};
+
+using TaggerStepCpu = TaggerStepOps<tagger_step_inputs_cpu, tagger_step_inputs_backward_cpu, tagger_step_outputs_cpu,
+                                    tagger_step_outputs_backward_cpu>;
 
 // The arguments of an ln_convlstm pass, laid out alike: gates (N, 4C, *) and cells (N, C, *) with vectors (4C), or with
 // an axis of seeds in front of each.
@@ -1882,6 +1996,8 @@ LnConvLstmGrads ln_convlstm_backward_cuda(Tensor grad_h, Tensor grad_c_new, Tens
 }
 
 using TaggerCuda = TaggerOps<tagger_inputs_cuda, tagger_nll_cuda, tagger_backward_cuda>;
+using TaggerStepCuda = TaggerStepOps<tagger_step_inputs_cuda, tagger_step_inputs_backward_cuda,
+                                     tagger_step_outputs_cuda, tagger_step_outputs_backward_cuda>;
 
 #endif
 
@@ -1993,14 +2109,14 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCpu::gaussian_nll_backward));
     m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCpu::bernoulli_nll));
     m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCpu::bernoulli_nll_backward));
-    m.impl("gaussian_step_inputs", TORCH_BOX(&gaussian_step_inputs_cpu));
-    m.impl("gaussian_step_inputs_backward", TORCH_BOX(&gaussian_step_inputs_backward_cpu));
-    m.impl("gaussian_step_outputs", TORCH_BOX(&gaussian_step_outputs_cpu));
-    m.impl("gaussian_step_outputs_backward", TORCH_BOX(&gaussian_step_outputs_backward_cpu));
-    m.impl("bernoulli_step_inputs", TORCH_BOX(&bernoulli_step_inputs_cpu));
-    m.impl("bernoulli_step_inputs_backward", TORCH_BOX(&bernoulli_step_inputs_backward_cpu));
-    m.impl("bernoulli_step_outputs", TORCH_BOX(&bernoulli_step_outputs_cpu));
-    m.impl("bernoulli_step_outputs_backward", TORCH_BOX(&bernoulli_step_outputs_backward_cpu));
+    m.impl("gaussian_step_inputs", TORCH_BOX(&TaggerStepCpu::gaussian_inputs));
+    m.impl("gaussian_step_inputs_backward", TORCH_BOX(&TaggerStepCpu::gaussian_inputs_backward));
+    m.impl("gaussian_step_outputs", TORCH_BOX(&TaggerStepCpu::gaussian_outputs));
+    m.impl("gaussian_step_outputs_backward", TORCH_BOX(&TaggerStepCpu::gaussian_outputs_backward));
+    m.impl("bernoulli_step_inputs", TORCH_BOX(&TaggerStepCpu::bernoulli_inputs));
+    m.impl("bernoulli_step_inputs_backward", TORCH_BOX(&TaggerStepCpu::bernoulli_inputs_backward));
+    m.impl("bernoulli_step_outputs", TORCH_BOX(&TaggerStepCpu::bernoulli_outputs));
+    m.impl("bernoulli_step_outputs_backward", TORCH_BOX(&TaggerStepCpu::bernoulli_outputs_backward));
     m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cpu));
     m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cpu));
 }
@@ -2029,6 +2145,14 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CUDA, m) {
     m.impl("gaussian_mixture_nll_backward", TORCH_BOX(&TaggerCuda::gaussian_nll_backward));
     m.impl("bernoulli_mixture_nll", TORCH_BOX(&TaggerCuda::bernoulli_nll));
     m.impl("bernoulli_mixture_nll_backward", TORCH_BOX(&TaggerCuda::bernoulli_nll_backward));
+    m.impl("gaussian_step_inputs", TORCH_BOX(&TaggerStepCuda::gaussian_inputs));
+    m.impl("gaussian_step_inputs_backward", TORCH_BOX(&TaggerStepCuda::gaussian_inputs_backward));
+    m.impl("gaussian_step_outputs", TORCH_BOX(&TaggerStepCuda::gaussian_outputs));
+    m.impl("gaussian_step_outputs_backward", TORCH_BOX(&TaggerStepCuda::gaussian_outputs_backward));
+    m.impl("bernoulli_step_inputs", TORCH_BOX(&TaggerStepCuda::bernoulli_inputs));
+    m.impl("bernoulli_step_inputs_backward", TORCH_BOX(&TaggerStepCuda::bernoulli_inputs_backward));
+    m.impl("bernoulli_step_outputs", TORCH_BOX(&TaggerStepCuda::bernoulli_outputs));
+    m.impl("bernoulli_step_outputs_backward", TORCH_BOX(&TaggerStepCuda::bernoulli_outputs_backward));
     m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cuda));
     m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cuda));
 }

@@ -1,4 +1,4 @@
-"""What the tests of Tagger's CUDA kernels share: element types, and the structures of csrc/tagger.h."""
+"""What the tests of Tagger's ops share: element types, the structures of csrc/tagger.h, what is spared."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def view(t: Tensor) -> Input:
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def spare_the_interpreter(target, too_slow: bool) -> None:
+    """Triton's interpreter takes about a millisecond for each operation of each program."""
+    if too_slow and (target.backend, target.device) == ("triton", "cpu"):
+        pytest.skip("slow in Triton's interpreter, which runs smaller cases of this test")

@@ -183,6 +183,24 @@ for element in ("*fp32", "*bf16"):
 tensors = {n: "*fp32" for n in ("partial_ptr", "variance_ptr", "grad_variance_ptr")}
 compile(tagger._sum_kernel, tensors, {"BLOCK": tagger.SUM_BLOCK})
 """
+TAGGER_STEP = r"""
+from ladderfast.triton import tagger_step as t
+
+wide = ("scalar", "partial", "variance", "stats", "means", "of_variance", "of_c2")
+for element in ("*fp32", "*bf16"):
+    tensors = {n: element for k in vars(t).values() if hasattr(k, "arg_names") for n in k.arg_names if "_ptr" in n}
+    tensors |= {f"{n}_ptr": "*fp32" for n in wide} | {"eps": "fp32"}
+    for gaussian in (0, 1):
+        compile(t._inputs_kernel, tensors, {"GAUSSIAN": gaussian, "BLOCK": 512})
+        compile(t._outputs_kernel, tensors, {"GAUSSIAN": gaussian, "BLOCK": t.COLUMNS})
+        for finish in (0, 1):
+            constants = {"GAUSSIAN": gaussian, "FINISH": finish, "BLOCK": t.COLUMNS}
+            compile(t._outputs_backward_kernel, tensors, constants | ({"chunk_rows": 1} if finish else {}))
+    compile(t._gaussian_inputs_backward_kernel, tensors, {"BLOCK": 512})
+    compile(t._bernoulli_inputs_backward_kernel, tensors, {"BLOCK": 512})
+    for kernel in (t._moments_kernel, t._merge_moments_kernel, t._merge_sums_kernel):
+        compile(kernel, tensors, {"BLOCK": t.COLUMNS})
+"""
 CODE = {
     "combinator": (COMBINATOR, 41),
     "ladder_decoder": (LADDER_DECODER, 2 * 19 + 5 + 7),
@@ -190,6 +208,7 @@ CODE = {
     "what_where": (WHAT_WHERE, 2 * (8 + 10)),
     "ln_convlstm": (LN_CONVLSTM, 58),
     "tagger": (TAGGER, 17),
+    "tagger_step": (TAGGER_STEP, 2 * 13),
 }
 
 

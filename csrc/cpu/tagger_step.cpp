@@ -65,13 +65,6 @@ namespace LF_ISA {
 #include "../math/tagger.h"
 #include "tagger_pass.h"
 
-// Groups whose number the compiler knows, 0 otherwise: their intermediate results then stay in registers, and
-// independent chains of operations are four already, where else a pair of vectors makes two.
-static const int kFew = 4;
-template <int fixed>
-static constexpr int64_t kept = fixed ? fixed : kKept;
-#define LF_EACH_GROUP(k, groups) _Pragma("GCC unroll 4") for (int64_t k = 0; k < (fixed ? fixed : groups); ++k)
-
 template <class T>
 struct StepInputs : TaggerPass<T> {
     T* out;
@@ -275,6 +268,12 @@ static LF_HD V read(const T* from, int64_t n) {
         return V::load(from, n);
 }
 
+// Groups whose number the compiler knows, else `fixed` is 0: their intermediate results then stay in registers.
+static const int kFew = 4;
+template <int fixed>
+static constexpr int64_t kept = fixed ? fixed : kKept;
+#define LF_EACH_GROUP(k, groups) _Pragma("GCC unroll 4") for (int64_t k = 0; k < (fixed ? fixed : groups); ++k)
+
 // What pixels need of their columns: z before any squashing is (z_pre - mean_z) scale_z + b1, and the logit is
 // (m_pre - mean_m) scale_m.
 template <class V>
@@ -327,15 +326,15 @@ struct OutputsItem {
         if constexpr (gaussian) return z;
         return logistic(z);
     }
+};
 
-    // Calls step(pixels<V, whole>) for the pixels [begin, end): pass.step<V, whole>(row, pixel, count).
+// step<V, whole>(row, pixel, count) for the pixels [begin, end) of row r.
 #define LF_OVER_PIXELS(step, r, begin, end)                                               \
     {                                                                                     \
         int64_t d = begin;                                                                \
         for (; d + Vec<T>::width <= end; d += Vec<T>::width) step<Vec<T>, true>(r, d, 0); \
         if (d < end) step<Vec<T>, false>(r, d, end - d);                                  \
     }
-};
 
 // Chains of operations are long: where a pass takes them in steps, over a tile of a row's pixels at a time, the
 // processor has several in hand. What one step leaves for the next lies in the first-level cache.
@@ -753,6 +752,8 @@ static inline void outputs_backward_finish(const TaggerOutputs& in, const Tagger
 LF_TAGGER_STEP_INSTANCES(float, f32)
 LF_TAGGER_STEP_INSTANCES(double, f64)
 #undef LF_TAGGER_STEP_INSTANCES
+#undef LF_EACH_GROUP
+#undef LF_OVER_PIXELS
 
 }  // namespace LF_ISA
 }  // namespace ladderfast::cpu

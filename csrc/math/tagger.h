@@ -14,11 +14,13 @@
 //
 // Textual header without an include guard: it is included inside the namespace that uses it, on the CPU once per
 // instruction set. V is a scalar or a vector type. Declared before: LF_HD (host_device.h) and, for V,
-//   constant<V>(double)      exp2_of(V), zero where it underflows       log_of(V), of positive normal numbers
-//   larger(a, b), smaller(a, b): b if either is NaN                     exponent_of(V): floor(log2) of positive
-//   numbers, if_less(a, b, then, otherwise): a < b ? then : otherwise            for subnormal ones that of the least
-//   normal
+//   constant<V>(double)
+//   exp2_of(V): zero where it underflows
+//   log_of(V): of positive normal numbers
+//   exponent_of(V): floor(log2) of positive numbers, for subnormal ones that of the least normal
 //   logistic(V): 1 / (1 + exp(-x))
+//   larger(a, b), smaller(a, b): b if either is NaN
+//   if_less(a, b, then, otherwise): a < b ? then : otherwise
 
 // Numbers of reference/tagger.py.
 #define LF_TAGGER_CLIP 1e-4

@@ -399,10 +399,11 @@ class Tagger(Grouping):
         return self.read(y.to(self.read.weight.dtype)), logits, None
 
     def _outputs(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        given = (x, *pre.chunk(2, 2), *(t.to(x.dtype) for t in (self.z_scale, self.z_shift, self.m_scale)))
+        z_pre, mask_pre = pre.chunk(2, 2)
+        c1, b1, c2 = (t.to(x.dtype) for t in (self.z_scale, self.z_shift, self.m_scale))
         if self.binary:
-            return bernoulli_step_outputs(*given, eps=EPS)
-        return gaussian_step_outputs(*given, self.variance, eps=EPS)
+            return bernoulli_step_outputs(x, z_pre, mask_pre, c1, b1, c2, eps=EPS)
+        return gaussian_step_outputs(x, z_pre, mask_pre, c1, b1, c2, self.variance, eps=EPS)
 
     def _unsquashed(self, pre: Tensor) -> Tensor:
         z = pre[..., : self.num_pixels].flatten(0, 1)

@@ -18,14 +18,6 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 
 _NOTHING: Mapping[str, str] = {}
 
-# Ops that a backend has no kernel of, and why not.
-_NO_GPU_KERNEL = dict.fromkeys(("triton", "cuda"), "it has no kernel of this op")
-_WITHOUT: Mapping[str, Mapping[str, str]] = {
-    f"{kind}_step_{what}": _NO_GPU_KERNEL
-    for kind in ("gaussian", "bernoulli")
-    for what in ("inputs", "outputs")
-}
-
 _forced: str | None = os.environ.get("LADDERFAST_BACKEND") or None
 
 
@@ -131,9 +123,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def unavailable(name: str, device: str, dtype: torch.dtype, op: str | None = None) -> str | None:
-    """Why backend `name` cannot serve tensors of this device type and dtype, or the op at all; None if it can."""
-    return (_WITHOUT.get(op, _NOTHING).get(name) if op else None) or _REASONS[name](device, dtype)
+def unavailable(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot serve tensors of this device type and dtype; None if it can."""
+    return _REASONS[name](device, dtype)
 
 
 def choose(op: str, device: str, dtype: torch.dtype, lacking: Mapping[str, str] = _NOTHING) -> str:
@@ -147,11 +139,11 @@ def choose(op: str, device: str, dtype: torch.dtype, lacking: Mapping[str, str] 
     """
     if _forced is None:
         for name in _PREFERENCE.get(device, ("reference",)):
-            if name not in lacking and unavailable(name, device, dtype, op) is None:
+            if name not in lacking and unavailable(name, device, dtype) is None:
                 return name
         return "reference"
     _check_name(_forced, "LADDERFAST_BACKEND")
-    reason = lacking.get(_forced) or unavailable(_forced, device, dtype, op)
+    reason = lacking.get(_forced) or unavailable(_forced, device, dtype)
     if reason is not None:
         raise BackendError(f"{op}: the forced backend {_forced!r} cannot serve this call: {reason}")
     return _forced

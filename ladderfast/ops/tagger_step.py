@@ -39,7 +39,8 @@ def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _outputs_like(x: Tensor, z: Tensor, mask_weight: Tensor) -> tuple[Tensor, ...]:
-    stats = z.new_empty((mask_weight.numel(), 4, z.shape[2]))
+    wide = torch.promote_types(z.dtype, torch.float32)
+    stats = z.new_empty((mask_weight.numel(), 4, z.shape[2]), dtype=wide)
     return *_same(z, z), z.new_empty(x.shape), stats
 
 
@@ -98,6 +99,14 @@ if _extension.module is not None:
         torch.library.register_fake(f"ladderfast::{_name}_backward")(_outputs_backward_fake)
 
 
+def _run(op: str, name: str, *arguments: Any) -> Any:
+    if name == "triton":
+        from ladderfast.triton import tagger_step
+
+        return getattr(tagger_step, op + "_triton")(*arguments)
+    return _kernels[op](*arguments)
+
+
 # vmap's batch becomes part of the axis of rows, and scalars and vectors get an axis of seeds. (N K, 4 D), which only
 # the gradient of the inputs has, goes with the rows as well.
 def _merged(size: int, in_dims: Any, tensors: Any, with_rows: int) -> list[Tensor | None]:
@@ -134,13 +143,14 @@ class _Step(torch.autograd.Function):
         p4: Tensor | None,
         op: str,
         eps: float | None,
+        name: str,
     ) -> Any:
-        given = [t for t in (x, z, m, p1, p2, p3, p4) if t is not None]
-        return _kernels[op](*given) if eps is None else _kernels[op](*given, eps)
+        given: list[Any] = [t for t in (x, z, m, p1, p2, p3, p4, eps) if t is not None]
+        return _run(op, name, *given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.op, ctx.eps = inputs[_TENSORS:]
+        ctx.op, ctx.eps, ctx.name = inputs[_TENSORS:]
         stats = None if ctx.eps is None else output[3]
         ctx.save_for_backward(*inputs[:_TENSORS], stats)
         if stats is not None:
@@ -150,8 +160,10 @@ class _Step(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor, grad_m: Tensor | None = None, grad_nll: Tensor | None = None, _: Any = None
     ) -> tuple[Tensor | None, ...]:
-        out = apply_in_backward(_StepBackward, grad, grad_m, grad_nll, *ctx.saved_tensors, ctx.op, ctx.eps)
-        return *out, *(None,) * (_TENSORS + 2 - len(out))
+        out = apply_in_backward(
+            _StepBackward, grad, grad_m, grad_nll, *ctx.saved_tensors, ctx.op, ctx.eps, ctx.name
+        )
+        return *out, *(None,) * (_TENSORS + 3 - len(out))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -180,14 +192,15 @@ class _StepBackward(torch.autograd.Function):
         stats: Tensor | None,
         op: str,
         eps: float | None,
+        name: str,
     ) -> tuple[Tensor, ...]:
         given = [t for t in (grad, grad_m, grad_nll, x, z, m, p1, p2, p3, p4, stats) if t is not None]
-        return _kernels[op + "_backward"](*given)
+        return _run(op + "_backward", name, *given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[: 3 + _TENSORS])
-        ctx.op, ctx.eps = inputs[-2:]
+        ctx.op, ctx.eps = inputs[-3:-1]
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -204,7 +217,7 @@ class _StepBackward(torch.autograd.Function):
 
         pullback = torch.func.vjp(formula, *(saved[k] for k in given))[1]
         found = dict(zip(given, pullback(outer), strict=True))
-        return *(found.get(k) for k in range(3 + _TENSORS)), None, None, None
+        return *(found.get(k) for k in range(3 + _TENSORS)), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -224,7 +237,7 @@ def _inputs(op: str, x: Tensor, z: Tensor, mask_logits: Tensor, scalar: Tensor) 
     name = backend.choose(op, z.device.type, z.dtype, _lacking(z.shape[1]))
     if name == "reference":
         return getattr(reference, op)(x, z, mask_logits, scalar)
-    return cast(Tensor, apply(_Step, x, z, mask_logits, scalar, None, None, None, op, None))
+    return cast(Tensor, apply(_Step, x, z, mask_logits, scalar, None, None, None, op, None, name))
 
 
 def gaussian_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, variance: Tensor | float) -> Tensor:
@@ -245,7 +258,7 @@ def gaussian_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, variance: Te
         Differentiable any number of times in x, z, mask_logits and variance; only these are kept for backward.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
-    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+    and returns float32. On a CPU more than 64 groups take the reference's plain PyTorch.
 
     Raises:
         ValueError: shapes or devices that do not fit; a variance that is not above 0 (numbers and CPU tensors).
@@ -278,7 +291,7 @@ def bernoulli_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, flip_prob: 
         limited for the sake of finite numbers is so as in `bernoulli_group_inputs`.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
-    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+    and returns float32. On a CPU more than 64 groups take the reference's plain PyTorch.
 
     Raises:
         ValueError: shapes or devices that do not fit; a flip_prob outside [0, 1] (numbers and CPU tensors) or one that
@@ -326,7 +339,7 @@ def _outputs(
     if name == "reference":
         return getattr(reference, op)(x, z_pre, mask_pre, *parameters, eps=eps)
     four = (*parameters, None)[:4]
-    return apply(_Step, x, z_pre, mask_pre, *four, op, float(eps))[:3]
+    return apply(_Step, x, z_pre, mask_pre, *four, op, float(eps), name)[:3]
 
 
 def gaussian_step_outputs(
@@ -361,7 +374,7 @@ def gaussian_step_outputs(
         every tensor; kept for backward are these and four numbers for each pixel. Computed in log space.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
-    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+    and returns float32. On a CPU more than 64 groups take the reference's plain PyTorch.
 
     Raises:
         ValueError: shapes or devices that do not fit; a variance or eps that is not above 0 (numbers and CPU tensors).
@@ -403,7 +416,7 @@ def bernoulli_step_outputs(
         every tensor; kept for backward are these and four numbers for each pixel.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
-    and returns float32. On a CPU more than 64 groups, and on a GPU every call, take the reference's plain PyTorch.
+    and returns float32. On a CPU more than 64 groups take the reference's plain PyTorch.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an eps that is not above 0.

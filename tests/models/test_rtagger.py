@@ -34,31 +34,46 @@ def masks():
     return torch.rand(N, K, D, dtype=torch.float64).softmax(1)
 
 
-@pytest.mark.parametrize("sequences", [False, True])
-def test_iterations_written_out(sequences):
+@pytest.mark.parametrize(
+    ("sequences", "options"),
+    [(False, {}), (True, {}), (False, {"binary": True}), (False, {"binary": True, "feed_logits": True})],
+)
+def test_iterations_written_out(sequences, options):
     """The RLadder is fed group by group where it can be: it sees four channels, and keeps its state."""
-    model = make(num_classes=2)
-    x = data(N, 3) if sequences else data(N)
+    model = make(num_classes=2, **options)
+    x = data(N, 3, binary=model.binary) if sequences else data(N, binary=model.binary)
     corrupted, m = model.corrupt(x), masks()
     out = model(x, K, 2, corrupted=corrupted, mask=m)
-    v = torch.exp(model.log_variance)
-    wide = v + model.noise**2
+
+    def density(z, x, variance):
+        if model.binary:
+            return x[:, None] * z + (1 - x[:, None]) * (1 - z)
+        return torch.exp(-((x[:, None] - z) ** 2) / (2 * variance)) / torch.sqrt(2 * math.pi * variance)
+
+    v = None if model.binary else torch.exp(model.log_variance)
     z, state = torch.full_like(m, 0.5), None
+    fed = z
     for t in range(2):
         seen, wanted = (corrupted[:, t], x[:, t + 1]) if sequences else (corrupted, x)
-        e = seen[:, None] - z
-        density = torch.exp(-(e**2) / (2 * wide)) / torch.sqrt(2 * math.pi * wide)
-        told = torch.stack([z, m, e * m * density, density / density.sum(1, keepdim=True)], 2)
+        if model.binary:
+            xi = z * (1 - 2 * model.noise) + model.noise
+            like = density(xi, seen, None)
+            dz = m / ((xi * m).sum(1) - 1 + seen)[:, None]
+        else:
+            like = density(z, seen, v + model.noise**2)
+            dz = (seen[:, None] - z) * m * like
+        told = torch.stack([fed, m, dz, like / like.sum(1, keepdim=True)], 2)
         step, state = model.engine.step(told.reshape(N * K, 4, SIDE, SIDE), state)
         p = step.prediction
         mean, var = p.mean((0, 2, 3), keepdim=True), p.var((0, 2, 3), correction=0, keepdim=True)
         p = ((p - mean) / torch.sqrt(var + 1e-10)).reshape(N, K, 2, D)
-        z = model.scale[0] * p[:, :, 0] + model.shift
+        unsquashed = model.scale[0] * p[:, :, 0] + model.shift
+        z = torch.sigmoid(unsquashed) if model.binary else unsquashed
+        fed = unsquashed if model.feed_logits else z
         m = torch.softmax(model.scale[1] * p[:, :, 1], 1)
-        density = torch.exp(-((wanted[:, None] - z) ** 2) / (2 * v)) / torch.sqrt(2 * math.pi * v)
         torch.testing.assert_close(out.z[t], z)
         torch.testing.assert_close(out.m[t], m)
-        torch.testing.assert_close(out.cost[t], -(m * density).sum(1).log().sum(1))
+        torch.testing.assert_close(out.cost[t], -(m * density(z, wanted, v)).sum(1).log().sum(1))
         share = torch.softmax(step.logits.reshape(N, K, 3), 2)[..., :2]
         share = share.sum(1) / share.sum((1, 2))[:, None]
         torch.testing.assert_close(out.log_classes[t], share.log())

@@ -16,6 +16,7 @@ import ladderfast
 from ladderfast import _extension, ops
 from ladderfast.ops import backend
 from ladderfast.reference import tagger as reference
+from tests.tagger_cases import spare_the_interpreter
 
 NAMES = ("gaussian_group_inputs", "bernoulli_group_inputs", "gaussian_mixture_nll", "bernoulli_mixture_nll")
 SHAPES = [
@@ -159,12 +160,6 @@ def assert_as_good_as_torch(ours: list[Tensor], name: str, inputs: list[Tensor],
 @pytest.fixture(params=NAMES)
 def name(request) -> str:
     return request.param
-
-
-def spare_the_interpreter(target, too_slow: bool) -> None:
-    """Triton's interpreter takes about a millisecond for each operation of each program."""
-    if too_slow and (target.backend, target.device) == ("triton", "cpu"):
-        pytest.skip("slow in Triton's interpreter, which runs smaller cases of this test")
 
 
 def tensors(device: str, *values, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import cuda_shim
 import pytest
 import torch
-from tagger_cases import CODES, DTYPES, EMPTY, Inputs, Shape, assert_same_bits, view
 from torch import Tensor
 
 from ladderfast.reference import tagger as reference
+from tests.tagger_cases import CODES, DTYPES, EMPTY, Inputs, Shape, assert_same_bits, view
 
 pytestmark = pytest.mark.skipif(
     cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
