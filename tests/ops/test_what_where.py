@@ -26,6 +26,8 @@ CASES = [
     ((1, 5, 32, 32), (2, 2)),  # rows that are whole vectors
     ((1, 2, 8, 42), (2, 2)),  # a row's last vector overlaps the one before
     ((2, 3, 7, 11), (2, 2)),  # a row and a column that fill no window
+    ((2, 3, 5, 33), (2, 2)),  # the same, in rows of windows that are whole vectors
+    ((2, 15, 4, 6), (2, 2)),  # one channel less than a vector
     ((2, 20, 6, 9), (2, 2)),  # more channels than a vector, no multiple of it
     ((2, 16, 6, 4), (3, 2)),  # channels that are whole vectors
     ((1, 3, 10, 13), (3, 3)),  # an odd window, and a rest

@@ -508,6 +508,59 @@ def test_meta_tensors_have_shapes():
     assert where_max_unpool2d(what, where, (2, 4), (9, 8)).shape == (2, 3, 9, 8)
 
 
+GUARDED = r"""
+import ctypes, mmap, sys
+sys.path[:0] = ["tests/ops"]
+import torch
+from ladderfast.ops import soft_pool2d, soft_unpool2d, where_max_pool2d, where_max_unpool2d
+from test_what_where import CASES
+
+libc, held = ctypes.CDLL(None, use_errno=True), []
+
+def guarded(t):
+    "t's values in memory that ends where nobody may read."
+    t = t.detach()
+    if not t.is_contiguous():  # channels-last
+        return guarded(t.movedim(1, -1)).movedim(-1, 1)
+    size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+    held.append(memory)
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).view(t.shape)
+    return copy.copy_(t)
+
+ops = torch.ops.ladderfast
+for (shape, (k, l)) in CASES:
+    for last in (False, True):
+        z = torch.randn(shape)
+        z = guarded(z.contiguous(memory_format=torch.channels_last) if last else z)
+        what, place = (guarded(t) for t in soft_pool2d(z, (k, l), 1.0))
+        ops.soft_pool2d_backward(what, place, z, k, l, 1.0)
+        soft_unpool2d(what, place, (k, l))
+        h, w = what.shape[2:]
+        whole = guarded(z[:, :, : h * k, : w * l].contiguous())
+        ops.soft_unpool2d_backward(whole, what, place, k, l)
+        for positions in (False, True):
+            most, where = (guarded(t) for t in where_max_pool2d(z, (k, l), positions=positions))
+            where_max_unpool2d(most, where, (k, l), tuple(z.shape[2:]))
+            ops.where_max_unpool2d_backward(z, where, k, l)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
+def test_nothing_is_read_beyond_the_end(isa):
+    """Inputs end where a page begins that cannot be read: a process that does is killed."""
+    env = {**os.environ, "LADDERFAST_ISA": isa, "LADDERFAST_BACKEND": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "done\n", f"{done.returncode} {done.stderr[-1000:]}"
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
 def test_every_instruction_set(isa):
