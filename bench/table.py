@@ -140,9 +140,9 @@ def main() -> None:
     steps = step_table(run)
     if steps:
         steps = (
-            "\nWhole training steps of `mnist_100_full` and of Tagger on Shapes; the floor is their matrix products and "
-            "Adam alone, with torch.mm and with the products that our networks use; peak is what a step holds beyond "
-            f"parameters, optimiser and data.\n\n{steps}"
+            "\nWhole training steps of `mnist_100_full` and of Tagger on Shapes; the floor is their matrix products "
+            "and Adam alone, with torch.mm and with the products that our networks use; peak is what a step holds "
+            f"beyond parameters, optimiser and data.\n\n{steps}"
         )
     text = f"{machine_line(run)}\n\n{table(run)}{steps}"
     picture = args.out.with_name(f"{args.out.stem}_growth.svg")
