@@ -338,7 +338,11 @@ def check(lib: cuda_shim.Library, case: Case) -> None:
     ):
         assert a.shape == e.shape
         roundings = 4 if compute == torch.float64 else 1
-        allowed = 2 * (p.double() - e).abs().max() + roundings * torch.finfo(compute).eps * terms.max()
+        largest = terms.max()
+        if case.cell:  # whose worst case is far from what happens
+            single = 1e-5**-0.5 if case.c[0, 0].numel() == 1 or case.c[0, :, 0].numel() == 1 else 1
+            largest = 32 * (e.abs().max() + single * case.c[0, :, 0].numel() ** 0.5)
+        allowed = 2 * (p.double() - e).abs().max() + roundings * torch.finfo(compute).eps * largest
         if half:
             exact_inputs = index == 1 or (
                 not case.cell and index in (0, 2 + len(case.weights), 3 + len(case.weights))
