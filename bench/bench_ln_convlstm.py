@@ -2,8 +2,8 @@
 
 The step's yardsticks compute ladderfast.reference.ln_convlstm in the same run. The sequence's are the same network with
 that formula (`plain`), torch.compile of it, and its convolutions alone. Bytes, in numbers for each cell with one input:
-forward reads 9 and writes 2; backward reads 11 and writes 9. Peak memory is that of one forward and backward pass in a
-fresh process, above what it held before.
+forward reads 9 and writes 2; backward reads 11, with a normalised cell 12, and writes 9. Peak memory is that of one
+forward and backward pass in a fresh process, above what it held before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SHAPES = {  # of the cells
     "cuda": [(64, 64, 64, 64), (256, 64, 32, 32), (1024, 1024)],
 }
 PHASES = {"forward": 11, "both": 31}  # numbers moved for each cell
+NORM_SHAPES = {"cpu": [(16, 32, 32, 32)], "cuda": [(64, 64, 64, 64)]}
 VARIANTS = ["ladderfast", "ladderfast-triton", "plain", "compile"]
 
 
@@ -38,19 +39,22 @@ def devices_of(cases):
     ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("device", "shape"), devices_of(SHAPES))
-def bench_step(benchmark, device, shape, phase, variant):
+def step(benchmark, device, shape, phase, variant, norm="layer"):
+    """norm "cell": layer norm, and a normalised cell."""
     if variant == "ladderfast-triton" and (reason := backend.unavailable("triton", device, torch.float32)):
         pytest.skip(reason)
     torch.manual_seed(0)
+    cell = norm == "cell"
     gates = (shape[0], 4 * shape[1], *shape[2:])
     x, rec = (torch.randn(gates, device=device) for _ in range(2))
     c, grad_h, grad_c = (torch.randn(shape, device=device) for _ in range(3))
-    weight, bias = (torch.randn(gates[1], device=device) for _ in range(2))
-    inputs = [t.requires_grad_() for t in (x, rec, c, weight, bias)]
-    function = {"plain": reference, "compile": torch.compile(reference)}.get(variant, ln_convlstm_step)
+    vectors = [torch.randn(size, device=device) for size in (gates[1], gates[1], shape[1], shape[1])]
+    inputs = [t.requires_grad_() for t in (x, rec, c, *vectors[: 4 if cell else 2])]
+    chosen = {"plain": reference, "compile": torch.compile(reference)}.get(variant, ln_convlstm_step)
+
+    def function(x, rec, c, weight, bias, cell_weight=None, cell_bias=None):
+        options = {"norm": "batch" if norm == "batch" else "layer"}
+        return chosen(x, rec, c, weight, bias, cell_weight=cell_weight, cell_bias=cell_bias, **options)[:2]
 
     def forward():
         with torch.no_grad():
@@ -62,16 +66,31 @@ def bench_step(benchmark, device, shape, phase, variant):
     with ladderfast.use_backend("triton" if variant == "ladderfast-triton" else None):
         record(
             benchmark,
-            op="ln_convlstm_step",
+            op="ln_convlstm_step" if norm == "layer" else f"ln_convlstm_step, {norm} norm",
             shape=f"{shape} float32",
             phase=phase,
             variant=variant,
             device=device,
-            moved=PHASES[phase] * c.numel() * c.element_size(),
+            moved=(PHASES[phase] + (cell and phase == "both")) * c.numel() * c.element_size(),
             kept=bytes_kept(function, inputs),
         )
         benchmark._timer = sync_timer
         benchmark.pedantic(forward if phase == "forward" else both, rounds=40, warmup_rounds=5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("device", "shape"), devices_of(SHAPES))
+def bench_step(benchmark, device, shape, phase, variant):
+    step(benchmark, device, shape, phase, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("norm", ["batch", "cell"])
+@pytest.mark.parametrize(("device", "shape"), devices_of(NORM_SHAPES))
+def bench_norm(benchmark, device, shape, norm, phase, variant):
+    step(benchmark, device, shape, phase, variant, norm)
 
 
 class Plain(nn.Module):
@@ -221,7 +240,7 @@ def bench_dense_sequence(benchmark, device, shape, variant):
 if __name__ == "__main__":  # `peak` in a process of its own
     # Small first, so that what a first pass loads is there before.
     sequence(sys.argv[1], (2, 1, 4, 8, 8), "cpu")[0]()
-    step = sequence(sys.argv[1], SEQUENCE, "cpu")[0]
+    run = sequence(sys.argv[1], SEQUENCE, "cpu")[0]
     before = resident("VmRSS")
-    step()
+    run()
     print(resident("VmHWM") - before)

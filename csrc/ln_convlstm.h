@@ -30,7 +30,7 @@ struct LnConvLstmOutputs {
     T* h;           // cells
     T* c_new;       // cells
     T* stats;       // (seeds, samples, inputs, 2): mean and 1 / sqrt(variance + eps); by channel (seeds, inputs, 3, 4
-                    // channels): mean, 1 / sqrt(variance + eps), variance
+                    // channels): mean, 1 / sqrt(variance + eps), variance; mean and variance of no elements are 0
     T* cell_stats;  // (seeds, samples, 2): the same of the cell, null where it is not normalised
 };
 

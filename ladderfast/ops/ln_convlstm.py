@@ -16,9 +16,6 @@ from ladderfast.reference import ln_convlstm as reference
 
 OP = "ln_convlstm_step"
 
-# Backends without batch normalisation and the normalised cell, and why.
-_LACKING = {"cuda": "its kernels have neither batch normalisation nor the normalised cell"}
-
 
 def cells_like(x: Tensor, channel: int) -> Tensor:
     """An empty (N, C, *) laid out as the gates x (N, 4C, *) are, which are contiguous or channels-last."""
@@ -427,8 +424,7 @@ def ln_convlstm_step(
         raise ValueError(f"{OP}: cell_bias needs cell_weight; got None")
     gates_rec, c, *xs = autocast_promote(gates_rec, c, *xs)  # type: ignore[assignment]
     _check(tuple(xs), gates_rec, c, named, of_cell, eps)
-    lacking = _LACKING if batch or of_cell else {}
-    backend_name = backend.choose(OP, c.device.type, c.dtype, lacking)
+    backend_name = backend.choose(OP, c.device.type, c.dtype)
     if backend_name == "reference":
         return reference.ln_convlstm_step(
             xs,
