@@ -125,6 +125,47 @@ def test_lengths_that_do_not_agree():
         numbered(y_train=torch.zeros(4))
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"x_valid": torch.ones(3, 1)}, "x_valid and owner_valid must both be there, or neither"),
+        (
+            {"x_valid": torch.ones(3, 1), "owner_valid": torch.ones(2, 1)},
+            r"owner_valid must have the shape of x_valid, \(3, 1\), got \(2, 1\)",
+        ),
+        (
+            {"x_valid": torch.ones(3, 2), "owner_valid": torch.ones(3, 2)},
+            r"x_valid must have as many pixels as x_train, \(1,\), got \(2,\)",
+        ),
+    ],
+)
+def test_validation_images_that_do_not_fit(kind, message):
+    with pytest.raises(ValueError, match=message):
+        numbered(**kind)
+
+
+def test_owners_that_do_not_fit():
+    x = torch.zeros(5, 9)
+    for owner in (x[:4], x[:, :8]):
+        with pytest.raises(ValueError, match=r"owner_test must have the shape of x_test, \(5, 9\)"):
+            GroupedImages(x, x, owner, image_shape=(3, 3))
+
+
+def test_validation_images_join_the_training_ones():
+    y = torch.arange(30) % 3
+    data = numbered(x_valid=torch.full((5, 1), 99.0), owner_valid=torch.ones(5, 1), y_train=y)
+    assert data.validation_samples == 5
+    joined = data.with_validation_in_training()
+    assert joined.validation_samples == 0
+    assert joined.x_unlabelled.flatten().tolist() == [*range(30), *[99.0] * 5]
+    assert len(joined.x_labelled) == len(joined.y_labelled) == 30
+    batches = joined.batches(3, 35, seed=1)
+    assert int((batches.get(0, 0).x_unlabelled == 99).sum()) == 5
+    assert (data.validation_samples, len(data.x_unlabelled)) == (5, 30)
+    with pytest.raises(ValueError, match="GroupedImages holds no validation samples"):
+        numbered().with_validation_in_training()
+
+
 def test_generated_textures_are_flat_in_brightness_and_differ(monkeypatch):
     monkeypatch.setattr("ladderfast.data.textures.SIDE", 128)
     textures = generate_textures(6)

@@ -182,6 +182,21 @@ def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
     }
 
 
+def test_a_run_stops_early_and_trains_anew(tmp_path):
+    run = Run(
+        RECIPE, folder=tmp_path, progress=False, epochs=20, patience=2, retrain=True, learning_rate=0.05
+    )
+    steps = len(run.batches)
+    result = run.fit()
+    stages = [[row for row in run.history if row["stage"] == stage] for stage in (1, 2)]
+    figures = [row["validation_ami"] for row in stages[0]]
+    best = max(figures)
+    assert figures.index(best) == len(figures) - 3  # two epochs that were no better
+    assert result["retrained_epochs"] == len(stages[1]) == figures.index(best) + 1
+    # 20 images, six a step; then 40.
+    assert (steps, len(run.batches)) == (3, 6)
+
+
 def test_a_run_starts_from_another_whose_layers_it_keeps(tmp_path):
     first = Run(
         RECIPE,
