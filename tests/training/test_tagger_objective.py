@@ -1,9 +1,12 @@
 """A Tagger's objective, its measurement and pictures, its recipes, and a run of it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 
+import ladderfast
 from ladderfast.data import Batch, GroupedImages
 from ladderfast.models import RTagger, Tagger, TaggerOutput
 from ladderfast.training import Run, TaggerObjective, read_recipe
@@ -11,6 +14,8 @@ from ladderfast.training.figures import PALETTE
 from ladderfast.training.mutual_information import adjusted_mutual_information
 from ladderfast.training.tagger_figures import group_grid
 from ladderfast.training.tagger_objective import _missed
+
+RECIPES = Path(ladderfast.__file__).parent / "recipes"
 
 
 class Blobs(GroupedImages):
@@ -315,8 +320,14 @@ def test_the_rows_of_textured_mnist(labels):
     assert weights[0] == weights[1]
     assert rtagger.learning_rate == 0.0004
     assert rtagger.batch_labelled + rtagger.batch_unlabelled == 16
-    images = rtagger.batch_unlabelled or rtagger.batch_labelled
-    assert rtagger.epochs * (60_000 // images) == pytest.approx(160_000, rel=0.04)  # updates
+    for recipe, kind in ((tagger, "tagger"), (rtagger, "rtagger"), (baseline, "baseline")):
+        images = recipe.batch_unlabelled or recipe.batch_labelled
+        updates = recipe.epochs * (60_000 // images)
+        assert updates == pytest.approx(160_000, rel=0.04)
+        text = (RECIPES / f"textured_mnist_{labels}_{kind}.yaml").read_text()
+        assert f"# {updates:,} updates" in text
+        assert "--data.textures FOLDER" in text
+        assert recipe.data.init_args.get("textures") is None
     assert tagger.data.init_args["num_labels"] == (None if labels == "all" else 1000)
     for recipe in (tagger, rtagger):
         assert (recipe.objective.init_args["groups"], recipe.objective.init_args["iterations"]) == (3, 3)
