@@ -547,16 +547,19 @@ class RLadder(nn.Module):
         )
         return RLadderOutput(*stacked), state  # type: ignore[arg-type]  # top is a tensor
 
-    def recompute_statistics(self, batches: Iterable[Tensor]) -> None:
+    def recompute_statistics(self, batches: Iterable[Tensor | tuple[Tensor, Tensor | None]]) -> None:
         """Make the batch statistics for evaluation plain averages over these sequences (N, T, *input_shape).
+
+        Each is x, or x and the mask (N, T) of the steps that have a part in it, as `forward` takes them.
 
         Running averages are of weights that are gone: early in training, and behind a mean over positions, whose
         batches differ less from one another than from those of a few steps before, they are of no use.
         """
         if self._batch_norms():
             with averaged_statistics(self):
-                for x in batches:
-                    self(x)
+                for batch in batches:
+                    x, mask = (batch, None) if isinstance(batch, Tensor) else batch
+                    self(x, None, mask)
 
     def _batch_norms(self) -> list[StepBatchNorm]:
         return [module for module in self.modules() if isinstance(module, StepBatchNorm)]

@@ -37,6 +37,21 @@ def rolls(split="train"):
     return [(rng.random((steps, 88)) < 0.2).astype(np.uint8) for steps in LENGTHS[split]]
 
 
+class Data:
+    """Test and validation sequences, and three training batches, of which the second continues the first."""
+
+    def __init__(self):
+        self.test = self.valid = Rolls(rolls("test"), dtype=torch.float64)
+        self.train = Rolls(rolls(), dtype=torch.float64)
+
+    def __len__(self):
+        return 3
+
+    def get(self, epoch, step):
+        members, first = ((np.array([0, 4]), 0), (np.array([0, 4]), 8), (np.array([1, 3, 5]), 0))[step]
+        return self.train.batch(members, first, 8)
+
+
 def everything(batch, model, objective=None):
     objective = objective or PianoRollObjective()
     model.zero_grad()
@@ -65,8 +80,8 @@ def test_padding_has_no_part_in_cost_and_gradient(make):
 def test_the_figure_is_that_of_each_sequence_alone(make):
     """Computed sequence by sequence and step by step from the model's own probabilities."""
     model = make().eval().requires_grad_(False)
-    held = Rolls(rolls("test"), dtype=torch.float64)
-    data = type("Data", (), {"test": held, "valid": held})
+    data = Data()
+    figures = PianoRollObjective().measure(model, data)
     nats, steps = [], 0
     for roll in rolls("test"):
         x = torch.from_numpy(roll).double()
@@ -75,7 +90,6 @@ def test_the_figure_is_that_of_each_sequence_alone(make):
         p = output.prediction.reshape(len(x), 88).sigmoid()
         nats.append(-float((x * p.log() + (1 - x) * (1 - p).log()).sum().detach()))
         steps += len(x)
-    figures = PianoRollObjective().measure(model, data)
     assert figures["nll"] == pytest.approx(sum(nats) / steps, rel=1e-6)
     by_hand = sum(n / len(r) for n, r in zip(nats, rolls("test"), strict=True)) / 3
     assert figures["nll_of_sequences"] == pytest.approx(by_hand, rel=1e-6)
@@ -86,13 +100,32 @@ def test_the_figure_is_that_of_each_sequence_alone(make):
 @pytest.mark.parametrize("make", MODELS)
 def test_parts_of_sequences_are_measured_as_the_whole(make, monkeypatch):
     model = make().eval().requires_grad_(False)
-    held = Rolls(rolls("test"), dtype=torch.float64)
-    data = type("Data", (), {"test": held})
+    data = Data()
     whole = PianoRollObjective().measure(model, data)
     for sequences, steps in ((32, 4), (2, 7)):
         monkeypatch.setattr(Rolls.parts, "__defaults__", (sequences, steps))
         for name, value in PianoRollObjective().measure(model, data).items():
             assert value == pytest.approx(whole[name], rel=1e-12), (name, sequences, steps)
+
+
+def test_a_measurement_forgets_the_running_averages():
+    """What is measured depends on the weights and the beginnings of training sequences, less their padding."""
+    model, data, objective = rladder().eval().requires_grad_(False), Data(), PianoRollObjective()
+    first = objective.measure(model, data)
+    norm = model.encoder[0].norm
+    by_step = []
+    for step in (0, 2):
+        batch = data.get(0, step)
+        x = batch.previous.reshape(*batch.mask.shape, 1, 88)
+        assert batch.mask.all() == (step == 0)
+        for t in range(x.shape[1]):
+            by_step.append(model.encoder[0].map(x[batch.mask[:, t], t]).mean((0, 2)))
+    torch.testing.assert_close(norm.running_mean[0], torch.stack(by_step).mean(0))
+    for measured in (objective.measure, objective.validate):
+        for buffer in model.buffers():
+            buffer.mul_(3)
+        assert measured(model, data) == (first if measured == objective.measure else first["nll"])
+    assert not model.training
 
 
 def test_the_state_goes_on_and_no_gradient_flows_back():
