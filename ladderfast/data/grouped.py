@@ -87,8 +87,10 @@ class GroupedImages(DataSource):
 class GroupedBatches(Batches):
     """The minibatches of `GroupedImages`, in the order in which `Batches` has them; either half may be empty.
 
-    An epoch is one pass over the unlabelled images, or over the labelled ones where batch_unlabelled is 0. The
-    attributes of `GroupedImages` are here as well; there is a y_test only where there are labels.
+    An epoch is one pass over the unlabelled images. The labelled ones are a stream of their own, which runs on from
+    epoch to epoch. Where batch_unlabelled is 0 an epoch has as many steps as a pass over the labelled images has full
+    batches; what is left over of a pass comes first in the next epoch, which may so have images of two passes.
+    The attributes of `GroupedImages` are here as well; there is a y_test only where there are labels.
     """
 
     def __init__(

@@ -108,6 +108,9 @@ def test_batches_with_labels_alone_pass_over_the_labelled_images():
         assert batch.x_unlabelled.shape == (0, 1)
         assert torch.equal(batch.x_labelled.flatten().long() % 3, batch.y_labelled)
     assert torch.equal(batches.y_test, y[:4])
+    # The one image that the first epoch leaves over begins the second.
+    order = [int(i) for e in range(2) for s in range(2) for i in batches.get(e, s).x_labelled.flatten()]
+    assert len(set(order[:9])) == 9
 
 
 def test_images_of_several_classes_are_labelled_at_random():
