@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ladderfast.models.checks import check_floating, check_input, check_mask
 from ladderfast.nn import (
     DecoderGate,
     LayerNormConvLSTMCell,
@@ -510,6 +511,7 @@ class RLadder(nn.Module):
         Returns:
             The outputs, with an axis T after N, and the state after the last step.
         """
+        check_floating("x", x)
         if x.dim() != 2 + len(self.input_shape) or x.shape[1] == 0:
             wanted = ", ".join(str(size) for size in self.input_shape)
             raise ValueError(
@@ -589,6 +591,7 @@ class RLadder(nn.Module):
         return outputs, RLadderState(after.step, cells, feedback)
 
     def _checked(self, x: Tensor, shape: tuple[int, ...], state: RLadderState | None) -> RLadderState:
+        check_input("x", x, self)
         if x.shape[1:] != shape:
             wanted = ", ".join(str(size) for size in shape)
             raise ValueError(f"x must have shape (N, {wanted}) at each step, got {tuple(x.shape)}")
@@ -628,10 +631,7 @@ def _rows(mask: Tensor | None, x: Tensor) -> list[Tensor | None]:
     """For each step the samples that take part in it; None where all do."""
     if mask is None:
         return [None] * x.shape[1]
-    if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be bool of shape {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}"
-        )
+    check_mask(mask, x)
     on_cpu = mask.cpu()
     return [
         None if bool(column.all()) else column.nonzero().squeeze(1).to(x.device)

@@ -194,8 +194,14 @@ def test_pictures_of_a_folder(tmp_path):
     assert textures.shape == (2, 6, 6)
     assert textures.mean() == pytest.approx(0.5)
     assert (np.argsort(textures[1].ravel()) == np.argsort(grey[:, :6].ravel())).all()
-    (tmp_path / "c.png").write_bytes(b"no picture either")
-    with pytest.raises(ValueError, match=r"c\.png is not a picture that can be read"):
+    broken = bytearray((tmp_path / "b.png").read_bytes())
+    broken[broken.index(b"IDAT") - 1] -= 9  # a chunk that ends too soon is a SyntaxError to PIL
+    for content in (bytes(broken), b"no picture either"):
+        (tmp_path / "c.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"c\.png is not a picture that can be read"):
+            read_textures(tmp_path)
+    Image.fromarray(np.full((9, 9), 7, np.uint8)).save(tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"c\.png is of one brightness all over"):
         read_textures(tmp_path)
 
 

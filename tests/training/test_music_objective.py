@@ -9,7 +9,7 @@ import torch
 
 from ladderfast.data import piano_rolls
 from ladderfast.data.piano_rolls import Rolls
-from ladderfast.models import PlainLSTM, RLadder
+from ladderfast.models import PlainLSTM, RLadder, RLadderState
 from ladderfast.training import PianoRollObjective, Run, checkpoint, read_recipe, recipe_names
 from ladderfast.training.music_figures import piano_roll
 
@@ -245,8 +245,24 @@ def test_what_does_not_fit():
         PianoRollObjective(0)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
         PlainLSTM([88], 0)
-    with pytest.raises(ValueError, match=r"x must have shape \(N, T, 88\), got \(2, 3, 87\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(N, T, 88\) with .*, got \(2, 3, 87\)"):
         lstm()(torch.zeros(2, 3, 87, dtype=torch.float64))
+    x = torch.zeros(2, 3, 88, dtype=torch.float64)
+    for given, error, message in (
+        ((x, None, torch.ones(2, 3)), ValueError, r"mask must be bool of shape \(2, 3\); got torch.float32"),
+        ((x, None, torch.ones(2, 2) > 0), ValueError, r"mask must be bool of shape \(2, 3\); .* \(2, 2\)"),
+        ((x[:, :0],), ValueError, "with at least one time step"),
+        ((x, (torch.zeros(2, 2, 7),) * 2), TypeError, "state must be an RLadderState or None, got tuple"),
+        ((x, RLadderState(0, (), ())), ValueError, "state must have 2 layers, got 0"),
+        (
+            (x.float(),),
+            TypeError,
+            "x must be torch.float64, as the network's parameters are, got torch.float32",
+        ),
+        (([0.0],), TypeError, "x must be a floating-point tensor, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            lstm()(*given)
     with pytest.raises(ValueError, match="notes and probabilities must have one shape"):
         piano_roll(torch.zeros(3, 88), torch.zeros(4, 88))
 
