@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class GroupedImages(DataSource):
     (N, C) and (M, C) zeros and ones where an image has several. `num_labels` images are labelled (None: all, 0: none),
     drawn by `seed`, with single classes the same number of each. They stay among the unlabelled ones.
 
-    Raises ValueError for lengths that do not agree, or more labels than there are.
+    Raises ValueError for lengths or numbers of pixels that do not agree, or more labels than there are.
     """
 
     def __init__(
@@ -39,10 +40,23 @@ class GroupedImages(DataSource):
         for names, x, y in (
             ("x_train and y_train", x_train, y_train),
             ("x_test and y_test", x_test, y_test),
-            ("x_test and owner_test", x_test, owner_test),
         ):
             if y is not None and len(x) != len(y):
                 raise ValueError(f"{names} must be of one length, got {len(x)} and {len(y)}")
+        if (x_valid is None) != (owner_valid is None):
+            raise ValueError("x_valid and owner_valid must both be there, or neither")
+        for name, held, owner in (("test", x_test, owner_test), ("valid", x_valid, owner_valid)):
+            if held is None or owner is None:
+                continue
+            if held.shape[1:] != x_train.shape[1:]:
+                raise ValueError(
+                    f"x_{name} must have as many pixels as x_train, {tuple(x_train.shape[1:])}, "
+                    f"got {tuple(held.shape[1:])}"
+                )
+            if owner.shape != held.shape:
+                raise ValueError(
+                    f"owner_{name} must have the shape of x_{name}, {tuple(held.shape)}, got {tuple(owner.shape)}"
+                )
         self.x_unlabelled, self.x_test, self.owner_test = x_train, x_test, owner_test
         self.x_valid, self.owner_valid, self.y_test = x_valid, owner_valid, y_test
         self.image_shape = image_shape
@@ -53,6 +67,19 @@ class GroupedImages(DataSource):
             self.x_labelled = x_train if num_labels is None else x_train[chosen]
             self.y_labelled = y_train[chosen]
 
+    @property
+    def validation_samples(self) -> int:
+        return 0 if self.x_valid is None else len(self.x_valid)
+
+    def with_validation_in_training(self) -> DataSource:
+        """The same with the validation images after the training ones, without labels, and none for validation."""
+        if self.x_valid is None:
+            return super().with_validation_in_training()
+        other = copy.copy(self)
+        other.x_unlabelled = torch.cat([self.x_unlabelled, self.x_valid])
+        other.x_valid = other.owner_valid = None
+        return other
+
     def batches(self, batch_labelled: int, batch_unlabelled: int, **kind: Any) -> GroupedBatches:
         return GroupedBatches(self, batch_labelled, batch_unlabelled, **kind)
 
@@ -60,8 +87,10 @@ class GroupedImages(DataSource):
 class GroupedBatches(Batches):
     """The minibatches of `GroupedImages`, in the order in which `Batches` has them; either half may be empty.
 
-    An epoch is one pass over the unlabelled images, or over the labelled ones where batch_unlabelled is 0. The
-    attributes of `GroupedImages` are here as well; there is a y_test only where there are labels.
+    An epoch is one pass over the unlabelled images. The labelled ones are a stream of their own, which runs on from
+    epoch to epoch. Where batch_unlabelled is 0 an epoch has as many steps as a pass over the labelled images has full
+    batches; what is left over of a pass comes first in the next epoch, which may so have images of two passes.
+    The attributes of `GroupedImages` are here as well; there is a y_test only where there are labels.
     """
 
     def __init__(

@@ -164,6 +164,10 @@ class OccludedMovingDigits(DataSource):
         motion_seed: int,
         seed: int,
     ) -> None:
+        check_seed(motion_seed, "motion_seed")
+        for name, number in (("frames", frames), ("num_validation", num_validation)):
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"{name} must be a whole number, got {number!r}")
         if frames < 1:
             raise ValueError(f"frames must be at least 1, got {frames}")
         if not 0 <= num_validation < len(x_train):
@@ -243,7 +247,7 @@ class OccludedMovingMNIST(OccludedMovingDigits):
         seed: draws the labelled sequences.
         download: fetch MNIST's files where they are not there.
 
-    Raises what `MNIST` raises; ValueError for numbers out of range.
+    Raises what `MNIST` raises; TypeError or ValueError for numbers that are not whole or out of range.
 
     Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 3.1.
     """

@@ -36,10 +36,10 @@ def shuffles(size: int, *, seed: int, stream: int, first: int = 0, count: int = 
     return np.argsort(keys.reshape(count, 4 * blocks)[:, :size], axis=1, kind="stable")
 
 
-def check_seed(seed: int) -> None:
-    """ValueError unless `seed` is an integer in 0 .. 2**63 - 1."""
+def check_seed(seed: int, name: str = "seed") -> None:
+    """ValueError, which says `name`, unless `seed` is an integer in 0 .. 2**63 - 1."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+        raise ValueError(f"{name} must be an integer from 0 to 2**63 - 1, got {seed!r}")
 
 
 def draw_labels(y: Tensor, num_labels: int | None, *, seed: int) -> Tensor:

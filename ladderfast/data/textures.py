@@ -21,7 +21,8 @@ def read_textures(folder: str | Path) -> np.ndarray:
     replaced by their rank, from 0 to 1: a texture is then told by its pattern, not by its brightness, and the mean is
     1/2.
 
-    Raises FileNotFoundError where there are not two pictures, ValueError for a file that cannot be read.
+    Raises FileNotFoundError where there are not two pictures, ValueError for a file that cannot be read, or a picture
+    of one brightness all over.
     """
     from PIL import Image  # matplotlib's, of the extra `train`
 
@@ -36,10 +37,14 @@ def read_textures(folder: str | Path) -> np.ndarray:
         try:
             with Image.open(path) as image:
                 pictures.append(np.asarray(image.convert("L"), dtype=np.float32))
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: PIL's, of a broken PNG
             raise ValueError(f"{path} is not a picture that can be read: {error}") from error
     side = min(min(picture.shape) for picture in pictures)
-    return np.stack([_ranked(picture[:side, :side]) for picture in pictures])
+    cut = [picture[:side, :side] for picture in pictures]
+    for path, picture in zip(paths, cut, strict=True):
+        if picture.min() == picture.max():
+            raise ValueError(f"{path} is of one brightness all over, and no texture")
+    return np.stack([_ranked(picture) for picture in cut])
 
 
 def generate_textures(count: int = GENERATED, *, seed: int = 1) -> np.ndarray:
@@ -69,9 +74,7 @@ def generate_textures(count: int = GENERATED, *, seed: int = 1) -> np.ndarray:
 
 def _ranked(picture: np.ndarray) -> np.ndarray:
     """Each value's rank among all, from 0 to 1; equal values share theirs."""
-    values, place, counts = np.unique(picture, return_inverse=True, return_counts=True)
-    if len(values) == 1:
-        raise ValueError("a texture must not be of one brightness all over")
+    _, place, counts = np.unique(picture, return_inverse=True, return_counts=True)
     rank = (np.cumsum(counts) - counts / 2) / picture.size
     ranked: np.ndarray = rank[place].reshape(picture.shape).astype(np.float32)
     return ranked

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .checks import check_input, check_mask
 from .recurrent_ladder import RLadderOutput, RLadderState
 
 
@@ -62,10 +63,21 @@ class PlainLSTM(nn.Module):
 
         Returns:
             The output, of which prediction is (N, T, *input_shape) and logits None, and the state after the last step.
+
+        Raises TypeError or ValueError for inputs of the wrong kind or shape.
         """
-        if x.shape[2:] != self.input_shape:
+        check_input("x", x, self)
+        if x.dim() < 2 or x.shape[2:] != self.input_shape or x.shape[1] == 0:
             wanted = ", ".join(str(size) for size in self.input_shape)
-            raise ValueError(f"x must have shape (N, T, {wanted}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have shape (N, T, {wanted}) with at least one time step, got {tuple(x.shape)}"
+            )
+        if mask is not None:
+            check_mask(mask, x)
+        if state is not None and not isinstance(state, RLadderState):
+            raise TypeError(f"state must be an RLadderState or None, got {type(state).__name__}")
+        if state is not None and len(state.cells) != self.lstm.num_layers:
+            raise ValueError(f"state must have {self.lstm.num_layers} layers, got {len(state.cells)}")
         before = None
         if state is not None:
             h, c = (torch.stack([cell[k] for cell in state.cells]) for k in range(2))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ladderfast.models.checks import check_floating, check_input, check_mask
 from ladderfast.nn import (
     DecoderGate,
     LayerNormConvLSTMCell,
@@ -510,6 +511,7 @@ class RLadder(nn.Module):
         Returns:
             The outputs, with an axis T after N, and the state after the last step.
         """
+        check_floating("x", x)
         if x.dim() != 2 + len(self.input_shape) or x.shape[1] == 0:
             wanted = ", ".join(str(size) for size in self.input_shape)
             raise ValueError(
@@ -547,16 +549,19 @@ class RLadder(nn.Module):
         )
         return RLadderOutput(*stacked), state  # type: ignore[arg-type]  # top is a tensor
 
-    def recompute_statistics(self, batches: Iterable[Tensor]) -> None:
+    def recompute_statistics(self, batches: Iterable[Tensor | tuple[Tensor, Tensor | None]]) -> None:
         """Make the batch statistics for evaluation plain averages over these sequences (N, T, *input_shape).
+
+        Each is x, or x and the mask (N, T) of the steps that have a part in it, as `forward` takes them.
 
         Running averages are of weights that are gone: early in training, and behind a mean over positions, whose
         batches differ less from one another than from those of a few steps before, they are of no use.
         """
         if self._batch_norms():
             with averaged_statistics(self):
-                for x in batches:
-                    self(x)
+                for batch in batches:
+                    x, mask = (batch, None) if isinstance(batch, Tensor) else batch
+                    self(x, None, mask)
 
     def _batch_norms(self) -> list[StepBatchNorm]:
         return [module for module in self.modules() if isinstance(module, StepBatchNorm)]
@@ -586,6 +591,7 @@ class RLadder(nn.Module):
         return outputs, RLadderState(after.step, cells, feedback)
 
     def _checked(self, x: Tensor, shape: tuple[int, ...], state: RLadderState | None) -> RLadderState:
+        check_input("x", x, self)
         if x.shape[1:] != shape:
             wanted = ", ".join(str(size) for size in shape)
             raise ValueError(f"x must have shape (N, {wanted}) at each step, got {tuple(x.shape)}")
@@ -625,10 +631,7 @@ def _rows(mask: Tensor | None, x: Tensor) -> list[Tensor | None]:
     """For each step the samples that take part in it; None where all do."""
     if mask is None:
         return [None] * x.shape[1]
-    if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be bool of shape {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}"
-        )
+    check_mask(mask, x)
     on_cpu = mask.cpu()
     return [
         None if bool(column.all()) else column.nonzero().squeeze(1).to(x.device)

@@ -101,15 +101,18 @@ class RTagger(Grouping):
         num_groups: int,
         num_iterations: int,
         *,
+        corrupted: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
         """Make the batch statistics for evaluation plain averages over these images or sequences.
 
-        Those that have followed the training are of weights that are gone; see `RLadder.recompute_statistics`.
+        Those that have followed the training are of weights that are gone; see `RLadder.recompute_statistics`. They are
+        of corrupted input, as in training, or with corrupted=False of input as it is, for the answers to such input.
         """
         with averaged_statistics(self.engine):
             for x in batches:
-                self(x, num_groups, num_iterations, generator=generator)
+                seen = None if corrupted else x
+                self(x, num_groups, num_iterations, corrupted=seen, generator=generator)
 
     def _iterate(self, told: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
         x = told.unflatten(1, (4, *self.image_shape))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderfast.models.checks import check_floating, check_input, check_whole
 from ladderfast.models.layers import Dense
 from ladderfast.nn import GaussianCombinator
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
@@ -21,6 +22,7 @@ from ladderfast.ops import (
     gaussian_step_inputs,
     gaussian_step_outputs,
 )
+from ladderfast.ops.function import plain
 
 EPS = 1e-10  # beneath the square root of every normalisation, as in the Ladder
 
@@ -207,6 +209,12 @@ class Grouping(nn.Module):
         """
         sequences = isinstance(x, Tensor) and x.dim() == 3
         _check("x", x, (None, None, self.num_pixels) if sequences else (None, self.num_pixels))
+        check_input("x", x, self, half=True)
+        # On a GPU a look would wait for it.
+        if self.binary and x.device.type == "cpu" and plain() and not bool(((x == 0) | (x == 1)).all()):
+            raise ValueError("x must hold zeros and ones only for binary=True, got other values")
+        for name, number in (("num_groups", num_groups), ("num_iterations", num_iterations)):
+            check_whole(name, number)
         if num_groups < 1 or num_iterations < 1:
             raise ValueError(
                 f"num_groups and num_iterations must be at least 1, got {num_groups} and {num_iterations}"
@@ -391,11 +399,17 @@ class Tagger(Grouping):
 
     def _iterate(self, told: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
         h = self.project(told, want_z=False).h
-        y, logits = self.inner(h), None
+        y = self.inner(h)
+        logits: Any = None
         if isinstance(y, tuple):
             y, logits = y
         elif self.num_classes:
             raise TypeError("inner must return a pair, (N K, H) and the classes' logits, for num_classes")
+        if y.shape != h.shape:
+            raise ValueError(f"inner must return {tuple(h.shape)}, what it is given, got {tuple(y.shape)}")
+        if self.num_classes and logits.shape != (len(h), self.num_classes + 1):
+            wanted = (len(h), self.num_classes + 1)
+            raise ValueError(f"inner must return logits {wanted} for num_classes, got {tuple(logits.shape)}")
         return self.read(y.to(self.read.weight.dtype)), logits, None
 
     def _outputs(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,9 +426,7 @@ class Tagger(Grouping):
 
 
 def _check(name: str, t: Tensor, shape: tuple[int | None, ...]) -> None:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    check_floating(name, t)
     if t.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, t.shape, strict=True)):
         wanted = ", ".join(name if n is None else str(n) for name, n in zip("NTD", shape, strict=False))
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")

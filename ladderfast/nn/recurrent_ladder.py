@@ -56,7 +56,9 @@ class StepBatchNorm(nn.Module):
 
     In training each call normalises with the statistics of its batch at its time step. For evaluation there is a
     running average for each of the steps 0 .. steps - 1, as activations of a network that starts from a zero state are
-    distributed otherwise at first than later; steps after these share the last. Gain and bias are of all steps.
+    distributed otherwise at first than later; steps after these share the last. A step that no training has come to,
+    whose averages are as they began, is evaluated with those of the last step before it that one has come to. Gain and
+    bias are of all steps.
 
     Args:
         num_features: units or channels (C).
@@ -67,7 +69,7 @@ class StepBatchNorm(nn.Module):
     Shape:
         x (N, C, *), step -> (N, C, *). Buffers running_mean, running_var (steps, C). While `updating` is False the
         averages stay as they are: where a checkpointed step is computed again. With `counts` (steps) zeros, until it is
-    None again, they become plain averages of the batches that follow.
+        None again, they become plain averages of the batches that follow.
 
     Source: Cooijmans et al., "Recurrent Batch Normalization", 2017, section 3, for statistics by time step.
     """
@@ -98,7 +100,7 @@ class StepBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, step: int = 0) -> Tensor:
         row = min(step, self.steps - 1)
-        mean, var = self.running_mean[row], self.running_var[row]
+        mean, var = (self.running_mean[row], self.running_var[row]) if self.training else self._trained(row)
         if self.training and not self.updating:
             mean, var = mean.clone(), var.clone()  # a checkpoint must save as many tensors as the first time
         momentum = self.momentum
@@ -106,6 +108,16 @@ class StepBatchNorm(nn.Module):
             self.counts[row] += 1
             momentum = 1 / self.counts[row]
         return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
+
+    def _trained(self, row: int) -> tuple[Tensor, Tensor]:
+        """The averages of the last row up to this one that are not as they began; of row 0 if there is none."""
+        if row == 0:
+            return self.running_mean[0], self.running_var[0]
+        mean, var = self.running_mean[: row + 1], self.running_var[: row + 1]
+        trained = ((mean != 0) | (var != 1)).any(1)
+        # By index, as a tensor: a GPU is not waited for.
+        last = (trained * torch.arange(row + 1, device=trained.device)).amax(0, keepdim=True)
+        return mean.index_select(0, last)[0], var.index_select(0, last)[0]
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, steps={self.steps}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN, SHOWN_STEPS = 2, 120  # test sequences in the report, and their time steps
+STATISTICS = 5  # training batches behind the batch statistics for evaluation
 
 
 class PianoRollObjective(Objective):
@@ -66,8 +68,7 @@ class PianoRollObjective(Objective):
     def _logits(
         self, model: Any, batch: PianoRollBatch, state: RLadderState | None, **how: Any
     ) -> tuple[Tensor, RLadderState]:
-        x = batch.previous.reshape(*batch.mask.shape, *model.input_shape)
-        output, state = model(x, state, batch.mask, **how)
+        output, state = model(_input(model, batch), state, batch.mask, **how)
         return output.prediction.reshape(batch.notes.shape), state
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +85,9 @@ class PianoRollObjective(Objective):
 
     def measure(self, model: Any, data: Any) -> dict[str, Any]:
         """On the test sequences: nll as above; nll_of_sequences, the mean over sequences of each one's mean over its
-        steps; test_sequences and test_steps, how many there are."""
+        steps; test_sequences and test_steps, how many there are. Batch statistics for evaluation, if the model has any,
+        are computed anew, from the beginnings of the first training sequences."""
+        self._renew_statistics(model, data)
         nats, steps = self._by_sequence(model, data.test)
         return {
             "nll": float(nats.sum() / steps.sum()),
@@ -96,8 +99,16 @@ class PianoRollObjective(Objective):
     def validate(self, model: Any, data: Any) -> float | None:
         if not len(data.valid):
             return None
+        self._renew_statistics(model, data)
         nats, steps = self._by_sequence(model, data.valid)
         return float(nats.sum() / steps.sum())
+
+    def _renew_statistics(self, model: Any, data: Any) -> None:
+        if hasattr(model, "recompute_statistics"):
+            begun = (b for b in (data.get(0, step) for step in range(len(data))) if not b.continues)
+            model.recompute_statistics(
+                (_input(model, batch), batch.mask) for batch in itertools.islice(begun, STATISTICS)
+            )
 
     @torch.no_grad()
     def _by_sequence(self, model: Any, rolls: Rolls) -> tuple[Tensor, Tensor]:
@@ -127,6 +138,10 @@ class PianoRollObjective(Objective):
             figures[f"Test sequence {number + 1}"] = piano_roll(batch.notes[0], logits[0].float().sigmoid())
         model.train(training)
         return figures
+
+
+def _input(model: Any, batch: PianoRollBatch) -> Tensor:
+    return batch.previous.reshape(*batch.mask.shape, *model.input_shape)
 
 
 def step_nll(logits: Tensor, batch: PianoRollBatch) -> Tensor:

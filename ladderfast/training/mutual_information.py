@@ -26,10 +26,15 @@ def adjusted_mutual_information(
 
     Groupings without a pixel, or with one group each, agree.
 
-    Raises ValueError for shapes that differ, negative entries or another normaliser.
+    Raises TypeError for what is no tensor of integers, ValueError for shapes that differ, negative entries or another
+    normaliser.
 
     Source: Vinh, Epps and Bailey, "Information Theoretic Measures for Clusterings Comparison", 2010, equation 24a.
     """
+    for name, t in (("truth", truth), ("predicted", predicted)):
+        if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a tensor of integers, got {got}")
     if truth.dim() != 2 or truth.shape != predicted.shape:
         raise ValueError(
             f"truth and predicted must have one shape (N, P), got {tuple(truth.shape)} and {tuple(predicted.shape)}"

@@ -125,7 +125,12 @@ def _errors(
     what = f"{metric.words}{of}"
     if f"{metric.name}_std" in result:
         what = f"{metric.words}, mean and standard deviation of {result['seeds']} seeds"
+    clean = result.get(f"clean_{metric.name}")
+    if clean is not None:
+        what += ", input corrupted as in training"
     entries = [("own", metric.text(result), what)]
+    if clean is not None:
+        entries.append(("", metric.text({metric.name: clean}), f"{metric.words}, input as it is"))
     if published is not None:
         entries.append(("", metric.published(published), f"published {metric.words}"))
     without = None if baseline is None else baseline.get(metric.name)

@@ -43,7 +43,7 @@ class TaggerObjective(Objective):
     two classes has the sum of both.
 
     Test images are corrupted as training images are, by noise that is the same every time; what the same network makes
-    of the images as they are is measured beside. A pixel's predicted group
+    of the images as they are is measured beside (clean_ami, clean_test_error). A pixel's predicted group
     is the one with the largest mask; pixels of no owner are left out of the AMI, which is averaged over images.
     The classes an image is said to have are as many as it has. Of sequences, whose next frames the groups predict, each
     step's masks are held against the owners of the frame predicted, and figures are means over steps.
@@ -108,11 +108,12 @@ class TaggerObjective(Objective):
         """AMI, cost and, where there are labels and classes, error in percent: of every iteration and as judged.
 
         ami, ami_1 .. ami_T, ami_normaliser; cost and cost_1 .. in nats an image; test_error, test_error_1 ..,
-        test_errors and test_samples (labels). Batch statistics for evaluation, if the model has any, are computed anew
-        from the first training batches. With clean_ in front AMI and error of images that are not corrupted.
+        test_errors and test_samples (labels). With clean_ in front AMI and error of images that are not corrupted: it
+        is clean_test_error that compares with the test_error of a classifier, which sees images as they are. Batch
+        statistics for evaluation, if the model has any, are computed anew from the first training batches, of either
+        kind of input for its figures.
         """
-        self._renew_statistics(model, data)
-        figures = self._measured(model, data.x_test, data.owner_test, getattr(data, "y_test", None))
+        figures = self._measured(model, data, data.x_test, data.owner_test, getattr(data, "y_test", None))
         if self.metric.name not in figures:
             raise ValueError('judged_by="test_error" needs labelled test images and a model with num_classes')
         return figures
@@ -124,13 +125,15 @@ class TaggerObjective(Objective):
         self._renew_statistics(model, data)
         return float(self._figures(model, data.x_valid, data.owner_valid, None)["ami"])
 
-    def _renew_statistics(self, model: Any, data: Any) -> None:
+    def _renew_statistics(self, model: Any, data: Any, *, corrupted: bool = True) -> None:
         """An RTagger's statistics for evaluation, from the first training batches; a Tagger has none."""
         if hasattr(model, "recompute_statistics"):
             generator = torch.Generator(data.x_test.device).manual_seed(NOISE)
             first = (data.get(0, step) for step in range(min(len(data), STATISTICS)))
             batches = (torch.cat([batch.x_labelled, batch.x_unlabelled]) for batch in first)
-            model.recompute_statistics(batches, self.groups, self.iterations, generator=generator)
+            model.recompute_statistics(
+                batches, self.groups, self.iterations, corrupted=corrupted, generator=generator
+            )
 
     @torch.no_grad()
     def figures(self, model: Any, data: Any) -> dict[str, Figure]:
@@ -158,7 +161,11 @@ class TaggerObjective(Objective):
             )
         labels = getattr(data, "y_test", None)
         figures = self._measured(
-            model, data.x_test[:SHOWN], data.owner_test[:SHOWN], None if labels is None else labels[:SHOWN]
+            model,
+            data,
+            data.x_test[:SHOWN],
+            data.owner_test[:SHOWN],
+            None if labels is None else labels[:SHOWN],
         )
         model.train(training)
         curves = {
@@ -169,9 +176,13 @@ class TaggerObjective(Objective):
         drawn["By iteration"] = iteration_curves(curves, len(data.x_test[:SHOWN]), self.normaliser)
         return drawn
 
-    def _measured(self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    def _measured(
+        self, model: Any, data: Any, x: Tensor, owner: Tensor, labels: Tensor | None
+    ) -> dict[str, Any]:
         """The figures of corrupted images, and those of clean ones that say something of them."""
+        self._renew_statistics(model, data, corrupted=False)
         clean = self._figures(model, x, owner, labels, corrupted=False)
+        self._renew_statistics(model, data)  # last, as these are the ones that the model is to keep
         names = [n for n in clean if n.rstrip("0123456789").rstrip("_") in ("ami", "test_error")]
         return {**self._figures(model, x, owner, labels), **{f"clean_{n}": clean[n] for n in names}}
 

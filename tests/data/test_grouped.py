@@ -108,6 +108,9 @@ def test_batches_with_labels_alone_pass_over_the_labelled_images():
         assert batch.x_unlabelled.shape == (0, 1)
         assert torch.equal(batch.x_labelled.flatten().long() % 3, batch.y_labelled)
     assert torch.equal(batches.y_test, y[:4])
+    # The one image that the first epoch leaves over begins the second.
+    order = [int(i) for e in range(2) for s in range(2) for i in batches.get(e, s).x_labelled.flatten()]
+    assert len(set(order[:9])) == 9
 
 
 def test_images_of_several_classes_are_labelled_at_random():
@@ -123,6 +126,47 @@ def test_images_of_several_classes_are_labelled_at_random():
 def test_lengths_that_do_not_agree():
     with pytest.raises(ValueError, match="x_train and y_train must be of one length, got 30 and 4"):
         numbered(y_train=torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"x_valid": torch.ones(3, 1)}, "x_valid and owner_valid must both be there, or neither"),
+        (
+            {"x_valid": torch.ones(3, 1), "owner_valid": torch.ones(2, 1)},
+            r"owner_valid must have the shape of x_valid, \(3, 1\), got \(2, 1\)",
+        ),
+        (
+            {"x_valid": torch.ones(3, 2), "owner_valid": torch.ones(3, 2)},
+            r"x_valid must have as many pixels as x_train, \(1,\), got \(2,\)",
+        ),
+    ],
+)
+def test_validation_images_that_do_not_fit(kind, message):
+    with pytest.raises(ValueError, match=message):
+        numbered(**kind)
+
+
+def test_owners_that_do_not_fit():
+    x = torch.zeros(5, 9)
+    for owner in (x[:4], x[:, :8]):
+        with pytest.raises(ValueError, match=r"owner_test must have the shape of x_test, \(5, 9\)"):
+            GroupedImages(x, x, owner, image_shape=(3, 3))
+
+
+def test_validation_images_join_the_training_ones():
+    y = torch.arange(30) % 3
+    data = numbered(x_valid=torch.full((5, 1), 99.0), owner_valid=torch.ones(5, 1), y_train=y)
+    assert data.validation_samples == 5
+    joined = data.with_validation_in_training()
+    assert joined.validation_samples == 0
+    assert joined.x_unlabelled.flatten().tolist() == [*range(30), *[99.0] * 5]
+    assert len(joined.x_labelled) == len(joined.y_labelled) == 30
+    batches = joined.batches(3, 35, seed=1)
+    assert int((batches.get(0, 0).x_unlabelled == 99).sum()) == 5
+    assert (data.validation_samples, len(data.x_unlabelled)) == (5, 30)
+    with pytest.raises(ValueError, match="GroupedImages holds no validation samples"):
+        numbered().with_validation_in_training()
 
 
 def test_generated_textures_are_flat_in_brightness_and_differ(monkeypatch):
@@ -150,8 +194,14 @@ def test_pictures_of_a_folder(tmp_path):
     assert textures.shape == (2, 6, 6)
     assert textures.mean() == pytest.approx(0.5)
     assert (np.argsort(textures[1].ravel()) == np.argsort(grey[:, :6].ravel())).all()
-    (tmp_path / "c.png").write_bytes(b"no picture either")
-    with pytest.raises(ValueError, match=r"c\.png is not a picture that can be read"):
+    broken = bytearray((tmp_path / "b.png").read_bytes())
+    broken[broken.index(b"IDAT") - 1] -= 9  # a chunk that ends too soon is a SyntaxError to PIL
+    for content in (bytes(broken), b"no picture either"):
+        (tmp_path / "c.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"c\.png is not a picture that can be read"):
+            read_textures(tmp_path)
+    Image.fromarray(np.full((9, 9), 7, np.uint8)).save(tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"c\.png is of one brightness all over"):
         read_textures(tmp_path)
 
 

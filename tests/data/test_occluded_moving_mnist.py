@@ -152,3 +152,16 @@ def test_numbers_out_of_range_are_refused(source):
         source.batches(101, 0, seed=1)
     with pytest.raises(ValueError, match="batch_unlabelled must be from 0 to 1100"):
         source.batches(10, 1101, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ({"motion_seed": -1}, ValueError, "motion_seed must be an integer from 0"),
+        ({"num_validation": 2.5}, TypeError, "num_validation must be a whole number, got 2.5"),
+        ({"frames": 2.5}, TypeError, "frames must be a whole number, got 2.5"),
+    ],
+)
+def test_a_wrong_number_is_named(kind, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        OccludedMovingDigits(**kind)

@@ -333,6 +333,14 @@ def test_inputs_that_do_not_fit_are_refused():
         model(x, mask=torch.ones(N, T))
     with pytest.raises(ValueError, match="truncate must be at least 1"):
         model(x, truncate=0)
+    for given, got in (
+        (x.long(), "x must be a floating-point tensor, got torch.int64"),
+        ([0.0], "x must be a floating-point tensor, got list"),
+        (x.double(), "x must be torch.float32, as the network's parameters are, got torch.float64"),
+    ):
+        for call in (model, model.step):
+            with pytest.raises(TypeError, match=got):
+                call(given)
 
 
 def test_levels_can_be_made_before():

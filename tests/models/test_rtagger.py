@@ -129,6 +129,43 @@ def test_statistics_for_evaluation_are_computed_anew():
     torch.testing.assert_close(model(x, K, 2, **drawn()).z[-1], expected.z[-1], atol=0.1, rtol=0)
 
 
+def test_clean_input_has_statistics_of_its_own():
+    """With them, evaluation says of clean input what training says of it, but for the unbiased variance."""
+    model, x = make(noise=1.0), data(32)
+
+    class Images:
+        x_test, owner_test = x, torch.randint(3, (32, D))
+
+        def __len__(self):
+            return 1
+
+        def get(self, epoch, step):
+            return Batch(x[:0], torch.zeros(0, 0), x)
+
+    def drawn():
+        return {"generator": torch.Generator().manual_seed(1)}
+
+    expected = model(x, K, 2, corrupted=x, **drawn()).z[-1].detach()
+    apart = []
+    for corrupted in (False, True):
+        model.recompute_statistics([x], K, 2, corrupted=corrupted, **drawn())
+        found = model.eval()(x, K, 2, corrupted=x, **drawn()).z[-1].detach()
+        apart.append(float((found - expected).abs().max()))
+    assert apart[0] < 0.1 < 0.3 < apart[1]
+    objective = TaggerObjective(groups=K, iterations=2, test_batch=32)
+    with torch.no_grad():
+        figures = objective.measure(model, Images())
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.recompute_statistics([x], K, 2, corrupted=False, **drawn())
+        assert (
+            figures["clean_ami"]
+            == objective._figures(model, x, Images.owner_test, None, corrupted=False)["ami"]
+        )
+        model.recompute_statistics([x], K, 2, **drawn())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, kept[name]), name
+
+
 def test_a_measurement_forgets_the_running_averages():
     x = data(12)
 

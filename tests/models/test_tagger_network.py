@@ -271,6 +271,12 @@ def test_an_inner_network_of_ones_own():
         Tagger(D, [6], inner=Own(), num_classes=3)(x, K, 1)
     with pytest.raises(ValueError, match=r"layers must be \[H\]"):
         Tagger(D, [6, 4], inner=Own())
+    with pytest.raises(ValueError, match=r"inner must return \(18, 6\), what it is given, got \(18, 4\)"):
+        Tagger(D, [6], inner=nn.Linear(6, 4))(x, K, 1)
+    with pytest.raises(
+        ValueError, match=r"inner must return logits \(18, 4\) for num_classes, got \(18, 3\)"
+    ):
+        Tagger(D, [6], inner=Own(3), num_classes=3)(x, K, 1)
 
 
 def test_under_autocast():
@@ -314,5 +320,13 @@ def test_inputs_that_do_not_fit():
         model(x, 0, 1)
     with pytest.raises(ValueError, match="at least two samples for a single group"):
         model(x[:1], 1, 1)
+    for groups in ("2", 2.5):
+        with pytest.raises(TypeError, match=f"num_groups must be a whole number, got {groups!r}"):
+            model(x, groups, 1)
+    with pytest.raises(ValueError, match="x must hold zeros and ones only for binary=True"):
+        model(x / 2, K, 1)
+    for binary in (True, False):
+        with pytest.raises(TypeError, match=r"x must be torch.float32, as the network's parameters are, got"):
+            Tagger(D, [6, 4], binary=binary)(x.double(), K, 1)
     with pytest.raises(TypeError, match="no variance"):
         model.variance  # noqa: B018

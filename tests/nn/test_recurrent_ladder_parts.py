@@ -251,3 +251,18 @@ def test_each_of_the_first_steps_has_statistics_of_its_own():
     norm.train().updating = False
     norm(x + 5, 0)
     assert norm.running_mean.equal(before)
+
+
+def test_a_step_that_was_not_trained_is_evaluated_as_the_last_one_before_it():
+    norm, x = StepBatchNorm(2, steps=4), 3 * torch.randn(50, 2) + 7
+    assert norm.eval()(x, 3).allclose(x, atol=1e-4)  # nothing is known yet
+    norm.train()
+    for step in (0, 1):
+        norm(x + step, step)
+    norm.eval()
+    for step in (2, 3, 9):
+        assert norm(x, step).equal(norm(x, 1))
+    assert not norm(x, 1).allclose(norm(x, 0), atol=1e-3)
+    norm.train()(x + 3, 3)
+    assert not norm.eval()(x, 3).allclose(norm(x, 1), atol=1e-3)
+    assert norm(x, 2).equal(norm(x, 1))

@@ -9,7 +9,7 @@ import torch
 
 from ladderfast.data import piano_rolls
 from ladderfast.data.piano_rolls import Rolls
-from ladderfast.models import PlainLSTM, RLadder
+from ladderfast.models import PlainLSTM, RLadder, RLadderState
 from ladderfast.training import PianoRollObjective, Run, checkpoint, read_recipe, recipe_names
 from ladderfast.training.music_figures import piano_roll
 
@@ -35,6 +35,21 @@ MODELS = [lstm, rladder]
 def rolls(split="train"):
     rng = np.random.default_rng(0)
     return [(rng.random((steps, 88)) < 0.2).astype(np.uint8) for steps in LENGTHS[split]]
+
+
+class Data:
+    """Test and validation sequences, and three training batches, of which the second continues the first."""
+
+    def __init__(self):
+        self.test = self.valid = Rolls(rolls("test"), dtype=torch.float64)
+        self.train = Rolls(rolls(), dtype=torch.float64)
+
+    def __len__(self):
+        return 3
+
+    def get(self, epoch, step):
+        members, first = ((np.array([0, 4]), 0), (np.array([0, 4]), 8), (np.array([1, 3, 5]), 0))[step]
+        return self.train.batch(members, first, 8)
 
 
 def everything(batch, model, objective=None):
@@ -65,8 +80,8 @@ def test_padding_has_no_part_in_cost_and_gradient(make):
 def test_the_figure_is_that_of_each_sequence_alone(make):
     """Computed sequence by sequence and step by step from the model's own probabilities."""
     model = make().eval().requires_grad_(False)
-    held = Rolls(rolls("test"), dtype=torch.float64)
-    data = type("Data", (), {"test": held, "valid": held})
+    data = Data()
+    figures = PianoRollObjective().measure(model, data)
     nats, steps = [], 0
     for roll in rolls("test"):
         x = torch.from_numpy(roll).double()
@@ -75,7 +90,6 @@ def test_the_figure_is_that_of_each_sequence_alone(make):
         p = output.prediction.reshape(len(x), 88).sigmoid()
         nats.append(-float((x * p.log() + (1 - x) * (1 - p).log()).sum().detach()))
         steps += len(x)
-    figures = PianoRollObjective().measure(model, data)
     assert figures["nll"] == pytest.approx(sum(nats) / steps, rel=1e-6)
     by_hand = sum(n / len(r) for n, r in zip(nats, rolls("test"), strict=True)) / 3
     assert figures["nll_of_sequences"] == pytest.approx(by_hand, rel=1e-6)
@@ -86,13 +100,32 @@ def test_the_figure_is_that_of_each_sequence_alone(make):
 @pytest.mark.parametrize("make", MODELS)
 def test_parts_of_sequences_are_measured_as_the_whole(make, monkeypatch):
     model = make().eval().requires_grad_(False)
-    held = Rolls(rolls("test"), dtype=torch.float64)
-    data = type("Data", (), {"test": held})
+    data = Data()
     whole = PianoRollObjective().measure(model, data)
     for sequences, steps in ((32, 4), (2, 7)):
         monkeypatch.setattr(Rolls.parts, "__defaults__", (sequences, steps))
         for name, value in PianoRollObjective().measure(model, data).items():
             assert value == pytest.approx(whole[name], rel=1e-12), (name, sequences, steps)
+
+
+def test_a_measurement_forgets_the_running_averages():
+    """What is measured depends on the weights and the beginnings of training sequences, less their padding."""
+    model, data, objective = rladder().eval().requires_grad_(False), Data(), PianoRollObjective()
+    first = objective.measure(model, data)
+    norm = model.encoder[0].norm
+    by_step = []
+    for step in (0, 2):
+        batch = data.get(0, step)
+        x = batch.previous.reshape(*batch.mask.shape, 1, 88)
+        assert batch.mask.all() == (step == 0)
+        for t in range(x.shape[1]):
+            by_step.append(model.encoder[0].map(x[batch.mask[:, t], t]).mean((0, 2)))
+    torch.testing.assert_close(norm.running_mean[0], torch.stack(by_step).mean(0))
+    for measured in (objective.measure, objective.validate):
+        for buffer in model.buffers():
+            buffer.mul_(3)
+        assert measured(model, data) == (first if measured == objective.measure else first["nll"])
+    assert not model.training
 
 
 def test_the_state_goes_on_and_no_gradient_flows_back():
@@ -212,8 +245,24 @@ def test_what_does_not_fit():
         PianoRollObjective(0)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
         PlainLSTM([88], 0)
-    with pytest.raises(ValueError, match=r"x must have shape \(N, T, 88\), got \(2, 3, 87\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(N, T, 88\) with .*, got \(2, 3, 87\)"):
         lstm()(torch.zeros(2, 3, 87, dtype=torch.float64))
+    x = torch.zeros(2, 3, 88, dtype=torch.float64)
+    for given, error, message in (
+        ((x, None, torch.ones(2, 3)), ValueError, r"mask must be bool of shape \(2, 3\); got torch.float32"),
+        ((x, None, torch.ones(2, 2) > 0), ValueError, r"mask must be bool of shape \(2, 3\); .* \(2, 2\)"),
+        ((x[:, :0],), ValueError, "with at least one time step"),
+        ((x, (torch.zeros(2, 2, 7),) * 2), TypeError, "state must be an RLadderState or None, got tuple"),
+        ((x, RLadderState(0, (), ())), ValueError, "state must have 2 layers, got 0"),
+        (
+            (x.float(),),
+            TypeError,
+            "x must be torch.float64, as the network's parameters are, got torch.float32",
+        ),
+        (([0.0],), TypeError, "x must be a floating-point tensor, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            lstm()(*given)
     with pytest.raises(ValueError, match="notes and probabilities must have one shape"):
         piano_roll(torch.zeros(3, 88), torch.zeros(4, 88))
 

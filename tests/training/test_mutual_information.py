@@ -56,3 +56,7 @@ def test_what_is_refused():
         adjusted_mutual_information(t, t, normaliser="min")
     with pytest.raises(ValueError, match="must not be negative"):
         adjusted_mutual_information(t, -t)
+    with pytest.raises(TypeError, match=r"truth must be a tensor of integers, got torch.float32"):
+        adjusted_mutual_information(t.float(), t)
+    with pytest.raises(TypeError, match="predicted must be a tensor of integers, got list"):
+        adjusted_mutual_information(t, t.tolist())

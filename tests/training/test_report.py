@@ -107,6 +107,13 @@ def test_says_the_error_beside_the_published_one_and_the_baseline(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_says_on_which_input_an_error_was_measured(tmp_path):
+    text = write(tmp_path, result={"test_error": 3.2, "clean_test_error": 1.25}).text
+    assert text[text.index("3.20 %") - 1] == "test error, input corrupted as in training"
+    assert text[text.index("1.25 %") - 1] == "test error, input as it is"
+    assert not any("input" in part for part in write(tmp_path).text)
+
+
 def test_without_baseline_published_figure_or_error(tmp_path):
     text = write(tmp_path, published=None).text
     assert not any("published" in part or "without the Ladder" in part for part in text)

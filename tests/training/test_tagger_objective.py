@@ -1,9 +1,12 @@
 """A Tagger's objective, its measurement and pictures, its recipes, and a run of it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 
+import ladderfast
 from ladderfast.data import Batch, GroupedImages
 from ladderfast.models import RTagger, Tagger, TaggerOutput
 from ladderfast.training import Run, TaggerObjective, read_recipe
@@ -11,6 +14,8 @@ from ladderfast.training.figures import PALETTE
 from ladderfast.training.mutual_information import adjusted_mutual_information
 from ladderfast.training.tagger_figures import group_grid
 from ladderfast.training.tagger_objective import _missed
+
+RECIPES = Path(ladderfast.__file__).parent / "recipes"
 
 
 class Blobs(GroupedImages):
@@ -182,6 +187,21 @@ def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
     }
 
 
+def test_a_run_stops_early_and_trains_anew(tmp_path):
+    run = Run(
+        RECIPE, folder=tmp_path, progress=False, epochs=20, patience=2, retrain=True, learning_rate=0.05
+    )
+    steps = len(run.batches)
+    result = run.fit()
+    stages = [[row for row in run.history if row["stage"] == stage] for stage in (1, 2)]
+    figures = [row["validation_ami"] for row in stages[0]]
+    best = max(figures)
+    assert figures.index(best) == len(figures) - 3  # two epochs that were no better
+    assert result["retrained_epochs"] == len(stages[1]) == figures.index(best) + 1
+    # 20 images, six a step; then 40.
+    assert (steps, len(run.batches)) == (3, 6)
+
+
 def test_a_run_starts_from_another_whose_layers_it_keeps(tmp_path):
     first = Run(
         RECIPE,
@@ -283,6 +303,8 @@ def test_the_published_runs(name):
     assert recipe.batch_labelled + recipe.batch_unlabelled == 100
     assert recipe.data.init_args.get("num_labels") == labels
     assert (recipe.start_from == "runs/freq20_stage1-seed1") is (name == "freq20_stage2")
+    if name.startswith("freq20"):  # the weight of the class cost is one beside means
+        assert (objective["over_iterations"], objective["over_pixels"]) == ("mean", "mean")
     if weight:
         built = TaggerObjective(**objective)
         assert built.metric.name == "test_error"
@@ -298,8 +320,14 @@ def test_the_rows_of_textured_mnist(labels):
     assert weights[0] == weights[1]
     assert rtagger.learning_rate == 0.0004
     assert rtagger.batch_labelled + rtagger.batch_unlabelled == 16
-    images = rtagger.batch_unlabelled or rtagger.batch_labelled
-    assert rtagger.epochs * (60_000 // images) == pytest.approx(160_000, rel=0.04)  # updates
+    for recipe, kind in ((tagger, "tagger"), (rtagger, "rtagger"), (baseline, "baseline")):
+        images = recipe.batch_unlabelled or recipe.batch_labelled
+        updates = recipe.epochs * (60_000 // images)
+        assert updates == pytest.approx(160_000, rel=0.04)
+        text = (RECIPES / f"textured_mnist_{labels}_{kind}.yaml").read_text()
+        assert f"# {updates:,} updates" in text
+        assert "--data.textures FOLDER" in text
+        assert recipe.data.init_args.get("textures") is None
     assert tagger.data.init_args["num_labels"] == (None if labels == "all" else 1000)
     for recipe in (tagger, rtagger):
         assert (recipe.objective.init_args["groups"], recipe.objective.init_args["iterations"]) == (3, 3)

@@ -1,0 +1,48 @@
+"""What networks check alike of what they are given."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_floating(name: str, t: Any) -> None:
+    """TypeError unless t is a tensor of a floating-point dtype."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+
+
+def check_input(name: str, t: Any, network: nn.Module, *, half: bool = False) -> None:
+    """TypeError unless t is a floating-point tensor that fits the dtype of the network's parameters.
+
+    half: the network takes input in 16 or 32 bits whichever of them its parameters have, as all do under autocast.
+    """
+    check_floating(name, t)
+    dtype = next((p.dtype for p in network.parameters()), t.dtype)
+    if t.dtype == dtype:
+        return
+    half = half or torch.is_autocast_enabled(t.device.type)
+    if not half or torch.float64 in (t.dtype, dtype):
+        raise TypeError(f"{name} must be {dtype}, as the network's parameters are, got {t.dtype}")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """TypeError unless value is a whole number."""
+    try:
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def check_mask(mask: Any, x: Tensor) -> None:
+    """TypeError or ValueError unless mask is bool, (N, T) of x (N, T, *)."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor or None, got {type(mask).__name__}")
+    if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be bool of shape {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}"
+        )
