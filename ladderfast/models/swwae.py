@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.models.swwae_layers import check_image_shape, parse_architecture
+from ladderfast.nn.noise import draw_seed, dropout
 from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
 
 
@@ -53,6 +54,9 @@ class SWWAE(nn.Module):
     below, with batch normalisation and ReLU except at the input. x_m is the what of the m-th pooling and x~_m what the
     decoder has at its place; where nothing lies between the two, they are the same and there is no term. No gradient is
     stopped.
+
+    With dropout, what is dropped is decided by the buffer `noise_state`, (2,) seed and offset, drawn at the start from
+    torch's global generator; each pass in training mode moves the offset on.
 
     Args:
         architecture: "(64)5c-2p-(64)3c-2p-(64)3c-2p-10fc": see `parse_architecture`. Without a dense layer there are
@@ -135,10 +139,18 @@ class SWWAE(nn.Module):
                     )
                 below = stage.shape
             self.decoder = nn.ModuleList(mirrored)
+        drops = bool(dropout_dense or dropout_conv)
+        self.noise_state: Tensor | None
+        self.register_buffer(
+            "noise_state", torch.zeros(2, dtype=torch.long, device=device) if drops else None
+        )
+        if drops:
+            # Processes that train together drop values of their own: DistributedDataParallel leaves this buffer alone.
+            self._ddp_params_and_buffers_to_ignore = ["noise_state"]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights normal of variance 2 / fan_in before a ReLU and 1 / fan_in elsewhere, biases 0."""
+        """Weights normal of variance 2 / fan_in before a ReLU and 1 / fan_in elsewhere, biases 0; dropout anew."""
         for module in self.modules():
             if isinstance(module, _Convolution):
                 module.reset_parameters()
@@ -147,6 +159,8 @@ class SWWAE(nn.Module):
             hidden = i < len(self.dense) - 1
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu" if hidden else "linear")
             nn.init.zeros_(linear.bias)
+        if self.noise_state is not None:
+            draw_seed(self.noise_state)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of x (N, *), flattened or not; the top feature map (N, C, h, w) without dense layers.
@@ -253,7 +267,7 @@ class SWWAE(nn.Module):
                 x = layer(x)
                 if record:
                     hidden.append(x)
-                x = F.dropout(x, self.dropout_conv, self.training) if self.dropout_conv else x
+                x = self._drop(x, self.dropout_conv)
                 pooled.append(None)
             else:
                 x, where = layer(x)
@@ -267,9 +281,15 @@ class SWWAE(nn.Module):
             if i:
                 x = F.relu(x)
                 hidden.append(x)
-            x = F.dropout(x, self.dropout_dense, self.training) if self.dropout_dense else x
-            x = linear(x)
+            x = linear(self._drop(x, self.dropout_dense))
         return x, hidden
+
+    def _drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout with probability p, in training mode."""
+        if not (p and self.training):
+            return x
+        assert self.noise_state is not None
+        return dropout(x, p, self.noise_state)
 
     def _decode(self, v: Tensor, pooled: Sequence[WhatWhere | None], lowest: int) -> Any:
         """Yields (i, what the decoder puts at the place of the encoder's layer i's input), from the top to `lowest`."""

@@ -27,7 +27,8 @@ class Ensemble(nn.Module):
     """Several networks of one architecture as one module: parameters and buffers have an axis of networks in front.
 
     What is computed goes through torch.func.vmap: a matrix product becomes a batched one, and the ops of
-    ladderfast take all networks in one call.
+    ladderfast take all networks in one call. Random numbers that a network draws from torch's global generator are its
+    own, but not those that it would draw alone; noise by a state that is a buffer, as our networks have it, is.
 
     Args:
         models: networks with the same modules; their parameters and buffers are copied.

@@ -10,6 +10,7 @@ from torch import nn
 
 from ladderfast.models import SWWAE, SWWAEComparison
 from ladderfast.models.swwae_layers import parse_architecture
+from ladderfast.nn.noise import dropout
 
 SMALL = "(3)3c-2p-(4)3c-2p-(5)3c-2p-7fc-4fc"
 
@@ -278,6 +279,38 @@ def test_a_dropped_value_is_scaled():
     nn.init.ones_(net.encoder[0].conv.weight)
     zeros_and_others = net.features(torch.ones(1, 16)).detach().unique()
     assert float(zeros_and_others[-1]) == pytest.approx(1 / 0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_drops_with_its_probability_and_passes_gradients_of_what_it_keeps(dtype):
+    x = torch.ones(50, 7, 300, dtype=dtype, requires_grad=True)
+    state = torch.tensor([5, 0])
+    for p in (0.1, 0.5, 0.8):
+        y = dropout(x, p, state)
+        dropped = float((y == 0).double().mean())
+        assert dropped == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / x.numel()))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(gradient, y.detach())
+    assert state.tolist() == [5, 3]
+    first, again = (dropout(x, 0.5, torch.tensor([5, 1])) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, dropout(x, 0.5, torch.tensor([6, 1])))
+    assert dropout(x[:0], 0.5, state).shape == (0, 7, 300)
+
+
+def test_what_is_dropped_is_no_affair_of_torchs_generator():
+    net = SWWAE(SMALL, (16, 16), dropout_dense=0.5, dropout_conv=0.2)
+    x = torch.rand(4, 256)
+    before = net.noise_state.clone()
+    first = net(x)
+    torch.rand(3)
+    second = net(x)
+    net.noise_state.copy_(before)
+    assert torch.equal(net(x), first)
+    assert torch.equal(net(x), second)
+    assert SWWAE(SMALL, (16, 16)).noise_state is None
 
 
 def test_batch_normalisation_uses_its_running_statistics_in_evaluation():
