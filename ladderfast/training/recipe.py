@@ -85,7 +85,8 @@ class Recipe:
         clip_norm: scale the gradient down to this norm where it is larger; null for never.
         seed: of the labels drawn, the order of the samples, the start values and the noise.
         start_from: folder of a run whose network this one starts as, as far as it has parameters and buffers of the
-            same name and shape; layers that grew are new. null: a start of its own.
+            same name and shape; layers that grew are new. {seed} in it stands for the seed of each network, or for
+            the seeds, as in 1-10, of a run that has them side by side. null: a start of its own.
         seeds: networks trained side by side, with the seeds seed, seed + 1 and so on, in one batched program.
         accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
         devices: how many devices, or which; one process runs for each.

@@ -322,7 +322,7 @@ def test_the_rows_that_start_from_another(name):
     recipe, before = read_recipe(name), read_recipe(name.replace("unsup_pretr", "unsup_softmax"))
     assert recipe.published is not None
     assert recipe.published.startswith(PRETRAINED[name])
-    assert recipe.start_from == f"runs/{before.name}-seed1"
+    assert recipe.start_from == f"runs/{before.name}-seed{{seed}}"
     assert recipe.data == before.data
     assert {weight for weight in WEIGHTS if recipe.objective.init_args.get(weight)} == {"lambda_nll"}
     own, given = (
