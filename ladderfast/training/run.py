@@ -544,7 +544,10 @@ class Run:
         self._steps_before = self.global_step
         self.epoch = 0
         torch.manual_seed(self.recipe.seed)
-        self.model.load_state_dict(self.recipe.model.build("model").state_dict())
+        network = self.recipe.model.build("model")
+        if self.recipe.start_from is not None:
+            start_from([network], self.recipe.start_from, [self.recipe.seed])
+        self.model.load_state_dict(network.state_dict())
         self._adam.state.clear()
         self.objective = self.recipe.objective.build("objective")
         self.objective.prepare(self.model)
