@@ -175,6 +175,12 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
             raise ValueError(f"--compare needs another recipe than {names[0]}")
         if not all(recipe.on_one_device for recipe in recipes):
             raise ValueError("--compare trains one run after the other, each on one device")
+        judged = [recipe.objective.build("objective").metric for recipe in recipes]
+        if judged[0].name != judged[1].name:
+            raise ValueError(
+                f"--compare needs recipes that are judged by the same figure; {names[1]} is by the {judged[1].words}, "
+                f"{names[0]} by the {judged[0].words}"
+            )
     results: dict[str, dict[str, Any]] = {}
     out = options.pop("folder", None)
     for name, source in zip(names, sources, strict=True):

@@ -116,6 +116,22 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
     assert "another recipe than small" in refused(capsys, "train", recipe, "--compare", recipe)
 
 
+def test_compare_needs_one_figure_for_both(recipe, capsys):
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["model"] = {
+        "class_path": "ladderfast.models.SWWAE",
+        "init_args": {"architecture": "(2)3c-2p", "image_shape": [8, 8]},
+    }
+    content["objective"] = {
+        "class_path": "ladderfast.training.SWWAEObjective",
+        "init_args": {"lambda_nll": 0, "lambda_rec": 1},
+    }
+    (recipe.parent / "auto.yaml").write_text(yaml.safe_dump(content))
+    said = refused(capsys, "train", recipe, "--compare", "auto.yaml")
+    assert "judged by the same figure; small is by the test error, auto by the reconstruction error" in said
+    assert not (recipe.parent / "runs").exists()
+
+
 def test_recipes_is_a_table_with_the_published_figures(capsys):
     code, out, _ = call(capsys, "recipes")
     assert code == 0
