@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` and return its exit code.
 
-    0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM.
+    0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM; 141: its reader has gone.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields: dict[str, Any] = {}
@@ -45,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 argv = ["train", *rest]
             arguments = _parser().parse_args(argv)
             arguments.command(arguments, fields)
+            sys.stdout.flush()
             return 0
+        except BrokenPipeError:  # who reads has read enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            return 141
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except KeyboardInterrupt:

@@ -143,6 +143,22 @@ def test_recipes_is_a_table_with_the_published_figures(capsys):
     assert any(line.startswith("digits_baseline ") for line in lines)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no broken pipes")
+@pytest.mark.parametrize("command", ["recipes", "info"])  # more and less than a buffer
+def test_a_reader_that_has_gone_is_no_error(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "ladderfast", command],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_help_names_every_field_with_its_value(capsys):
     code, out, _ = call(capsys, "train", "mnist_1000_full", "--help")
     assert code == 0
