@@ -268,6 +268,12 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
         parsed = _plain(parser.parse_object(copy.deepcopy(given)))  # in lists it changes mappings in place
     except ArgumentError as error:
         raise _explain(error, flat, classes, source) from error
+    for field in flat:  # jsonargparse takes null for every type
+        part, _, name = field.rpartition(".")
+        annotation, _ = _annotation(field, classes)
+        if name != "class_path" and (parsed[part] if part else parsed)[name] is None:
+            if not re.search(r"\b(None|Optional|Any|object|of another type|_empty)\b", annotation):
+                raise TypeError(f"{source}: {field} must be {annotation}, got None")
     for part, cls in classes.items():
         parsed[part] = Part(f"{cls.__module__}.{cls.__qualname__}", parsed.get(part) or {})
         parsed[part].class_path = flat[f"{part}.class_path"]

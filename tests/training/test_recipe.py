@@ -98,6 +98,10 @@ def test_an_unknown_field_is_refused_by_name(small, fields, message):
             "objective.denoising_weights must be Sequence[float], got 'x'",
         ),
         ({"model": 3}, "model must be a mapping with class_path and init_args, got 3"),
+        ({"seeds": None}, "small: seeds must be int, got None"),
+        ({"learning_rate": None}, "learning_rate must be float, got None"),
+        ({"epochs": "null"}, "epochs must be int, got"),
+        ({"model.top_gamma": None}, "model.top_gamma must be bool, got None"),
         ({"model": {"init_args": 3}}, "model.init_args must be a mapping, got 3"),
     ],
 )
