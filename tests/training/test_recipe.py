@@ -205,6 +205,14 @@ def test_files_that_are_no_recipes(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    for content in ("title: x\nepochs: 3\nepochs: 4\n", "model:\n  init_args: {epochs: 1,\n    epochs: 2}\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"twice\.yaml .*: epochs stands there twice, in lines 2 and 3$"):
+            read_recipe(path)
+
+
 def test_an_unknown_name_has_a_hint():
     with pytest.raises(ValueError, match=r"there is no recipe 'digit'; did you mean digits\?"):
         read_recipe("digit")
