@@ -349,6 +349,7 @@ class Run:
     def _train_step(self) -> dict[str, Tensor]:
         if self.finished:
             raise RuntimeError(f"all {self.epochs_done} epochs are done")
+        self.result = None  # what there is belongs to fewer epochs
         if not self.model.training:
             self.model.train()
         if self._random is not None:
