@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .objectives import Objective, over_seeds
+from .objectives import COUNTS, Objective, over_seeds
 
 
 class _Call(nn.Module):
@@ -139,7 +139,8 @@ class EnsembleObjective(Objective):
         each = [self.objective.measure(model.extract(i), data.of(i)) for i in range(model.size)]
         figures: dict[str, Any] = {}
         for name in each[0]:
-            figures.update(over_seeds(name, [one[name] for one in each]))
+            values = [one[name] for one in each]
+            figures.update({name: sum(values)} if name in COUNTS else over_seeds(name, values))
         return figures
 
     def finish(self, model: Any, data: Any) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+COUNTS = ("test_errors", "test_samples")  # of several seeds together, where other figures are means
+
+
 class Objective(ABC):
     """The cost of a batch, what a model is judged by, what is left to do around the steps, and pictures.
 

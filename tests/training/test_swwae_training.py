@@ -176,6 +176,14 @@ def test_two_seeds_side_by_side_are_what_each_is_alone(small):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
 
 
+def test_errors_of_several_seeds_are_counted_together(small):
+    small["epochs"] = 1
+    result = Run(small, folder=None, progress=False, seeds=2).fit()
+    assert (type(result["test_errors"]), result["test_samples"]) == (int, 2 * 497)
+    assert result["test_errors"] == round(sum(result["test_error_by_seed"]) * 497 / 100)
+    assert "test_errors_std" not in result
+
+
 def test_seeds_are_one_batched_program(small):
     """Nothing in a step falls back to going through the networks one by one."""
     run = Run(small, folder=None, progress=False, seeds=2)
