@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ladderfast.models.swwae_layers import check_image_shape, parse_architecture
 from ladderfast.nn.noise import draw_seed, dropout
 from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
+from ladderfast.ops.what_where import sharpness
 
 
 class SWWAEOutput(NamedTuple):
@@ -97,8 +98,11 @@ class SWWAE(nn.Module):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         for name, p in (("dropout_dense", dropout_dense), ("dropout_conv", dropout_conv)):
+            if not isinstance(p, (int, float)):
+                raise TypeError(f"{name} must be a number, got {p!r}")
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {p}")
+        beta = sharpness("SWWAE", beta)
         self.architecture = architecture
         self.image_shape = check_image_shape(image_shape)
         self.stages = parse_architecture(architecture, image_shape)
@@ -299,6 +303,11 @@ class SWWAE(nn.Module):
             layer, below = self.decoder[i], pooled[i]
             v = layer(v) if below is None else layer(v, below.where, shapes[i][1:])
             yield i, v
+
+    @property
+    def has_intermediate(self) -> bool:
+        """Whether there is an intermediate reconstruction: a pooling below another layer of the encoder."""
+        return self._lowest_pair() < len(self.encoder)
 
     def _lowest_pair(self) -> int:
         """The lowest layer whose input is compared when the image itself is not."""

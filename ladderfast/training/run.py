@@ -154,6 +154,7 @@ class Run:
             if not hasattr(networks[0], method):
                 got = type(networks[0]).__name__
                 raise TypeError(f"model must have the method {method} for this objective, got {got}")
+        self.objective.check(networks[0])
         model = networks[0]
         if len(seeds) > 1:
             model, self.objective = Ensemble(networks), EnsembleObjective(self.objective)

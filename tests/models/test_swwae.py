@@ -350,6 +350,10 @@ def test_what_and_where_of_every_pooling():
         ({"image_shape": (1, 2, 3, 4)}, ValueError, r"image_shape must be \(H, W\) or \(C, H, W\)"),
         ({"architecture": 3}, TypeError, "architecture must be text such as"),
         ({"pooling": "soft", "beta": -1.0}, ValueError, "beta"),
+        ({"pooling": "hard", "beta": -1.0}, ValueError, "beta"),
+        ({"dropout_dense": "x"}, TypeError, "dropout_dense must be a number, got 'x'"),
+        ({"image_shape": 8}, TypeError, r"image_shape must be \(H, W\) or \(C, H, W\), got 8"),
+        ({"image_shape": None}, TypeError, r"image_shape must be \(H, W\) or \(C, H, W\), got None"),
     ],
 )
 def test_arguments_that_make_no_network(arguments, error, message):

@@ -281,6 +281,28 @@ def test_where_moves_with_the_image_and_what_does_not(tmp_path):
         objective.figures(hard, batches)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ({"pooling": "hard"}, {}, "the top pooling must be soft and leave one place"),
+        ({"pooling": "soft", "architecture": "(2)1c-2p-(2)1c-2p"}, {}, "the top pooling must be soft"),
+        ({"pooling": "soft"}, {"shift": 8}, "shift must be below 8, the smaller side of the images, got 8"),
+        (
+            {"pooling": "soft", "architecture": "(2)1c-8p"},
+            {"lambda_m": 0.5},
+            "lambda_m must be 0 for .* got 0.5",
+        ),
+        ({"pooling": "soft", "architecture": "(2)1c"}, {"lambda_m": 0.0}, "must have a pooling"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(small, arguments, options, message):
+    small["model"]["init_args"] = {"architecture": "(2)1c-2p-(2)1c-4p", "image_shape": [8, 8], **arguments}
+    path = "ladderfast.training.EquivarianceObjective"
+    small["objective"] = {"class_path": path, "init_args": {"shift": 1, **options}}
+    with pytest.raises(ValueError, match=message):
+        Run(small, folder=None, progress=False)
+
+
 # Recipes
 
 MNIST = "(64)5c-2p-(64)3c-2p-(64)3c-2p-10fc"
