@@ -208,6 +208,8 @@ class SWWAE(nn.Module):
             parts.append(self._images("x_labelled", x_labelled))
         if decode or sparsity:
             parts.append(self._images("x_unlabelled", x_unlabelled))
+            if not len(x_unlabelled):
+                raise ValueError("x_unlabelled must hold at least 1 sample, of whose terms the means are; got 0")
         if not parts:
             raise ValueError("training_pass must be asked for at least one term, got none")
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -258,6 +260,9 @@ class SWWAE(nn.Module):
             raise TypeError(f"{name} must be a floating-point tensor, got {got}")
         if x.dim() < 2 or math.prod(x.shape[1:]) != math.prod(self.image_shape):
             raise ValueError(f"{name} must have shape (N, *) of {self.image_shape}, got {tuple(x.shape)}")
+        own = next(self.parameters(), x)
+        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must be {own.dtype} as the network is, got {x.dtype}")
         return x.reshape(-1, *self.image_shape)
 
     def _encode(

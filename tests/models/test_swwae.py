@@ -365,6 +365,16 @@ def test_inputs_that_do_not_fit():
     net = SWWAE(SMALL, (16, 16))
     with pytest.raises(ValueError, match=r"x must have shape \(N, \*\) of \(1, 16, 16\), got \(2, 255\)"):
         net(torch.rand(2, 255))
+    with pytest.raises(TypeError, match=r"x must be torch.float32 as the network is, got torch.float64"):
+        net(torch.rand(2, 256).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.rand(2, 256).bfloat16()).shape == (2, 4)
+    assert SWWAE("2p", (4, 4))(torch.rand(1, 16).double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="x_unlabelled must hold at least 1 sample"):
+        net.training_pass(torch.rand(2, 256), torch.rand(0, 256))
+    assert net.training_pass(
+        torch.rand(2, 256), torch.rand(0, 256), reconstruction=False, intermediate=False
+    ).logits.isfinite().all()
     with pytest.raises(TypeError, match=r"x_labelled must be a floating-point tensor, got torch.int64"):
         net.training_pass(torch.zeros(2, 256, dtype=torch.long), torch.rand(2, 256))
     with pytest.raises(ValueError, match="must be asked for at least one term, got none"):
