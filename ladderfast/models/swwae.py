@@ -209,7 +209,9 @@ class SWWAE(nn.Module):
         if decode or sparsity:
             parts.append(self._images("x_unlabelled", x_unlabelled))
             if not len(x_unlabelled):
-                raise ValueError("x_unlabelled must hold at least 1 sample, of whose terms the means are; got 0")
+                raise ValueError(
+                    "x_unlabelled must hold at least 1 sample, of whose terms the means are; got 0"
+                )
         if not parts:
             raise ValueError("training_pass must be asked for at least one term, got none")
         x = torch.cat(parts) if len(parts) > 1 else parts[0]

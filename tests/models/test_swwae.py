@@ -372,9 +372,11 @@ def test_inputs_that_do_not_fit():
     assert SWWAE("2p", (4, 4))(torch.rand(1, 16).double()).dtype == torch.float64
     with pytest.raises(ValueError, match="x_unlabelled must hold at least 1 sample"):
         net.training_pass(torch.rand(2, 256), torch.rand(0, 256))
-    assert net.training_pass(
-        torch.rand(2, 256), torch.rand(0, 256), reconstruction=False, intermediate=False
-    ).logits.isfinite().all()
+    assert (
+        net.training_pass(torch.rand(2, 256), torch.rand(0, 256), reconstruction=False, intermediate=False)
+        .logits.isfinite()
+        .all()
+    )
     with pytest.raises(TypeError, match=r"x_labelled must be a floating-point tensor, got torch.int64"):
         net.training_pass(torch.zeros(2, 256, dtype=torch.long), torch.rand(2, 256))
     with pytest.raises(ValueError, match="must be asked for at least one term, got none"):
