@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` and return its exit code.
 
-    0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM.
+    0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM; 141: its reader has gone.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields: dict[str, Any] = {}
@@ -45,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 argv = ["train", *rest]
             arguments = _parser().parse_args(argv)
             arguments.command(arguments, fields)
+            sys.stdout.flush()
             return 0
+        except BrokenPipeError:  # who reads has read enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            return 141
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except KeyboardInterrupt:
@@ -175,6 +179,12 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
             raise ValueError(f"--compare needs another recipe than {names[0]}")
         if not all(recipe.on_one_device for recipe in recipes):
             raise ValueError("--compare trains one run after the other, each on one device")
+        judged = [recipe.objective.build("objective").metric for recipe in recipes]
+        if judged[0].name != judged[1].name:
+            raise ValueError(
+                f"--compare needs recipes that are judged by the same figure; {names[1]} is by the {judged[1].words}, "
+                f"{names[0]} by the {judged[0].words}"
+            )
     results: dict[str, dict[str, Any]] = {}
     out = options.pop("folder", None)
     for name, source in zip(names, sources, strict=True):

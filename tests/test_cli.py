@@ -116,6 +116,22 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
     assert "another recipe than small" in refused(capsys, "train", recipe, "--compare", recipe)
 
 
+def test_compare_needs_one_figure_for_both(recipe, capsys):
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["model"] = {
+        "class_path": "ladderfast.models.SWWAE",
+        "init_args": {"architecture": "(2)3c-2p", "image_shape": [8, 8]},
+    }
+    content["objective"] = {
+        "class_path": "ladderfast.training.SWWAEObjective",
+        "init_args": {"lambda_nll": 0, "lambda_rec": 1},
+    }
+    (recipe.parent / "auto.yaml").write_text(yaml.safe_dump(content))
+    said = refused(capsys, "train", recipe, "--compare", "auto.yaml")
+    assert "judged by the same figure; small is by the test error, auto by the reconstruction error" in said
+    assert not (recipe.parent / "runs").exists()
+
+
 def test_recipes_is_a_table_with_the_published_figures(capsys):
     code, out, _ = call(capsys, "recipes")
     assert code == 0
@@ -125,6 +141,22 @@ def test_recipes_is_a_table_with_the_published_figures(capsys):
     assert "Rasmus et al. 2015" in row
     assert row.endswith("1.06 ± 0.37 %")
     assert any(line.startswith("digits_baseline ") for line in lines)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no broken pipes")
+@pytest.mark.parametrize("command", ["recipes", "info"])  # more and less than a buffer
+def test_a_reader_that_has_gone_is_no_error(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "ladderfast", command],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_names_every_field_with_its_value(capsys):

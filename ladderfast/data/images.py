@@ -46,7 +46,7 @@ class ImageDataset(Dataset):
             raise ValueError(f"shift must be from 0 to {min(height, width)} pixels, got {shift}")
         self.contrast, self.shift, self.mirror = contrast, shift, mirror
         super().__init__(
-            x_train[: len(y_train)],
+            x_train if len(x_train) == len(y_train) else x_train[: len(y_train)],  # one tensor, held once
             y_train,
             self.prepare(x_test),
             y_test,

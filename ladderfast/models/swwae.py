@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.models.swwae_layers import check_image_shape, parse_architecture
+from ladderfast.nn.noise import draw_seed, dropout
 from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
+from ladderfast.ops.what_where import sharpness
 
 
 class SWWAEOutput(NamedTuple):
@@ -54,6 +56,9 @@ class SWWAE(nn.Module):
     decoder has at its place; where nothing lies between the two, they are the same and there is no term. No gradient is
     stopped.
 
+    With dropout, what is dropped is decided by the buffer `noise_state`, (2,) seed and offset, drawn at the start from
+    torch's global generator; each pass in training mode moves the offset on.
+
     Args:
         architecture: "(64)5c-2p-(64)3c-2p-(64)3c-2p-10fc": see `parse_architecture`. Without a dense layer there are
             no classes, and `model(x)` is the top feature map.
@@ -93,8 +98,11 @@ class SWWAE(nn.Module):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         for name, p in (("dropout_dense", dropout_dense), ("dropout_conv", dropout_conv)):
+            if not isinstance(p, (int, float)):
+                raise TypeError(f"{name} must be a number, got {p!r}")
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {p}")
+        beta = sharpness("SWWAE", beta)
         self.architecture = architecture
         self.image_shape = check_image_shape(image_shape)
         self.stages = parse_architecture(architecture, image_shape)
@@ -135,10 +143,18 @@ class SWWAE(nn.Module):
                     )
                 below = stage.shape
             self.decoder = nn.ModuleList(mirrored)
+        drops = bool(dropout_dense or dropout_conv)
+        self.noise_state: Tensor | None
+        self.register_buffer(
+            "noise_state", torch.zeros(2, dtype=torch.long, device=device) if drops else None
+        )
+        if drops:
+            # Processes that train together drop values of their own: DistributedDataParallel leaves this buffer alone.
+            self._ddp_params_and_buffers_to_ignore = ["noise_state"]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights normal of variance 2 / fan_in before a ReLU and 1 / fan_in elsewhere, biases 0."""
+        """Weights normal of variance 2 / fan_in before a ReLU and 1 / fan_in elsewhere, biases 0; dropout anew."""
         for module in self.modules():
             if isinstance(module, _Convolution):
                 module.reset_parameters()
@@ -147,6 +163,8 @@ class SWWAE(nn.Module):
             hidden = i < len(self.dense) - 1
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu" if hidden else "linear")
             nn.init.zeros_(linear.bias)
+        if self.noise_state is not None:
+            draw_seed(self.noise_state)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of x (N, *), flattened or not; the top feature map (N, C, h, w) without dense layers.
@@ -190,6 +208,10 @@ class SWWAE(nn.Module):
             parts.append(self._images("x_labelled", x_labelled))
         if decode or sparsity:
             parts.append(self._images("x_unlabelled", x_unlabelled))
+            if not len(x_unlabelled):
+                raise ValueError(
+                    "x_unlabelled must hold at least 1 sample, of whose terms the means are; got 0"
+                )
         if not parts:
             raise ValueError("training_pass must be asked for at least one term, got none")
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -240,6 +262,9 @@ class SWWAE(nn.Module):
             raise TypeError(f"{name} must be a floating-point tensor, got {got}")
         if x.dim() < 2 or math.prod(x.shape[1:]) != math.prod(self.image_shape):
             raise ValueError(f"{name} must have shape (N, *) of {self.image_shape}, got {tuple(x.shape)}")
+        own = next(self.parameters(), x)
+        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must be {own.dtype} as the network is, got {x.dtype}")
         return x.reshape(-1, *self.image_shape)
 
     def _encode(
@@ -253,7 +278,7 @@ class SWWAE(nn.Module):
                 x = layer(x)
                 if record:
                     hidden.append(x)
-                x = F.dropout(x, self.dropout_conv, self.training) if self.dropout_conv else x
+                x = self._drop(x, self.dropout_conv)
                 pooled.append(None)
             else:
                 x, where = layer(x)
@@ -267,9 +292,15 @@ class SWWAE(nn.Module):
             if i:
                 x = F.relu(x)
                 hidden.append(x)
-            x = F.dropout(x, self.dropout_dense, self.training) if self.dropout_dense else x
-            x = linear(x)
+            x = linear(self._drop(x, self.dropout_dense))
         return x, hidden
+
+    def _drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout with probability p, in training mode."""
+        if not (p and self.training):
+            return x
+        assert self.noise_state is not None
+        return dropout(x, p, self.noise_state)
 
     def _decode(self, v: Tensor, pooled: Sequence[WhatWhere | None], lowest: int) -> Any:
         """Yields (i, what the decoder puts at the place of the encoder's layer i's input), from the top to `lowest`."""
@@ -279,6 +310,11 @@ class SWWAE(nn.Module):
             layer, below = self.decoder[i], pooled[i]
             v = layer(v) if below is None else layer(v, below.where, shapes[i][1:])
             yield i, v
+
+    @property
+    def has_intermediate(self) -> bool:
+        """Whether there is an intermediate reconstruction: a pooling below another layer of the encoder."""
+        return self._lowest_pair() < len(self.encoder)
 
     def _lowest_pair(self) -> int:
         """The lowest layer whose input is compared when the image itself is not."""

@@ -35,7 +35,9 @@ def parse_architecture(text: str, image_shape: Sequence[int]) -> tuple[Stage, ..
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    """(C, H, W) of images of that shape or of (H, W); ValueError for anything else."""
+    """(C, H, W) of images of that shape or of (H, W); TypeError or ValueError for anything else."""
+    if not isinstance(image_shape, Sequence):
+        raise TypeError(f"image_shape must be (H, W) or (C, H, W), got {image_shape!r}")
     sizes = tuple(image_shape)
     if len(sizes) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"image_shape must be (H, W) or (C, H, W), each at least 1, got {sizes}")

@@ -17,6 +17,14 @@ from ladderfast.reference.ladder_decoder import denoising_cost
 from ladderfast.reference.ladder_encoder import moments, normalise
 
 
+def _check_features(num_features: int) -> int:
+    if not isinstance(num_features, int):
+        raise TypeError(f"num_features must be an int, got {num_features!r}")
+    if num_features < 1:
+        raise ValueError(f"num_features must be at least 1, got {num_features}")
+    return num_features
+
+
 class GaussianCombinator(nn.Module):
     """g(z, u) = (z - mu(u)) v(u) + mu(u), with mu and v of Rasmus et al. 2015, section 3.
 
@@ -41,7 +49,7 @@ class GaussianCombinator(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.num_features = _check_features(num_features)
         self.squash_v = squash_v
         self.weight = nn.Parameter(torch.empty(10, num_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -87,7 +95,7 @@ class _UnitwiseCombinator(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.num_features = _check_features(num_features)
         self.weight = nn.Parameter(torch.empty(len(self.start), num_features, device=device, dtype=dtype))
         self.reset_parameters()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import torch
 from torch import Tensor
+
+from ladderfast.ops.ladder_encoder import ladder_encoder
 
 
 @torch.no_grad()
@@ -20,3 +24,18 @@ def take_noise(state: Tensor, streams: int) -> Tensor:
     taken = state.clone()
     state[1].add_(streams)
     return taken
+
+
+def dropout(x: Tensor, p: float, state: Tensor) -> Tensor:
+    """x (N, C, *) with each value 0 with probability p, 0 <= p < 1, and divided by 1 - p otherwise.
+
+    Which ones is decided by the next noise of the state, (2,) int64, and by no other random numbers.
+    """
+    if not (p and len(x)):
+        return x
+    with torch.no_grad():
+        # Of zeros the encoder's op makes the noise alone: normal, whatever x's dtype, and a network's own under vmap.
+        zeros = torch.zeros(x.shape, device=x.device)
+        noise = ladder_encoder(zeros, len(x), noise_std=1.0, noise_state=take_noise(state, 1), want_z=False)
+        kept = noise.h < NormalDist().inv_cdf(1 - p)
+    return torch.where(kept, x / (1 - p), 0)

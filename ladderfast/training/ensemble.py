@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .objectives import Objective, over_seeds
+from .objectives import COUNTS, Objective, over_seeds
 
 
 class _Call(nn.Module):
@@ -27,7 +27,8 @@ class Ensemble(nn.Module):
     """Several networks of one architecture as one module: parameters and buffers have an axis of networks in front.
 
     What is computed goes through torch.func.vmap: a matrix product becomes a batched one, and the ops of
-    ladderfast take all networks in one call.
+    ladderfast take all networks in one call. Random numbers that a network draws from torch's global generator are its
+    own, but not those that it would draw alone; noise by a state that is a buffer, as our networks have it, is.
 
     Args:
         models: networks with the same modules; their parameters and buffers are copied.
@@ -138,7 +139,8 @@ class EnsembleObjective(Objective):
         each = [self.objective.measure(model.extract(i), data.of(i)) for i in range(model.size)]
         figures: dict[str, Any] = {}
         for name in each[0]:
-            figures.update(over_seeds(name, [one[name] for one in each]))
+            values = [one[name] for one in each]
+            figures.update({name: sum(values)} if name in COUNTS else over_seeds(name, values))
         return figures
 
     def finish(self, model: Any, data: Any) -> None:

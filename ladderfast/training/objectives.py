@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+COUNTS = ("test_errors", "test_samples")  # of several seeds together, where other figures are means
+
+
 class Objective(ABC):
     """The cost of a batch, what a model is judged by, what is left to do around the steps, and pictures.
 
@@ -36,7 +39,10 @@ class Objective(ABC):
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of the cost, by name, in nats and 0-dim; the total is their sum."""
 
-    def prepare(self, model: Any) -> None:  # noqa: B027  (most objectives have nothing to do here or below)
+    def check(self, model: Any) -> None:  # noqa: B027  (most objectives have nothing to do here or below)
+        """Raise ValueError for a model that it cannot serve; before training, of several networks with the first."""
+
+    def prepare(self, model: Any) -> None:  # noqa: B027
         """Before the first step and before a checkpoint is read: what the objective needs of its own is made."""
 
     def after_step(self, model: Any) -> None:  # noqa: B027

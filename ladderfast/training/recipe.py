@@ -85,7 +85,8 @@ class Recipe:
         clip_norm: scale the gradient down to this norm where it is larger; null for never.
         seed: of the labels drawn, the order of the samples, the start values and the noise.
         start_from: folder of a run whose network this one starts as, as far as it has parameters and buffers of the
-            same name and shape; layers that grew are new. null: a start of its own.
+            same name and shape; layers that grew are new. {seed} in it stands for the seed of each network, or for
+            the seeds, as in 1-10, of a run that has them side by side. null: a start of its own.
         seeds: networks trained side by side, with the seeds seed, seed + 1 and so on, in one batched program.
         accelerator: cpu, cuda, mps or auto, as Lightning Fabric understands it.
         devices: how many devices, or which; one process runs for each.
@@ -267,6 +268,13 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
         parsed = _plain(parser.parse_object(copy.deepcopy(given)))  # in lists it changes mappings in place
     except ArgumentError as error:
         raise _explain(error, flat, classes, source) from error
+    for field in flat:  # jsonargparse takes null for every type
+        part, _, name = field.rpartition(".")
+        if name == "class_path" or (parsed[part] if part else parsed)[name] is not None:
+            continue
+        annotation, _ = _annotation(field, classes)
+        if not re.search(r"\b(None|Optional|Any|object|of another type|_empty)\b", annotation):
+            raise TypeError(f"{source}: {field} must be {annotation}, got None")
     for part, cls in classes.items():
         parsed[part] = Part(f"{cls.__module__}.{cls.__qualname__}", parsed.get(part) or {})
         parsed[part].class_path = flat[f"{part}.class_path"]
@@ -338,12 +346,29 @@ def _load(recipe: str | Path | Mapping[str, Any]) -> tuple[str, Any]:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
         raise ValueError(f"there is no recipe {text!r}; {hint}")
     try:
-        content = yaml.safe_load(raw.decode())
+        content = yaml.load(raw.decode(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{text} is not a YAML file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{text} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{text} must hold fields and their values, got {type(content).__name__}")
     return name, content
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that stands twice in a mapping is an error, and not the last of the two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"{key.value} stands there twice, in lines {lines[key.value]} and {line}"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:

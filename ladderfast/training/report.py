@@ -82,12 +82,12 @@ def write_report(
         published: the paper's figure, as it prints it.
         figures: by title. A figure's label (`figure.set_label`) becomes its caption; what is drawn in
             `figures.INK` takes the page's text colour.
-        baseline: the result of the same network without the Ladder, to compare with.
+        baseline: the result of another run to compare with, and its title.
         metric: what the run is judged by.
     """
     path = Path(folder) / REPORT
     pictures = [_figure(number, name, figure) for number, (name, figure) in enumerate(figures.items(), 1)]
-    sections = [_errors(result, published, baseline, metric)]
+    sections = [_errors(title, result, published, baseline, metric)]
     if history:
         drawn = _figure(0, "Costs and error over the epochs", curves(history, metric), heading=False)
         sections.append(_section("Training", drawn + _history(history, metric)))
@@ -114,7 +114,11 @@ def _section(heading: str, body: str) -> str:
 
 
 def _errors(
-    result: Mapping[str, Any], published: str | None, baseline: Mapping[str, Any] | None, metric: Metric
+    title: str,
+    result: Mapping[str, Any],
+    published: str | None,
+    baseline: Mapping[str, Any] | None,
+    metric: Metric,
 ) -> str:
     """The figure of the run, large, beside what it is to be compared with."""
     own = result.get(metric.name)
@@ -133,9 +137,9 @@ def _errors(
         entries.append(("", metric.text({metric.name: clean}), f"{metric.words}, input as it is"))
     if published is not None:
         entries.append(("", metric.published(published), f"published {metric.words}"))
-    without = None if baseline is None else baseline.get(metric.name)
-    if baseline is not None and without is not None:
-        entries.append(("", metric.text({metric.name: without}), "the same network without the Ladder"))
+    without, other = (None, "") if baseline is None else (baseline.get(metric.name), baseline["title"])
+    if without is not None:
+        entries.append(("", metric.text({metric.name: without}), f"{metric.words}, {other}"))
     cells = "".join(
         f'<div class="{kind}"><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>'
         for kind, value, what in entries
@@ -143,11 +147,8 @@ def _errors(
     text = f'<dl class="errors">{cells}</dl>'
     if without is not None and own > 0 and metric.name == "test_error":
         ratio = without / own
-        text += (
-            f"<p>With the Ladder the network makes {ratio:.1f} times fewer errors than without.</p>"
-            if ratio > 1
-            else "<p>With the Ladder the network makes no fewer errors than without.</p>"
-        )
+        how = f"{ratio:.1f} times fewer" if ratio > 1 else "no fewer"
+        text += f"<p>“{escape(title)}” makes {how} errors than “{escape(other)}”.</p>"
     return text
 
 

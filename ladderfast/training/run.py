@@ -29,6 +29,7 @@ from .objectives import Objective
 from .recipe import Recipe, read_recipe
 from .schedule import Course
 from .signals import StopRequest
+from .start import start_from
 
 try:
     from lightning_fabric import Fabric
@@ -158,12 +159,13 @@ class Run:
         for seed in seeds:
             torch.manual_seed(seed)
             networks.append(recipe.model.build("model"))
-            if fresh and recipe.start_from is not None:
-                _start_from(networks[-1], Path(recipe.start_from).expanduser())
+        if fresh and recipe.start_from is not None:
+            start_from(networks, recipe.start_from, seeds)
         for method in self.objective.forward_methods:
             if not hasattr(networks[0], method):
                 got = type(networks[0]).__name__
                 raise TypeError(f"model must have the method {method} for this objective, got {got}")
+        self.objective.check(networks[0])
         model = networks[0]
         if len(seeds) > 1:
             model, self.objective = Ensemble(networks), EnsembleObjective(self.objective)
@@ -370,6 +372,7 @@ class Run:
     def _train_step(self) -> dict[str, Tensor]:
         if self.finished:
             raise RuntimeError(f"all {self.epochs_done} epochs are done")
+        self.result = None  # what there is belongs to fewer epochs
         if not self.model.training:
             self.model.train()
         if self._random is not None:
@@ -565,7 +568,10 @@ class Run:
         self._steps_before = self.global_step
         self.epoch = 0
         torch.manual_seed(self.recipe.seed)
-        self.model.load_state_dict(self.recipe.model.build("model").state_dict())
+        network = self.recipe.model.build("model")
+        if self.recipe.start_from is not None:
+            start_from([network], self.recipe.start_from, [self.recipe.seed])
+        self.model.load_state_dict(network.state_dict())
         self._adam.state.clear()
         self.objective = self.recipe.objective.build("objective")
         self.objective.prepare(self.model)
@@ -787,19 +793,3 @@ def _make_fabric(recipe: Recipe) -> Fabric:
             f"{n}={getattr(recipe, n)!r}" for n in ("accelerator", "devices", "strategy", "precision")
         )
         raise ValueError(f"{wanted} cannot be had: {' '.join(str(error).split())}") from error
-
-
-def _start_from(model: nn.Module, folder: Path) -> None:
-    """Give the network what it shares with another run's, by name and shape; its noise stays its own."""
-    saved = checkpoint.load(folder)
-    if saved is None:
-        raise FileNotFoundError(f"start_from: {folder} holds no checkpoint of a run")
-    own = model.state_dict()
-    taken = {
-        k: v
-        for k, v in saved["model"].items()
-        if k in own and own[k].shape == v.shape and k.rpartition(".")[2] != "noise_state"
-    }
-    if not taken:
-        raise ValueError(f"start_from: the network in {folder} shares no parameter with this one")
-    model.load_state_dict({**own, **taken})

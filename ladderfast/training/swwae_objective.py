@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.data import Batch
+from ladderfast.models import SWWAE
+from ladderfast.models.swwae import WhatWhere
 
 from .metric import Metric
 from .objectives import Objective
@@ -66,6 +69,13 @@ class SWWAEObjective(Objective):
         self.softmax_iterations = softmax_iterations
         self.classifies = lambda_nll > 0 or softmax_iterations > 0
         self.metric = Metric() if self.classifies else RECONSTRUCTION
+
+    def check(self, model: Any) -> None:
+        if self.lambda_m and isinstance(model, SWWAE) and not model.has_intermediate:
+            raise ValueError(
+                f"lambda_m must be 0 for {model.architecture}, which has no intermediate reconstruction; "
+                f"got {self.lambda_m:g}"
+            )
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         out = model.training_pass(
@@ -174,7 +184,8 @@ class EquivarianceObjective(SWWAEObjective):
         shift: pixels of the translation, there and back, horizontally and vertically.
         samples: test digits in the scatter plots.
 
-    Raises ValueError as `SWWAEObjective` does, or for a shift or samples below 1.
+    Raises ValueError as `SWWAEObjective` does, or for a shift or samples below 1; before training for a shift that is
+    not smaller than the image, and for a network whose top pooling is not soft or leaves several places.
     """
 
     def __init__(
@@ -185,6 +196,17 @@ class EquivarianceObjective(SWWAEObjective):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.shift, self.samples = shift, samples
+
+    @torch.no_grad()
+    def check(self, model: Any) -> None:
+        super().check(model)
+        size = min(model.image_shape[-2:])
+        if self.shift >= size:
+            raise ValueError(f"shift must be below {size}, the smaller side of the images, got {self.shift}")
+        training = model.training
+        model.eval()
+        _check_top(model.what_where(next(model.parameters()).new_zeros(1, *model.image_shape)))
+        model.train(training)
 
     def measure(self, model: Any, data: Any) -> dict[str, Any]:
         figures = super().measure(model, data)
@@ -244,14 +266,9 @@ class EquivarianceObjective(SWWAEObjective):
         }
 
         def responses(down: int, right: int) -> tuple[Tensor, Tensor]:
-            tops = [model.what_where(translate(part, down, right))[-1] for part in x.split(500)]
+            tops = [_check_top(model.what_where(translate(part, down, right))) for part in x.split(500)]
             what = torch.cat([top.what for top in tops])
             where = torch.cat([top.where for top in tops])
-            if where.dim() != 5 or what.shape[2:] != (1, 1):
-                raise ValueError(
-                    "the top pooling must be soft and leave one place of each feature plane, whose what and where are "
-                    f"looked at; got what {tuple(what.shape[1:])} and where {tuple(where.shape[1:])}"
-                )
             return what.flatten(1).float(), where.flatten(2).float()
 
         return responses(0, 0), {key: responses(*move) for key, move in moves.items()}
@@ -265,6 +282,19 @@ class EquivarianceObjective(SWWAEObjective):
             1, model.stages[top].size - 1
         )  # where's units from one place of the window to the next
         return self.shift * width / columns * place, self.shift * height / rows * place
+
+
+def _check_top(pooled: Sequence[WhatWhere]) -> WhatWhere:
+    """The top pooling's what and where, if they are one place of each feature plane."""
+    if not pooled:
+        raise ValueError("the network must have a pooling, whose what and where are looked at; it has none")
+    what, where = pooled[-1]
+    if where.dim() != 5 or what.shape[2:] != (1, 1):
+        raise ValueError(
+            "the top pooling must be soft and leave one place of each feature plane, whose what and where are "
+            f"looked at; got what {tuple(what.shape[1:])} and where {tuple(where.shape[1:])}"
+        )
+    return pooled[-1]
 
 
 def train_classifier(layers: nn.ModuleList, x: Tensor, y: Tensor, *, iterations: int) -> None:

@@ -91,6 +91,14 @@ def test_samples_without_labels_are_among_the_unlabelled_alone():
     assert torch.bincount(drawn.y_labelled).tolist() == [2] * 4
 
 
+def test_images_that_all_have_their_label_are_held_once():
+    x, y = torch.rand(20, 90), torch.arange(20) % 4
+    data = ImageDataset(x, y, x, y, image_shape=SHAPE)
+    for one in (data, data.with_seed(2)):
+        batches = one.batches(4, 10, seed=1, dtype=torch.float64)
+        assert batches.x_labelled.data_ptr() == batches.x_unlabelled.data_ptr()
+
+
 def test_a_step_is_reached_directly_and_moves_with_all_that_it_depends_on():
     data = dataset(8, shift=2, mirror=True)
     batches = data.batches(4, 10, seed=1)

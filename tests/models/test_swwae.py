@@ -10,6 +10,7 @@ from torch import nn
 
 from ladderfast.models import SWWAE, SWWAEComparison
 from ladderfast.models.swwae_layers import parse_architecture
+from ladderfast.nn.noise import dropout
 
 SMALL = "(3)3c-2p-(4)3c-2p-(5)3c-2p-7fc-4fc"
 
@@ -280,6 +281,38 @@ def test_a_dropped_value_is_scaled():
     assert float(zeros_and_others[-1]) == pytest.approx(1 / 0.75)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_drops_with_its_probability_and_passes_gradients_of_what_it_keeps(dtype):
+    x = torch.ones(50, 7, 300, dtype=dtype, requires_grad=True)
+    state = torch.tensor([5, 0])
+    for p in (0.1, 0.5, 0.8):
+        y = dropout(x, p, state)
+        dropped = float((y == 0).double().mean())
+        assert dropped == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / x.numel()))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(gradient, y.detach())
+    assert state.tolist() == [5, 3]
+    first, again = (dropout(x, 0.5, torch.tensor([5, 1])) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, dropout(x, 0.5, torch.tensor([6, 1])))
+    assert dropout(x[:0], 0.5, state).shape == (0, 7, 300)
+
+
+def test_what_is_dropped_is_no_affair_of_torchs_generator():
+    net = SWWAE(SMALL, (16, 16), dropout_dense=0.5, dropout_conv=0.2)
+    x = torch.rand(4, 256)
+    before = net.noise_state.clone()
+    first = net(x)
+    torch.rand(3)
+    second = net(x)
+    net.noise_state.copy_(before)
+    assert torch.equal(net(x), first)
+    assert torch.equal(net(x), second)
+    assert SWWAE(SMALL, (16, 16)).noise_state is None
+
+
 def test_batch_normalisation_uses_its_running_statistics_in_evaluation():
     net = SWWAE("(3)3c-2p-4fc", (8, 8), batch_norm=True)
     x = torch.rand(20, 64)
@@ -317,6 +350,10 @@ def test_what_and_where_of_every_pooling():
         ({"image_shape": (1, 2, 3, 4)}, ValueError, r"image_shape must be \(H, W\) or \(C, H, W\)"),
         ({"architecture": 3}, TypeError, "architecture must be text such as"),
         ({"pooling": "soft", "beta": -1.0}, ValueError, "beta"),
+        ({"pooling": "hard", "beta": -1.0}, ValueError, "beta"),
+        ({"dropout_dense": "x"}, TypeError, "dropout_dense must be a number, got 'x'"),
+        ({"image_shape": 8}, TypeError, r"image_shape must be \(H, W\) or \(C, H, W\), got 8"),
+        ({"image_shape": None}, TypeError, r"image_shape must be \(H, W\) or \(C, H, W\), got None"),
     ],
 )
 def test_arguments_that_make_no_network(arguments, error, message):
@@ -328,6 +365,18 @@ def test_inputs_that_do_not_fit():
     net = SWWAE(SMALL, (16, 16))
     with pytest.raises(ValueError, match=r"x must have shape \(N, \*\) of \(1, 16, 16\), got \(2, 255\)"):
         net(torch.rand(2, 255))
+    with pytest.raises(TypeError, match=r"x must be torch.float32 as the network is, got torch.float64"):
+        net(torch.rand(2, 256).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.rand(2, 256).bfloat16()).shape == (2, 4)
+    assert SWWAE("2p", (4, 4))(torch.rand(1, 16).double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="x_unlabelled must hold at least 1 sample"):
+        net.training_pass(torch.rand(2, 256), torch.rand(0, 256))
+    assert (
+        net.training_pass(torch.rand(2, 256), torch.rand(0, 256), reconstruction=False, intermediate=False)
+        .logits.isfinite()
+        .all()
+    )
     with pytest.raises(TypeError, match=r"x_labelled must be a floating-point tensor, got torch.int64"):
         net.training_pass(torch.zeros(2, 256, dtype=torch.long), torch.rand(2, 256))
     with pytest.raises(ValueError, match="must be asked for at least one term, got none"):

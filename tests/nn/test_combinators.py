@@ -157,3 +157,12 @@ def test_state_dict_and_repr(name):
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.weight, module.weight)
     assert "4" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "additive"])
+def test_a_number_of_features_that_is_none(name):
+    with pytest.raises(TypeError, match="num_features must be an int, got '5'"):
+        make_combinator(name, "5")
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=f"num_features must be at least 1, got {number}"):
+            make_combinator(name, number)

@@ -98,6 +98,10 @@ def test_an_unknown_field_is_refused_by_name(small, fields, message):
             "objective.denoising_weights must be Sequence[float], got 'x'",
         ),
         ({"model": 3}, "model must be a mapping with class_path and init_args, got 3"),
+        ({"seeds": None}, "small: seeds must be int, got None"),
+        ({"learning_rate": None}, "learning_rate must be float, got None"),
+        ({"epochs": "null"}, "epochs must be int, got"),
+        ({"model.top_gamma": None}, "model.top_gamma must be bool, got None"),
         ({"model": {"init_args": 3}}, "model.init_args must be a mapping, got 3"),
     ],
 )
@@ -199,6 +203,14 @@ def test_files_that_are_no_recipes(tmp_path):
         with pytest.raises(ValueError, match=r"bad\.yaml") as caught:
             read_recipe(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    for content in ("title: x\nepochs: 3\nepochs: 4\n", "model:\n  init_args: {epochs: 1,\n    epochs: 2}\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"twice\.yaml .*: epochs stands there twice, in lines 2 and 3$"):
+            read_recipe(path)
 
 
 def test_an_unknown_name_has_a_hint():

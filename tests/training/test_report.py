@@ -91,14 +91,15 @@ def picture():
 
 
 def test_says_the_error_beside_the_published_one_and_the_baseline(tmp_path):
-    page = write(tmp_path, baseline={"test_error": 12.34})
+    page = write(tmp_path, baseline={"test_error": 12.34, "title": "Plain < before"})
     for text in (
         "A run",
         "1.23 %",
         "test error, 123 of 10\u202f000",
         "1.06 ± 0.37 %",
         "12.34 %",
-        "With the Ladder the network makes 10.0 times fewer errors than without.",
+        "test error, Plain < before",
+        "“A run” makes 10.0 times fewer errors than “Plain < before”.",
         "3\u202f456\u202f789",
         "6, 4, 2",
     ):
@@ -116,7 +117,7 @@ def test_says_on_which_input_an_error_was_measured(tmp_path):
 
 def test_without_baseline_published_figure_or_error(tmp_path):
     text = write(tmp_path, published=None).text
-    assert not any("published" in part or "without the Ladder" in part for part in text)
+    assert not any("published" in part or "errors than" in part for part in text)
     text = write(tmp_path, result={"nll": 8.5}).text
     assert "8.5" in text
     assert not any("test error" in part and "%" in part for part in text)
@@ -124,12 +125,12 @@ def test_without_baseline_published_figure_or_error(tmp_path):
 
 @pytest.mark.parametrize("own", [15.0, 12.34])
 def test_a_ladder_that_does_not_help_is_not_praised(tmp_path, own):
-    page = write(tmp_path, result={"test_error": own}, baseline={"test_error": 12.34})
-    assert "With the Ladder the network makes no fewer errors than without." in page.text
+    page = write(tmp_path, result={"test_error": own}, baseline={"test_error": 12.34, "title": "Plain"})
+    assert "“A run” makes no fewer errors than “Plain”." in page.text
 
 
 def test_a_perfect_run_is_compared_without_a_ratio(tmp_path):
-    page = write(tmp_path, result={"test_error": 0.0}, baseline={"test_error": 5.0})
+    page = write(tmp_path, result={"test_error": 0.0}, baseline={"test_error": 5.0, "title": "Plain"})
     assert "0.00 %" in page.text
 
 

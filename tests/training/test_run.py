@@ -303,3 +303,5 @@ def test_loading_a_run(small, tmp_path):
     assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         Run.load(tmp_path / "tensorboard")
+    longer = Run.load(tmp_path, epochs=3)
+    assert longer.fit()["steps"] == 15 > figures["steps"]

@@ -189,6 +189,17 @@ def test_retraining_is_a_run_on_the_joined_samples_with_the_same_rates():
     assert torch.equal(run.objective.average, alone.objective.average)
 
 
+def test_retraining_starts_from_the_same_run_again(tmp_path):
+    source = quiet({"schedule": "constant", "epochs": 1}, tmp_path)
+    source.fit()
+    run = quiet({"retrain": True, "start_from": str(tmp_path)})
+    assert torch.equal(run.model.slope, source.model.slope)
+    while not run.course.retraining:
+        run.step()
+    assert torch.equal(run.model.slope, source.model.slope)
+    assert torch.equal(run.objective.average, source.model.slope)
+
+
 def test_retraining_without_patience_takes_all_epochs():
     run = quiet({"retrain": True})
     run.fit()

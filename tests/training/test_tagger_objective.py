@@ -211,7 +211,8 @@ def test_a_run_starts_from_another_whose_layers_it_keeps(tmp_path):
     )
     first.fit()
     grown = {"start_from": str(tmp_path / "first"), "seed": 2}
-    second = Run(RECIPE, folder=None, progress=False, **grown)
+    with pytest.warns(RuntimeWarning, match="has seed 1 and this network 2"):
+        second = Run(RECIPE, folder=None, progress=False, **grown)
     plain = Run(RECIPE, folder=None, progress=False, seed=2)
     before, now, new = (run.model.state_dict() for run in (first, second, plain))
     kept = [k for k in now if k in before]
@@ -302,7 +303,7 @@ def test_the_published_runs(name):
     assert (recipe.learning_rate, recipe.epochs, recipe.decay_from) == (rate, epochs, 1.0)
     assert recipe.batch_labelled + recipe.batch_unlabelled == 100
     assert recipe.data.init_args.get("num_labels") == labels
-    assert (recipe.start_from == "runs/freq20_stage1-seed1") is (name == "freq20_stage2")
+    assert (recipe.start_from == "runs/freq20_stage1-seed{seed}") is (name == "freq20_stage2")
     if name.startswith("freq20"):  # the weight of the class cost is one beside means
         assert (objective["over_iterations"], objective["over_pixels"]) == ("mean", "mean")
     if weight:
