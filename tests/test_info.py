@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ladderfast
-from ladderfast import info, ops
+from ladderfast import _extension, info, ops
 from ladderfast.ops import backend
 
 
@@ -43,3 +43,18 @@ def test_what_is_forced(name):
     assert f"backends          forced: {name}" in text
     if name == "triton" and backend.unavailable("triton", "cpu", torch.float64):
         assert "the forced backend 'triton' cannot serve this call" in text
+
+
+def test_an_extension_of_other_sources_is_none(monkeypatch):
+    monkeypatch.setattr(_extension, "module", _extension.module)
+    monkeypatch.setattr(_extension, "reason", _extension.reason)
+    if _extension.module is None:
+        pytest.skip("there is no extension")
+
+    @_extension.register_fake("an_op_of_tomorrow")
+    def fake(x):
+        return x
+
+    assert fake(3) == 3
+    assert "it lacks an_op_of_tomorrow; build it again" in info.text()
+    assert backend.choose("gaussian_combinator", "cpu", torch.float32) == "reference"

@@ -15,11 +15,11 @@ from ladderfast.reference import combinator as reference
 
 if _extension.module is not None:
 
-    @torch.library.register_fake("ladderfast::combinator")
+    @_extension.register_fake("combinator")
     def _combinator_fake(z: Tensor, u: Tensor, params: Tensor, squash_v: bool) -> Tensor:
         return torch.empty_like(z)
 
-    @torch.library.register_fake("ladderfast::combinator_backward")
+    @_extension.register_fake("combinator_backward")
     def _combinator_backward_fake(
         grad_z_hat: Tensor, z: Tensor, u: Tensor, params: Tensor, squash_v: bool
     ) -> tuple[Tensor, Tensor, Tensor]:

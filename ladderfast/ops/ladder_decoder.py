@@ -23,7 +23,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 if _extension.module is not None:
 
-    @torch.library.register_fake("ladderfast::ladder_decoder")
+    @_extension.register_fake("ladder_decoder")
     def _ladder_decoder_fake(
         u: Tensor,
         z: Tensor,
@@ -43,7 +43,7 @@ if _extension.module is not None:
             u.new_empty((*seeds, params.shape[-1]), dtype=wide),
         )
 
-    @torch.library.register_fake("ladderfast::ladder_decoder_backward")
+    @_extension.register_fake("ladder_decoder_backward")
     def _ladder_decoder_backward_fake(
         grad_z_hat: Tensor | None,
         grad_cost: Tensor | None,

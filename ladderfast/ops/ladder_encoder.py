@@ -20,7 +20,7 @@ Options = tuple[int, int, float, int, int, float, float]
 
 if _extension.module is not None:
 
-    @torch.library.register_fake("ladderfast::ladder_encoder")
+    @_extension.register_fake("ladder_encoder")
     def _ladder_encoder_fake(
         z_pre: Tensor,
         beta: Tensor | None,
@@ -48,7 +48,7 @@ if _extension.module is not None:
             z_pre.new_empty(shape, dtype=wide),
         )
 
-    @torch.library.register_fake("ladderfast::ladder_encoder_backward")
+    @_extension.register_fake("ladder_encoder_backward")
     def _ladder_encoder_backward_fake(
         grad_z: Tensor | None,
         grad_h: Tensor | None,

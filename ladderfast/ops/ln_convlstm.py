@@ -36,7 +36,7 @@ if _extension.module is not None:
     _forward = torch.ops.ladderfast.ln_convlstm.default
     _backward = torch.ops.ladderfast.ln_convlstm_backward.default
 
-    @torch.library.register_fake("ladderfast::ln_convlstm")
+    @_extension.register_fake("ln_convlstm")
     def _ln_convlstm_fake(
         x: Tensor,
         y: Tensor | None,
@@ -55,7 +55,7 @@ if _extension.module is not None:
         stats = stats_like(x, bias, inputs, cell_weight is not None, batch)
         return cells_like(x, channel), cells_like(x, channel), *stats
 
-    @torch.library.register_fake("ladderfast::ln_convlstm_backward")
+    @_extension.register_fake("ln_convlstm_backward")
     def _ln_convlstm_backward_fake(
         grad_h: Tensor,
         grad_c_new: Tensor,

@@ -31,41 +31,41 @@ if _extension.module is not None:
         for _op in (_name, _name + "_backward"):
             _kernels[_op] = getattr(torch.ops.ladderfast, _op).default
 
-    @torch.library.register_fake("ladderfast::gaussian_group_inputs")
+    @_extension.register_fake("gaussian_group_inputs")
     def _gaussian_inputs_fake(x: Tensor, z: Tensor, m: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         return _like_groups(z), _like_groups(z)
 
-    @torch.library.register_fake("ladderfast::bernoulli_group_inputs")
+    @_extension.register_fake("bernoulli_group_inputs")
     def _bernoulli_inputs_fake(x: Tensor, z: Tensor, m: Tensor, flip_prob: Tensor) -> tuple[Tensor, Tensor]:
         return _like_groups(z), _like_groups(z)
 
-    @torch.library.register_fake("ladderfast::gaussian_mixture_nll")
+    @_extension.register_fake("gaussian_mixture_nll")
     def _gaussian_nll_fake(x: Tensor, z: Tensor, m: Tensor, variance: Tensor) -> Tensor:
         return z.new_empty(x.shape)
 
-    @torch.library.register_fake("ladderfast::bernoulli_mixture_nll")
+    @_extension.register_fake("bernoulli_mixture_nll")
     def _bernoulli_nll_fake(x: Tensor, z: Tensor, m: Tensor) -> Tensor:
         return z.new_empty(x.shape)
 
-    @torch.library.register_fake("ladderfast::gaussian_group_inputs_backward")
+    @_extension.register_fake("gaussian_group_inputs_backward")
     def _gaussian_inputs_backward_fake(
         grad_dz: Tensor, grad_likelihood: Tensor, x: Tensor, z: Tensor, m: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *_gradients_like(x, z), variance.new_empty(variance.shape)
 
-    @torch.library.register_fake("ladderfast::bernoulli_group_inputs_backward")
+    @_extension.register_fake("bernoulli_group_inputs_backward")
     def _bernoulli_inputs_backward_fake(
         grad_dz: Tensor, grad_likelihood: Tensor, x: Tensor, z: Tensor, m: Tensor, flip_prob: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _gradients_like(x, z)
 
-    @torch.library.register_fake("ladderfast::gaussian_mixture_nll_backward")
+    @_extension.register_fake("gaussian_mixture_nll_backward")
     def _gaussian_nll_backward_fake(
         grad: Tensor, x: Tensor, z: Tensor, m: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *_gradients_like(x, z), variance.new_empty(variance.shape)
 
-    @torch.library.register_fake("ladderfast::bernoulli_mixture_nll_backward")
+    @_extension.register_fake("bernoulli_mixture_nll_backward")
     def _bernoulli_nll_backward_fake(
         grad: Tensor, x: Tensor, z: Tensor, m: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,23 +49,23 @@ if _extension.module is not None:
         for _op in (_name, _name + "_backward"):
             _kernels[_op] = getattr(torch.ops.ladderfast, _op).default
 
-    @torch.library.register_fake("ladderfast::gaussian_step_inputs")
+    @_extension.register_fake("gaussian_step_inputs")
     def _gaussian_inputs_fake(x: Tensor, z: Tensor, mask_logits: Tensor, variance: Tensor) -> Tensor:
         return _inputs_like(z)
 
-    @torch.library.register_fake("ladderfast::bernoulli_step_inputs")
+    @_extension.register_fake("bernoulli_step_inputs")
     def _bernoulli_inputs_fake(x: Tensor, z: Tensor, mask_logits: Tensor, flip_prob: Tensor) -> Tensor:
         return _inputs_like(z)
 
-    @torch.library.register_fake("ladderfast::gaussian_step_inputs_backward")
+    @_extension.register_fake("gaussian_step_inputs_backward")
     def _gaussian_inputs_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         return _same(*inputs)
 
-    @torch.library.register_fake("ladderfast::bernoulli_step_inputs_backward")
+    @_extension.register_fake("bernoulli_step_inputs_backward")
     def _bernoulli_inputs_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         return _same(*inputs[:_WITH_ROWS])
 
-    @torch.library.register_fake("ladderfast::gaussian_step_outputs")
+    @_extension.register_fake("gaussian_step_outputs")
     def _gaussian_outputs_fake(
         x: Tensor,
         z_pre: Tensor,
@@ -78,7 +78,7 @@ if _extension.module is not None:
     ) -> tuple[Tensor, ...]:
         return _outputs_like(x, z_pre, mask_weight)
 
-    @torch.library.register_fake("ladderfast::bernoulli_step_outputs")
+    @_extension.register_fake("bernoulli_step_outputs")
     def _bernoulli_outputs_fake(
         x: Tensor,
         z_pre: Tensor,
@@ -96,7 +96,7 @@ if _extension.module is not None:
         return _same(*inputs[:-1])
 
     for _name in _NAMES[1::2]:
-        torch.library.register_fake(f"ladderfast::{_name}_backward")(_outputs_backward_fake)
+        _extension.register_fake(f"{_name}_backward")(_outputs_backward_fake)
 
 
 def _run(op: str, name: str, *arguments: Any) -> Any:

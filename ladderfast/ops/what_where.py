@@ -26,49 +26,49 @@ if _extension.module is not None:
         memory_format = last if channels_last else torch.contiguous_format
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
-    @torch.library.register_fake("ladderfast::soft_pool2d")
+    @_extension.register_fake("soft_pool2d")
     def _pool_fake(z: Tensor, kernel_h: int, kernel_w: int, beta: float) -> tuple[Tensor, Tensor]:
         n, c, h, w = z.shape[0], z.shape[1], z.shape[2] // kernel_h, z.shape[3] // kernel_w
         last = _channels_last(z)
         return _empty(z, (n, c, h, w), last), _empty(z, (n, c, 2, h, w), last)
 
-    @torch.library.register_fake("ladderfast::soft_pool2d_backward")
+    @_extension.register_fake("soft_pool2d_backward")
     def _pool_backward_fake(
         grad_what: Tensor, grad_where: Tensor, z: Tensor, kernel_h: int, kernel_w: int, beta: float
     ) -> Tensor:
         return torch.empty_like(z)
 
-    @torch.library.register_fake("ladderfast::soft_unpool2d")
+    @_extension.register_fake("soft_unpool2d")
     def _unpool_fake(what: Tensor, where: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
         n, c, h, w = what.shape
         return _empty(what, (n, c, h * kernel_h, w * kernel_w), _channels_last(what))
 
-    @torch.library.register_fake("ladderfast::soft_unpool2d_backward")
+    @_extension.register_fake("soft_unpool2d_backward")
     def _unpool_backward_fake(
         grad_z: Tensor, what: Tensor, where: Tensor, kernel_h: int, kernel_w: int
     ) -> tuple[Tensor, Tensor]:
         n, c, h, w = what.shape
         return torch.empty_like(what), _empty(what, (n, c, 2, h, w), _channels_last(what))
 
-    @torch.library.register_fake("ladderfast::where_max_pool2d")
+    @_extension.register_fake("where_max_pool2d")
     def _max_pool_fake(z: Tensor, kernel_h: int, kernel_w: int, positions: bool) -> tuple[Tensor, Tensor]:
         n, c, h, w = z.shape[0], z.shape[1], z.shape[2] // kernel_h, z.shape[3] // kernel_w
         what = _empty(z, (n, c, h, w), _channels_last(z))
         return what, torch.empty_like(what, dtype=torch.int64 if positions else torch.uint8)
 
-    @torch.library.register_fake("ladderfast::where_max_pool2d_backward")
+    @_extension.register_fake("where_max_pool2d_backward")
     def _max_pool_backward_fake(
         grad_what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int
     ) -> Tensor:
         return _empty(grad_what, (*where.shape[:2], height, width), _channels_last(where))
 
-    @torch.library.register_fake("ladderfast::where_max_unpool2d")
+    @_extension.register_fake("where_max_unpool2d")
     def _max_unpool_fake(
         what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int
     ) -> Tensor:
         return _empty(what, (*what.shape[:2], height, width), _channels_last(what))
 
-    @torch.library.register_fake("ladderfast::where_max_unpool2d_backward")
+    @_extension.register_fake("where_max_unpool2d_backward")
     def _max_unpool_backward_fake(grad_z: Tensor, where: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
         return _empty(grad_z, tuple(where.shape), _channels_last(grad_z))
 
