@@ -100,10 +100,30 @@ class Level:
         for name in ("kernel_size", "gate_kernel_size"):
             if (getattr(self, name) or 1) % 2 == 0:
                 raise ValueError(f"{name} must be odd, got {getattr(self, name)}")
+        for name, used in self._used().items():
+            value = getattr(self, name)
+            if not used and value != getattr(type(self), name):
+                where = f"encoder {self.encoder}" + ("" if self.decoder is None else f" with {self.decoder}")
+                raise ValueError(f"{where} has no use for {name}, got {value!r}")
         if self.feedback and self.encoder in PLAIN:
             raise ValueError(f"encoder {self.encoder} takes no feedback")
         if self.feedback and self.decoder is None:
             raise ValueError("feedback needs a decoder at its level")
+
+    def _used(self) -> dict[str, bool]:
+        """Whether an option means something at this level."""
+        convolves = self.encoder.startswith("conv")
+        gate = self.decoder is not None
+        gate_convolves = gate and self.decoder != "g1"
+        return {
+            "kernel_size": convolves or (gate_convolves and self.gate_kernel_size is None),
+            "stride": self.encoder not in PLAIN,  # dense ones refuse it for themselves
+            "activation": self.encoder in ("conv", "linear"),
+            "norm": self.encoder not in PLAIN,
+            "gate_kernel_size": gate_convolves,
+            "gate_norm": gate,
+            "upsample": gate,
+        }
 
 
 class RLadderState(NamedTuple):

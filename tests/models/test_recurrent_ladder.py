@@ -286,6 +286,21 @@ def test_it_computes_in_16_bits_under_autocast():
         ([{"encoder": "pool", "channels": 3}], {}, "level 0: encoder pool has no channels of its own"),
         ([{"encoder": "conv", "channels": 3, "kernel_size": 2}], {}, "kernel_size must be odd, got 2"),
         (
+            [{"encoder": "lstm", "channels": 3, "kernel_size": 5}],
+            {},
+            "encoder lstm has no use for kernel_size",
+        ),
+        ([{"encoder": "lstm", "channels": 3, "activation": "tanh"}], {}, "lstm has no use for activation"),
+        ([{"encoder": "pool", "stride": 2}], {}, "pool has no use for stride, got 2"),
+        ([{"encoder": "pool", "norm": "layer"}], {}, "pool has no use for norm, got 'layer'"),
+        ([{"encoder": "conv", "channels": 3, "gate_norm": "batch"}], {}, "no use for gate_norm"),
+        ([{"encoder": "conv", "channels": 3, "upsample": "transposed"}], {}, "no use for upsample"),
+        (
+            [{"encoder": "lstm", "channels": 3, "decoder": "g1", "gate_kernel_size": 5}],
+            {},
+            "encoder lstm with g1 has no use for gate_kernel_size, got 5",
+        ),
+        (
             [{"encoder": "conv", "channels": 3}, {"encoder": "input"}],
             {},
             "level 1: encoder input is for the lowest",
@@ -336,7 +351,7 @@ def test_inputs_that_do_not_fit_are_refused():
     for given, got in (
         (x.long(), "x must be a floating-point tensor, got torch.int64"),
         ([0.0], "x must be a floating-point tensor, got list"),
-        (x.double(), "x must be torch.float32, as the network's parameters are, got torch.float64"),
+        (x.float(), "x must be torch.float64, as the network's parameters are, got torch.float32"),
     ):
         for call in (model, model.step):
             with pytest.raises(TypeError, match=got):
