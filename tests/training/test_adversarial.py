@@ -162,7 +162,7 @@ def test_evaluate_prints_the_three_figures(small, tmp_path, capsys):
     run.fit()
     capsys.readouterr()
     cli.main(["evaluate", str(tmp_path / "run"), "--adversarial", "0.25"])
-    line = capsys.readouterr().out.splitlines()[1]
+    line = capsys.readouterr().out.splitlines()[-1]
     figures = run.robustness(0.25)
     assert line == (
         f"test error without noise {figures['test_error']:.2f} %, with 0.25 times random signs "
