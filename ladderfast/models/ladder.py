@@ -14,9 +14,7 @@ from ladderfast.models.layers import Convolution, Dense, downward, parse_layers,
 from ladderfast.nn.combinator import make_combinator
 from ladderfast.nn.ladder_decoder import decode
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer, follow, running_statistics, unbiased
-from ladderfast.nn.maps import op_dtype
-from ladderfast.nn.noise import draw_seed, take_noise
-from ladderfast.ops import ladder_encoder
+from ladderfast.nn.noise import draw_seed, normal_like, take_noise
 
 # Layer l's noise has the stream l in training and this much more in pictures, which then leave training as it is.
 PICTURES = 1 << 62
@@ -389,12 +387,7 @@ class LadderNetwork(nn.Module):
 def _add_noise(x: Tensor, std: float, state: Tensor, stream: int) -> None:
     """Add noise of its own to every element of x, in place."""
     if std and len(x):
-        # Of zeros, which its normalisation leaves as they are, the encoder's op makes the noise alone.
-        zeros = torch.zeros(x.shape, dtype=op_dtype(x.dtype, x.device), device=x.device)
-        noise = ladder_encoder(
-            zeros, len(x), noise_std=std, noise_state=state, noise_stream=stream, want_z=False
-        )
-        x.add_(noise.h)
+        x.add_(normal_like(x, std, state, stream))
 
 
 def _check_input(name: str, x: Tensor, shape: tuple[int, ...], *, at_least: int) -> Tensor:

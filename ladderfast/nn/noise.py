@@ -7,6 +7,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from ladderfast.nn.maps import op_dtype
 from ladderfast.ops.ladder_encoder import ladder_encoder
 
 
@@ -26,6 +27,18 @@ def take_noise(state: Tensor, streams: int) -> Tensor:
     return taken
 
 
+def normal_like(x: Tensor, std: float, state: Tensor, stream: int = 0) -> Tensor:
+    """Noise of that standard deviation in the shape of x (N, C, *), N > 0: that of the state and the stream.
+
+    Of zeros, which its normalisation leaves as they are, the encoder's op makes the noise alone; under vmap each
+    network's own. Of the dtype in which the ops compute.
+    """
+    zeros = torch.zeros(x.shape, dtype=op_dtype(x.dtype, x.device), device=x.device)
+    return ladder_encoder(
+        zeros, len(x), noise_std=std, noise_state=state, noise_stream=stream, want_z=False
+    ).h
+
+
 def dropout(x: Tensor, p: float, state: Tensor) -> Tensor:
     """x (N, C, *) with each value 0 with probability p, 0 <= p < 1, and divided by 1 - p otherwise.
 
@@ -34,8 +47,6 @@ def dropout(x: Tensor, p: float, state: Tensor) -> Tensor:
     if not (p and len(x)):
         return x
     with torch.no_grad():
-        # Of zeros the encoder's op makes the noise alone: normal, whatever x's dtype, and a network's own under vmap.
-        zeros = torch.zeros(x.shape, device=x.device)
-        noise = ladder_encoder(zeros, len(x), noise_std=1.0, noise_state=take_noise(state, 1), want_z=False)
-        kept = noise.h < NormalDist().inv_cdf(1 - p)
+        # Compared in float32 whatever x is: the same values are dropped then.
+        kept = normal_like(x.float(), 1.0, take_noise(state, 1)) < NormalDist().inv_cdf(1 - p)
     return torch.where(kept, x / (1 - p), 0)

@@ -324,7 +324,7 @@ class Run:
         return figures
 
     def check_robustness(self, tau: float) -> None:
-        """Raise the ValueErrors of `robustness`, before anything is computed."""
+        """Raise the ValueErrors of `robustness`, before what takes long."""
         check_tau("tau", tau)
         if not hasattr(self.batches, "y_test"):
             raise ValueError(
@@ -333,7 +333,7 @@ class Run:
         if self.recipe.seeds > 1:
             raise ValueError(f"robustness is measured of one network, this run has {self.recipe.seeds}")
         training = self.model.training
-        with torch.no_grad():
+        with torch.no_grad(), self.fabric.autocast():
             logits = self.model.eval()(self.batches.x_test[:1])
         self.model.train(training)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
