@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, sync_timer
+from conftest import DEVICES, bytes_kept, record, time_it
 
 import ladderfast
 from ladderfast.ops import backend, gaussian_combinator
@@ -71,6 +71,5 @@ def bench_combinator(benchmark, device, shape, dtype, phase, variant):
             moved=PHASES[phase] * z.numel() * z.element_size(),
             kept=bytes_kept(function, inputs),
         )
-        benchmark._timer = sync_timer
         run = {"forward": forward, "backward": backward, "both": both}[phase]
-        benchmark.pedantic(run, rounds=40, warmup_rounds=5)
+        time_it(benchmark, run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, sync_timer
+from conftest import DEVICES, bytes_kept, record, time_it
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
@@ -86,6 +86,5 @@ def bench_ladder_decoder(benchmark, device, shape, dtype, phase, variant):
             moved=PHASES[phase] * u.numel() * u.element_size(),
             kept=bytes_kept(function, inputs),
         )
-        benchmark._timer = sync_timer
         run = {"forward": forward, "backward": backward, "both": both}[phase]
-        benchmark.pedantic(run, rounds=40, warmup_rounds=5)
+        time_it(benchmark, run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-from conftest import DEVICES, record, sync_timer
+from conftest import DEVICES, record, time_it
 
 import ladderfast
 from ladderfast.ops import backend, ladder_encoder
@@ -121,6 +121,5 @@ def measure_layer(benchmark, device, shape, num_labelled, num_clean, dtype, phas
         moved=PHASES[phase] * z_pre.numel() * z_pre.element_size(),
         kept=bytes_kept(function, inputs),
     )
-    benchmark._timer = sync_timer
     run = {"forward": forward, "backward": backward, "both": both}[phase]
-    benchmark.pedantic(run, rounds=40, warmup_rounds=5)
+    time_it(benchmark, run)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, sync_timer
+from conftest import DEVICES, bytes_kept, record, sync_timer, time_it
 from torch import nn
 
 import ladderfast
@@ -74,8 +74,7 @@ def step(benchmark, device, shape, phase, variant, norm="layer"):
             moved=(PHASES[phase] + (cell and phase == "both")) * c.numel() * c.element_size(),
             kept=bytes_kept(function, inputs),
         )
-        benchmark._timer = sync_timer
-        benchmark.pedantic(forward if phase == "forward" else both, rounds=40, warmup_rounds=5)
+        time_it(benchmark, forward if phase == "forward" else both)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

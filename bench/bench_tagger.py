@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, record, sync_timer
+from conftest import DEVICES, record, time_it
 
 import ladderfast
 from ladderfast import ops
@@ -102,6 +102,5 @@ def bench_tagger(benchmark, name, device, shape, dtype, phase, variant):
             moved=elements_moved(name, shape, phase) * z.element_size(),
             kept=bytes_kept(function, inputs),
         )
-        benchmark._timer = sync_timer
         run = {"forward": forward, "backward": backward, "both": both}[phase]
-        benchmark.pedantic(run, rounds=100, warmup_rounds=10)
+        time_it(benchmark, run)

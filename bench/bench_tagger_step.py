@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_tagger import CASES, PHASES, VARIANTS, bytes_kept
-from conftest import record, sync_timer
+from conftest import record, time_it
 
 import ladderfast
 from ladderfast import ops
@@ -84,6 +84,5 @@ def bench_tagger_step(benchmark, name, device, shape, dtype, phase, variant):
             moved=elements_moved(name, shape, phase) * x.element_size(),
             kept=bytes_kept(function, inputs),
         )
-        benchmark._timer = sync_timer
         run = {"forward": forward, "backward": backward, "both": both}[phase]
-        benchmark.pedantic(run, rounds=100, warmup_rounds=10)
+        time_it(benchmark, run)

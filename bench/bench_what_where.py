@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, sync_timer
+from conftest import DEVICES, bytes_kept, record, time_it
 from torch.nn import functional
 
 import ladderfast
@@ -96,9 +96,8 @@ def bench(benchmark, op, function, inputs, grads, moved, shape, device, dtype, k
             moved=moved[phase],
             kept=bytes_kept(function, inputs),
         )
-        benchmark._timer = sync_timer
         run = {"forward": forward, "backward": backward, "both": both}[phase]
-        benchmark.pedantic(run, rounds=30, warmup_rounds=3)
+        time_it(benchmark, run)
 
 
 def draw(shape, k, device, dtype):

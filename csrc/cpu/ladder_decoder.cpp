@@ -15,8 +15,8 @@
 
 namespace ladderfast::cpu {
 
-static const int64_t kBlock = 256;     // columns of one item: their 14 values and 12 sums fit the first-level cache
-static const int64_t kTable = 14;      // values of a column: ten parameters, then DecoderColumn
+static const int64_t kBlock = 256;     // columns of one item: their 18 values and 12 sums fit the first-level cache
+static const int64_t kTable = 18;      // values of a column: the combinator's, then DecoderColumn
 static const int64_t kSums = 12;       // sums of a column: for ten parameters, and two for mean and var
 static const int64_t kTile = 16;       // rows, or vectors of a run, that are summed in registers
 static const int64_t kTiles = 32;      // tiles of runs that are summed in vectors before their sum is taken in double
@@ -98,19 +98,21 @@ static inline void fill_table(T* table, const Args& d, const PartsPlan& plan, co
     const int64_t first = item.first, count = item.count, at = item.seed * plan.channels;
     for (int j = 0; j < 10; ++j)
         fill_row(table + j * kBlock, d.params + 10 * at + j * plan.channels, plan, first, count);
-    fill_row(table + 10 * kBlock, d.u_mean + at, plan, first, count);
-    fill_rstd(table + 11 * kBlock, d.u_var + at, d.eps, plan, first, count);
+    fill_arguments(table, kBlock, count);
+    table += kCombinatorRows * kBlock;
+    fill_row(table, d.u_mean + at, plan, first, count);
+    fill_rstd(table + kBlock, d.u_var + at, d.eps, plan, first, count);
     if (d.mean != nullptr) {
-        fill_row(table + 12 * kBlock, d.mean + at, plan, first, count);
-        fill_rstd(table + 13 * kBlock, d.var + at, d.eps, plan, first, count);
+        fill_row(table + 2 * kBlock, d.mean + at, plan, first, count);
+        fill_rstd(table + 3 * kBlock, d.var + at, d.eps, plan, first, count);
     } else {
-        for (int64_t i = 0; i < kBlock; ++i) table[12 * kBlock + i] = 0, table[13 * kBlock + i] = 1;
+        for (int64_t i = 0; i < kBlock; ++i) table[2 * kBlock + i] = 0, table[3 * kBlock + i] = 1;
     }
 }
 
 template <class T>
 static LF_HD DecoderColumn<Vec<T>> load_decoder(const T* table, int64_t column) {
-    const T* at = table + 10 * kBlock + column;
+    const T* at = table + kCombinatorRows * kBlock + column;
     return {Vec<T>::load(at), Vec<T>::load(at + kBlock), Vec<T>::load(at + 2 * kBlock), Vec<T>::load(at + 3 * kBlock)};
 }
 
@@ -354,12 +356,14 @@ static inline void reduce(const DecoderBackward<T>& d, T* means, T* grad_params,
         sum_slots(sums, d.partial + seed * plan.slots() * kSums * plan.slot_width(), kSums, wanted, plan, first, count);
         for (int64_t c = 0; c < count; ++c) {
             const int64_t channel = first + c, at = seed * plan.channels + channel;
-            double channel_sums[10], at_mean, slope;
-            for (int j = 0; j < 10; ++j) channel_sums[j] = sums[j][c];
+            double channel_sums[10], a[10], at_mean, slope;
             const int64_t from = seed * 10 * plan.channels;
-            const auto p = load_channel(d.params + from, plan.channels, channel);
-            decoder_finish_normal(channel_sums, p.a, inverse_n, at_mean, slope);
-            finish_channel(channel_sums, p, grad_params + from, plan.channels, channel);
+            for (int j = 0; j < 10; ++j) {
+                channel_sums[j] = sums[j][c];
+                a[j] = d.params[from + j * plan.channels + channel];
+            }
+            decoder_finish_normal(channel_sums, a, inverse_n, at_mean, slope);
+            finish_channel(channel_sums, a, grad_params + from, plan.channels, channel);
             means[at + seed * plan.channels] = (T)at_mean;
             means[at + (seed + 1) * plan.channels] = (T)slope;
             if (grad_mean != nullptr) {

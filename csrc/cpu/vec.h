@@ -275,10 +275,12 @@ LF_HD void exp2_parts(__m512 y, VecTraits<float>::Raw& r, VecTraits<float>::Raw&
     scale = (V)(fraction + ((I)shifted << 18));
 }
 
-// float with AVX-512. The slope's absolute error is that of s.
-LF_HD Sigmoid<Vec<float>> sigmoid(Vec<float> x) {
+// float with AVX-512, for the argument in powers of two. The slope's absolute error is that of s.
+LF_HD Vec<float> sigmoid_argument(Vec<float> x) { return {x.raw * -1.44269504f}; }
+
+LF_HD Sigmoid<Vec<float>> sigmoid_of(Vec<float> argument) {
     using V = VecTraits<float>::Raw;
-    __m512 y = (__m512)(x.raw * -1.44269504f);
+    __m512 y = (__m512)argument.raw;
     y = _mm512_min_ps(_mm512_set1_ps(125.0f), y);  // the second operand where one is NaN
     y = _mm512_max_ps(_mm512_set1_ps(-125.0f), y);
     V r, scale;
@@ -287,6 +289,8 @@ LF_HD Sigmoid<Vec<float>> sigmoid(Vec<float> x) {
     const V s = 1.0f / (p * scale + 1.0f);
     return {{s}, {s - s * s}};
 }
+
+LF_HD Sigmoid<Vec<float>> sigmoid(Vec<float> x) { return sigmoid_of(sigmoid_argument(x)); }
 #endif
 
 // tanh(x) and its derivative, from e = exp(2x) and e - 1, which keeps its precision where x is small: the value is

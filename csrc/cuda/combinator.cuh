@@ -19,9 +19,11 @@ namespace ladderfast::cuda {
 using coarse::combinator_backward;
 using coarse::combinator_finish;
 using coarse::combinator_forward;
+using precise::combinator_argument;
 using precise::combinator_backward;
 using precise::combinator_finish;
 using precise::combinator_forward;
+using precise::sigmoid_argument;
 
 constexpr int kCombinatorParams = 10;
 
@@ -36,6 +38,8 @@ __device__ __forceinline__ Params<T> load_combinator(const void* params, bool fl
 #pragma unroll
     for (int k = 0; k < kCombinatorParams; ++k)
         p.a[k] = load_either<T>(params, float_params, (seed * kCombinatorParams + k) * channels + channel);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) p.arguments[k] = sigmoid_argument(p.a[combinator_argument(k)]);
     return p;
 }
 

@@ -8,15 +8,37 @@
 // instruction set. V is a scalar or a vector type; sigmoid(V) -> {value, slope} must have been declared before, and
 // LF_HD comes from host_device.h.
 
+//
+// Where a sigmoid is faster of its argument times a constant, overloads of the next two functions say so: the constant
+// is then multiplied into the parameters, once for many elements.
+
+// x as sigmoid_of takes it; linear.
+template <class V>
+LF_HD V sigmoid_argument(V x) {
+    return x;
+}
+
+template <class V>
+LF_HD auto sigmoid_of(V argument) {
+    return sigmoid(argument);
+}
+
 template <class V>
 struct Combinator {
-    V a[10];  // a1 .. a10 of one channel
+    V a[10];         // a1 .. a10 of one channel
+    V arguments[4];  // sigmoid_argument of a2, a3, a7, a8
+
+    LF_HD auto sigmoid_mu(V u) const { return sigmoid_of(arguments[0] * u + arguments[1]); }
+    LF_HD auto sigmoid_v(V u) const { return sigmoid_of(arguments[2] * u + arguments[3]); }
 };
+
+// Of which parameter arguments[k] is.
+LF_HD int combinator_argument(int k) { return k < 2 ? 1 + k : 4 + k; }
 
 template <class V>
 LF_HD V combinator_forward(V z, V u, const Combinator<V>& p, bool squash) {
-    const V mu = p.a[0] * sigmoid(p.a[1] * u + p.a[2]).value + (p.a[3] * u + p.a[4]);
-    V v = p.a[5] * sigmoid(p.a[6] * u + p.a[7]).value + (p.a[8] * u + p.a[9]);
+    const V mu = p.a[0] * p.sigmoid_mu(u).value + (p.a[3] * u + p.a[4]);
+    V v = p.a[5] * p.sigmoid_v(u).value + (p.a[8] * u + p.a[9]);
     if (squash) v = sigmoid(v).value;
     return (z - mu) * v + mu;
 }
@@ -31,8 +53,8 @@ LF_HD V combinator_forward(V z, V u, const Combinator<V>& p) {
 template <class V>
 LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, bool squash, V& grad_z, V& grad_u,
                                V (&sums)[10]) {
-    const auto s_mu = sigmoid(p.a[1] * u + p.a[2]);
-    const auto s_v = sigmoid(p.a[6] * u + p.a[7]);
+    const auto s_mu = p.sigmoid_mu(u);
+    const auto s_v = p.sigmoid_v(u);
     const V mu = p.a[0] * s_mu.value + (p.a[3] * u + p.a[4]);
     V v = p.a[5] * s_v.value + (p.a[8] * u + p.a[9]);
     V grad_v = grad * (z - mu);
@@ -65,9 +87,9 @@ LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, V& grad
 
 // Sums over a channel's elements -> gradients of a1 .. a10.
 template <class V>
-LF_HD void combinator_finish(V (&sums)[10], const Combinator<V>& p) {
-    sums[1] = sums[1] * p.a[0];
-    sums[2] = sums[2] * p.a[0];
-    sums[6] = sums[6] * p.a[5];
-    sums[7] = sums[7] * p.a[5];
+LF_HD void combinator_finish(V (&sums)[10], const V (&a)[10]) {
+    sums[1] = sums[1] * a[0];
+    sums[2] = sums[2] * a[0];
+    sums[6] = sums[6] * a[5];
+    sums[7] = sums[7] * a[5];
 }
