@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py _build_backend.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
-# glibc then keeps freed memory: whether a page fault falls on one variant or the other is not what is measured.
-KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 GPU_RESULTS := bench/results/gpu
 CPU_RESULTS := bench/results/cpu
 
@@ -49,7 +47,7 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	@mkdir -p bench/results
-	$(KEEP_MEMORY) $(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=$(CPU_RESULTS).json
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=$(CPU_RESULTS).json
 	$(BIN)/python bench/table.py $(CPU_RESULTS).json --out $(CPU_RESULTS).md --readme README.md
 
 lint: $(VENV)/.lint

@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from ladderfast.training.memory import keep_memory
+
+keep_memory()  # as training does: whether a page fault falls on one variant or the other is not what is measured
+
 GPU = torch.cuda.is_available()
 DEVICES = ["cpu", pytest.param("cuda", marks=[] if GPU else pytest.mark.skip(reason="needs an NVIDIA GPU"))]
 

@@ -25,6 +25,7 @@ from .adversarial import adversarial_noise, check_tau, input_gradient
 from .ensemble import Ensemble, EnsembleObjective
 from .graph import StaticStep, why_not
 from .logs import Log, ProgressBar, Row
+from .memory import keep_memory
 from .objectives import Objective
 from .recipe import Recipe, read_recipe
 from .schedule import Course
@@ -50,6 +51,8 @@ class Run:
 
     With seeds=10 ten networks are trained side by side (see `Ensemble`), each as its seed alone would be, to rounding;
     costs and errors then are means, evaluate() has the standard deviation too, and `run.network(i)` is one of them.
+
+    On a CPU the process keeps the memory that a step gives back for the next one (`training.memory.keep_memory`).
 
     Args:
         recipe: a recipe's name or YAML file.
@@ -173,6 +176,8 @@ class Run:
         self.fabric = fabric = _make_fabric(recipe)
         fabric.launch()
         device = fabric.device
+        if device.type == "cpu":
+            keep_memory()
         fused = device.type in ("cpu", "cuda")
         adam = torch.optim.Adam(model.parameters(), lr=self.course.learning_rate(0), fused=fused)
         # `module` is the model as the objective calls it, wrapped where there are several processes.
