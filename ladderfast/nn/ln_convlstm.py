@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ladderfast.ops import ln_convlstm_step
+from ladderfast.ops.function import apply, known_signature, plain
 from ladderfast.ops.linear import linear
 
 State = tuple[Tensor, Tensor]
@@ -44,6 +45,50 @@ def _by_running(module: nn.BatchNorm1d, gates: Tensor) -> Tensor:
 def _values(gates: Tensor) -> int:
     """How many values a channel has."""
     return gates.shape[0] * math.prod(gates.shape[2:])
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """A copy of t (N, C, H, W) with the channels last in memory, also where a single channel leaves that open."""
+    # Not by memory_format, which vmap does not know.
+    return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+@known_signature
+class _Output(torch.autograd.Function):
+    """h itself, for the output. Its gradient, which has the layout of the output, is laid out as h is."""
+
+    @staticmethod
+    def forward(h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _channels_last(grad)
+
+
+class _Stack(torch.autograd.Function):
+    """torch.stack whose result is contiguous, in one copy."""
+
+    @staticmethod
+    def forward(dim: int, *tensors: Tensor) -> Tensor:
+        shape = list(tensors[0].shape)
+        shape.insert(dim, len(tensors))
+        out = tensors[0].new_empty(shape)
+        for part, t in zip(out.unbind(dim), tensors, strict=True):
+            part.copy_(t)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dim = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.unbind(ctx.dim)
 
 
 class _Cell(nn.Module):
@@ -116,9 +161,17 @@ class _Cell(nn.Module):
         """
         return None
 
+    def prefers_channels_last(self, x: Tensor) -> bool:
+        """Whether a sequence x (T, N, ...), contiguous as it is, is faster with the channels last."""
+        return False
+
     @abstractmethod
     def project_state(self, h: Tensor) -> Tensor:
         """The gates of the hidden state."""
+
+    def zero_cells(self, gates: Tensor) -> Tensor:
+        """Zeros (N, C, *) laid out as the gates (N, 4C, *) are."""
+        return torch.zeros_like(gates.narrow(1, 0, self.hidden))
 
     def step(self, gates: Sequence[Tensor | None], state: State | None, *, of_batch: bool = True) -> State:
         """(h, c) from the inputs' gates and the state before; None is a state of zeros, which needs no convolution.
@@ -131,7 +184,7 @@ class _Cell(nn.Module):
         first = given[0]
         if state is None:
             rec = torch.zeros_like(first)
-            c = first.new_zeros((first.shape[0], self.hidden, *first.shape[2:]))
+            c = self.zero_cells(first)
         else:
             rec, c = self.project_state(state[0]), state[1]
         eps, cell_weight, cell_bias = self.eps, self.cell_weight, self.cell_bias
@@ -343,6 +396,21 @@ class LayerNormConvLSTMCell(_Cell):
             for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
         )
 
+    def prefers_channels_last(self, x: Tensor) -> bool:
+        # oneDNN's convolutions would copy gates into a layout of their own and back.
+        return (
+            plain()
+            and self.spatial == 2
+            and self.groups == 1
+            and x.device.type == "cpu"
+            and x.dtype == self.weight_hh.dtype == torch.float32
+            and x.stride(2) != 1
+            and self.weight_hh.is_contiguous()
+            and torch.backends.mkldnn.is_available()
+            and bool(torch.backends.mkldnn.enabled)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
     def project_state(self, h: Tensor) -> Tensor:
         return self._convolve_state(h, self.weight_hh)
 
@@ -397,19 +465,24 @@ class _Sequence(nn.Module):
         now: State | None = None
         projected = self.cell.project_all(x)
         by_rows = mask is not None and self.cell.norm == "batch" and self.cell.training
-        for t in range(x.shape[0]):
-            gates = self.cell.project((x[t],))[0] if projected is None else projected[t]
+        relaid = self.cell.prefers_channels_last(x)
+        for t, step in enumerate((x if projected is None else projected).unbind()):
+            gates: Tensor | None = step
+            if projected is None:
+                gates = self.cell.project((_channels_last(step) if relaid else step,))[0]
             assert gates is not None  # its input is there
             if t == 0 and state is not None:
                 shape = (gates.shape[0], self.cell.hidden, *gates.shape[2:])
                 self.cell.check_state(state, (1, *shape))
                 now = (state[0][0], state[1][0])
+                if relaid:
+                    now = (_channels_last(now[0]), _channels_last(now[1]))
             if mask is None:
                 now = self.cell.step((gates,), now)
-                outputs.append(now[0])
+                outputs.append(apply(_Output, now[0]) if relaid else now[0])
                 continue
             if now is None:
-                zeros = gates.new_zeros((gates.shape[0], self.cell.hidden, *gates.shape[2:]))
+                zeros = self.cell.zero_cells(gates)
                 now = (zeros, zeros)
             if by_rows:
                 now, output = self._step_of_rows(gates, now, mask[t].nonzero()[:, 0])
@@ -418,9 +491,14 @@ class _Sequence(nn.Module):
                 here = mask[t].view(-1, *[1] * (gates.dim() - 1))
                 now = (torch.where(here, new[0], now[0]), torch.where(here, new[1], now[1]))
                 output = torch.where(here, new[0], 0)
-            outputs.append(output)
+            outputs.append(apply(_Output, output) if relaid else output)
         assert now is not None  # there is a time step
-        return torch.stack(outputs, 1 if self.batch_first else 0), (now[0][None], now[1][None])
+        h, c = now
+        dim = 1 if self.batch_first else 0
+        if relaid:
+            output = apply(_Stack, dim, *outputs)
+            return output, (h.contiguous()[None], c.contiguous()[None])
+        return torch.stack(outputs, dim), (h[None], c[None])
 
     def _step_of_rows(self, gates: Tensor, state: State, rows: Tensor) -> tuple[State, Tensor]:
         """The state and the output after a step of these samples alone, whose statistics leave the others out.
