@@ -20,6 +20,7 @@
 #include "tagger.h"
 #include "tagger_step.h"
 #include "ln_convlstm.h"
+#include "layout.h"
 
 #include <optional>
 #include <tuple>
@@ -1963,6 +1964,44 @@ LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tenso
     return out.results();
 }
 
+// Whether the axes 1 to 3 of t lie packed in memory in this order, slowest first.
+bool sample_packed(const Tensor& t, const int64_t (&order)[3]) {
+    int64_t expected = 1;
+    for (int k = 2; k >= 0; --k) {
+        if (t.size(order[k]) != 1 && t.stride(order[k]) != expected) return false;
+        expected *= t.size(order[k]);
+    }
+    return true;
+}
+
+// to.copy_(source): fast for float32 images (N, C, H, W) that go from contiguous to channels-last, or back.
+void lay_out_cpu(Tensor to, Tensor source) {
+    const int64_t contiguous[3] = {1, 2, 3}, last[3] = {2, 3, 1};
+    bool fast = to.numel() > 0 && to.dim() == 4 && source.dim() == 4 && to.scalar_type() == ScalarType::Float &&
+                source.scalar_type() == ScalarType::Float;
+    for (int64_t k = 0; fast && k < 4; ++k) fast = to.size(k) == source.size(k);
+    const bool to_last = fast && sample_packed(source, contiguous) && sample_packed(to, last);
+    if (!to_last && !(fast && sample_packed(source, last) && sample_packed(to, contiguous))) {
+        torch::stable::copy_(to, source);
+        return;
+    }
+    const int64_t channels = to.size(1), positions = to.size(2) * to.size(3);
+    const LayoutShape shape = {to.size(0), to_last ? channels : positions, to_last ? positions : channels,
+                               source.stride(0), to.stride(0)};
+    const float* read = (const float*)source.data_ptr();
+    float* written = (float*)to.data_ptr();
+    parallel_items(ladderfast::cpu::transpose_items(shape), to.numel(),
+                   [&](int64_t begin, int64_t end) { ladderfast::cpu::transpose(read, written, shape, begin, end); });
+}
+
+Tensor channels_last_cpu(Tensor t) {
+    STD_TORCH_CHECK(t.dim() == 4, "channels_last: t must be (N, C, H, W)");
+    Tensor out = torch::stable::new_empty(t, {t.size(0), t.size(2), t.size(3), t.size(1)});
+    out = torch::stable::transpose(torch::stable::transpose(out, 1, 3), 2, 3);
+    lay_out_cpu(out, t);
+    return out;
+}
+
 #ifdef LADDERFAST_WITH_CUDA
 
 LnConvLstmResults ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec, Tensor c,
@@ -2090,6 +2129,8 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "ln_convlstm_backward(Tensor grad_h, Tensor grad_c_new, Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? "
         "weight, Tensor? weight_y, Tensor bias, Tensor? cell_weight, Tensor? cell_bias, Tensor? c_new, Tensor stats, "
         "Tensor cell_stats, bool batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("lay_out(Tensor(a!) to, Tensor source) -> ()");
+    m.def("channels_last(Tensor t) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
@@ -2125,6 +2166,8 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("bernoulli_step_outputs_backward", TORCH_BOX(&TaggerStepCpu::bernoulli_outputs_backward));
     m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cpu));
     m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cpu));
+    m.impl("lay_out", TORCH_BOX(&lay_out_cpu));
+    m.impl("channels_last", TORCH_BOX(&channels_last_cpu));
 }
 
 #ifdef LADDERFAST_WITH_CUDA
