@@ -20,6 +20,7 @@
 #include "tagger.h"
 #include "tagger_step.h"
 #include "ln_convlstm.h"
+#include "layout.h"
 
 #include <optional>
 #include <tuple>
@@ -60,12 +61,18 @@ bool same_layout(const Tensor& a, const Tensor& b) {
     return true;
 }
 
+// torch's own calls look contiguous and empty_like up by name each time, which takes 2 us.
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+Tensor new_like(const Tensor& t) {
+    return t.is_contiguous() ? torch::stable::new_empty(t, t.sizes()) : torch::stable::empty_like(t);
+}
+
 const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
 
 // t itself if it lies in memory as `like` does, else a copy that does.
 Tensor laid_out_like(const Tensor& t, const Tensor& like) {
     if (t.numel() == 0 || same_layout(t, like)) return t;
-    Tensor copy = torch::stable::empty_like(like);
+    Tensor copy = new_like(like);
     torch::stable::copy_(copy, t);
     return copy;
 }
@@ -117,8 +124,8 @@ void run_forward(const Tensor& z, const Tensor& u, const Tensor& params, Tensor&
 Tensor combinator_cpu(Tensor z, Tensor u, Tensor params, bool squash_v) {
     const CombinatorShape shape = combinator_shape("combinator", z, u, params);
     u = laid_out_like(u, z);
-    params = torch::stable::contiguous(params);
-    Tensor z_hat = torch::stable::empty_like(z);
+    params = as_contiguous(params);
+    Tensor z_hat = new_like(z);
     const ScalarType dtype = z.scalar_type();
     STD_TORCH_CHECK(params.scalar_type() == dtype, "combinator: params must have the dtype of z on the CPU");
     if (dtype == ScalarType::Float) {
@@ -152,9 +159,9 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cpu(Tensor grad, Tensor z
     check_same_shape("combinator_backward", "grad_z_hat", grad, z);
     grad = laid_out_like(grad, z);
     u = laid_out_like(u, z);
-    params = torch::stable::contiguous(params);
-    Tensor grad_z = torch::stable::empty_like(z), grad_u = torch::stable::empty_like(z);
-    Tensor grad_params = torch::stable::empty_like(params);
+    params = as_contiguous(params);
+    Tensor grad_z = new_like(z), grad_u = new_like(z);
+    Tensor grad_params = new_like(params);
     Tensor workspace = torch::stable::new_empty(z, {ladderfast::cpu::combinator_workspace(shape)});
     const ScalarType dtype = z.scalar_type();
     STD_TORCH_CHECK(params.scalar_type() == dtype, "combinator_backward: params must have the dtype of z on the CPU");
@@ -208,7 +215,7 @@ void pack_encoder_inputs(const char* op, const Tensor& z_pre, std::optional<Tens
         if (!t->has_value()) continue;
         STD_TORCH_CHECK(has_sizes(**t, seeds, shape, shape.channels) && (*t)->device() == z_pre.device(), op,
                         ": beta and gamma must be (C), or (S, C) with seeds, on the device of z_pre");
-        *t = torch::stable::contiguous(**t);
+        *t = as_contiguous(**t);
     }
     STD_TORCH_CHECK(!beta || !gamma || beta->scalar_type() == gamma->scalar_type(), op,
                     ": beta and gamma must have one dtype");
@@ -220,7 +227,7 @@ void pack_encoder_inputs(const char* op, const Tensor& z_pre, std::optional<Tens
     STD_TORCH_CHECK(has_sizes(*state, seeds, shape, 2) && state->scalar_type() == ScalarType::Long &&
                         state->device() == z_pre.device(),
                     op, ": noise_state must be (2), or (S, 2) with seeds, int64, on the device of z_pre");
-    state = torch::stable::contiguous(*state);
+    state = as_contiguous(*state);
 }
 
 Tensor new_statistics(const Tensor& z_pre, ScalarType dtype, bool seeds, const LadderEncoderShape& s) {
@@ -270,8 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_encoder_cpu(Tensor z_pre, std:
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
     const ScalarType dtype = z_pre.scalar_type();
     check_params_dtype("ladder_encoder", beta, gamma, dtype);
-    Tensor z = want_z ? torch::stable::empty_like(z_pre) : torch::stable::new_empty(z_pre, {0});
-    Tensor h = want_h ? torch::stable::empty_like(z_pre) : torch::stable::new_empty(z_pre, {0});
+    Tensor z = want_z ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
+    Tensor h = want_h ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
     Tensor mean = new_statistics(z_pre, dtype, seeds, shape), var = new_statistics(z_pre, dtype, seeds, shape);
     if (dtype == ScalarType::Float) {
         run_encoder<float>(z_pre, beta, gamma, state, want_z, want_h, z, h, mean, var, options, shape);
@@ -299,18 +306,18 @@ void pack_encoder_gradients(const char* op, std::optional<Tensor>& grad_z, std::
                t.scalar_type() == mean.scalar_type();
     };
     STD_TORCH_CHECK(fits(mean) && fits(var), op, ": mean and var do not fit z_pre");
-    mean = torch::stable::contiguous(mean);
-    var = torch::stable::contiguous(var);
+    mean = as_contiguous(mean);
+    var = as_contiguous(var);
     for (std::optional<Tensor>* t : {&grad_mean, &grad_var}) {
         if (!t->has_value()) continue;
         STD_TORCH_CHECK(fits(**t), op, ": grad_mean and grad_var must have the shape and dtype of mean");
-        *t = torch::stable::contiguous(**t);
+        *t = as_contiguous(**t);
     }
 }
 
 // What backward allocates: for beta and gamma nothing where there are none.
 Tensor empty_or_none(const Tensor& z_pre, const std::optional<Tensor>& t) {
-    return t.has_value() ? torch::stable::empty_like(*t) : torch::stable::new_empty(z_pre, {0});
+    return t.has_value() ? new_like(*t) : torch::stable::new_empty(z_pre, {0});
 }
 
 template <class T>
@@ -361,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor> ladder_encoder_backward_cpu(
     const ScalarType dtype = z_pre.scalar_type();
     check_params_dtype(op, beta, gamma, dtype);
     STD_TORCH_CHECK(mean.scalar_type() == dtype, op, ": mean must have the dtype of z_pre on the CPU");
-    Tensor grad_x = torch::stable::empty_like(z_pre);
+    Tensor grad_x = new_like(z_pre);
     Tensor grad_beta = empty_or_none(z_pre, beta), grad_gamma = empty_or_none(z_pre, gamma);
     if (dtype == ScalarType::Float) {
         run_encoder_backward<float>(grad_z, grad_h, grad_mean, grad_var, z_pre, mean, var, beta, gamma, state, grad_x,
@@ -386,7 +393,7 @@ struct DecoderTensors {
     DecoderTensors(const char* op, const Tensor& u_, const Tensor& z_, const Tensor& params_,
                    const std::optional<Tensor>& clean_z_, const std::optional<Tensor>& mean_,
                    const std::optional<Tensor>& var_, bool squash_v, double eps)
-        : u(u_), z(z_), params(torch::stable::contiguous(params_)), options{eps, squash_v} {
+        : u(u_), z(z_), params(as_contiguous(params_)), options{eps, squash_v} {
         const CombinatorShape s = packed_shape(op, "u", u, params);
         shape = {s.seeds, s.rows, s.channels, s.inner};
         check_same_shape(op, "z", z, u, "u");
@@ -407,7 +414,7 @@ struct DecoderTensors {
                             (!seeds || t.size(0) == shape.seeds) && t.scalar_type() == wide() &&
                             t.device() == u.device(),
                         op, ": ", name, " must be one value for each channel, wide and on the device of u");
-        return torch::stable::contiguous(t);
+        return as_contiguous(t);
     }
 
     // The dtype of statistics and cost.
@@ -466,7 +473,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cpu(Tensor u, Tensor z
     const DecoderTensors d("ladder_decoder", u, z, params, clean_z, mean, var, squash_v, eps);
     const ScalarType dtype = u.scalar_type();
     STD_TORCH_CHECK(params.scalar_type() == dtype, "ladder_decoder: params must have the dtype of u on the CPU");
-    Tensor z_hat = torch::stable::empty_like(u), cost = d.new_cost();
+    Tensor z_hat = new_like(u), cost = d.new_cost();
     Tensor u_mean = d.new_statistics(), u_var = d.new_statistics();
     if (dtype == ScalarType::Float) {
         run_decoder<float>(d, z_hat, cost, u_mean, u_var);
@@ -503,14 +510,14 @@ struct DecoderGradients {
             STD_TORCH_CHECK(grad_cost_->dim() == (seeds ? 1 : 0) && grad_cost_->numel() == d.shape.seeds &&
                                 grad_cost_->scalar_type() == d.wide() && grad_cost_->device() == d.u.device(),
                             op, ": grad_cost must be as the cost");
-            grad_cost = torch::stable::contiguous(*grad_cost_);
+            grad_cost = as_contiguous(*grad_cost_);
         }
         want_clean_z = clean_z && grad_cost.has_value();
         want_statistics = statistics && grad_cost.has_value() && d.mean.has_value();
-        grad_u = torch::stable::empty_like(d.u);
-        grad_params = torch::stable::empty_like(d.params);
-        grad_z = want_z ? torch::stable::empty_like(d.u) : nothing();
-        grad_clean_z = want_clean_z ? torch::stable::empty_like(d.u) : nothing();
+        grad_u = new_like(d.u);
+        grad_params = new_like(d.params);
+        grad_z = want_z ? new_like(d.u) : nothing();
+        grad_clean_z = want_clean_z ? new_like(d.u) : nothing();
         grad_mean = want_statistics ? d.new_statistics() : d.new_wide({0});
         grad_var = want_statistics ? d.new_statistics() : d.new_wide({0});
     }
@@ -727,7 +734,7 @@ Tensor soft_pool2d_backward_cpu(Tensor grad_what, Tensor grad_where, Tensor z, i
     const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
     grad_what = windows.as_what(op, "grad_what", grad_what, z);
     grad_where = windows.as_where(op, "grad_where", grad_where, z);
-    Tensor grad_z = torch::stable::empty_like(z);
+    Tensor grad_z = new_like(z);
     dispatch_cpu(op, z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const T *gp = (const T*)grad_what.data_ptr(), *hp = (const T*)grad_where.data_ptr(),
@@ -762,7 +769,7 @@ std::tuple<Tensor, Tensor> soft_unpool2d_backward_cpu(Tensor grad_z, Tensor what
     const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
     grad_z = windows.as_z(op, "grad_z", grad_z, what);
     where = windows.as_where(op, "where", where, what);
-    Tensor grad_what = torch::stable::empty_like(what), grad_where = windows.empty_where(what);
+    Tensor grad_what = new_like(what), grad_where = windows.empty_where(what);
     dispatch_cpu(op, what, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const T *gp = (const T*)grad_z.data_ptr(), *mp = (const T*)what.data_ptr(), *pp = (const T*)where.data_ptr();
@@ -881,8 +888,8 @@ Tensor combinator_cuda(Tensor z, Tensor u, Tensor params, bool squash_v) {
     const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
     const CombinatorShape shape = combinator_shape("combinator", z, u, params);
     u = laid_out_like(u, z);
-    params = torch::stable::contiguous(params);
-    Tensor z_hat = torch::stable::empty_like(z);
+    params = as_contiguous(params);
+    Tensor z_hat = new_like(z);
     STD_CUDA_CHECK((cudaError_t)ladderfast_combinator_forward_cuda(
         z.data_ptr(), u.data_ptr(), params.data_ptr(), z_hat.data_ptr(), dtype_code("combinator", z.scalar_type()),
         dtype_code("combinator", params.scalar_type()), squash_v, &shape, current_stream(z)));
@@ -896,9 +903,9 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cuda(Tensor grad, Tensor 
     check_same_shape("combinator_backward", "grad_z_hat", grad, z);
     grad = laid_out_like(grad, z);
     u = laid_out_like(u, z);
-    params = torch::stable::contiguous(params);
-    Tensor grad_z = torch::stable::empty_like(z), grad_u = torch::stable::empty_like(z);
-    Tensor grad_params = torch::stable::empty_like(params);
+    params = as_contiguous(params);
+    Tensor grad_z = new_like(z), grad_u = new_like(z);
+    Tensor grad_params = new_like(params);
     Tensor workspace = torch::stable::new_empty(z, {ladderfast_combinator_workspace_cuda(&shape)}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_combinator_backward_cuda(
         grad.data_ptr(), z.data_ptr(), u.data_ptr(), params.data_ptr(), grad_z.data_ptr(), grad_u.data_ptr(),
@@ -928,8 +935,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_encoder_cuda(Tensor z_pre, std
     const LadderEncoderShape shape = encoder_shape(op, z_pre, num_labelled, num_clean, seeds);
     pack_encoder_inputs(op, z_pre, beta, gamma, state, noise_std, seeds, shape);
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
-    Tensor z = want_z ? torch::stable::empty_like(z_pre) : torch::stable::new_empty(z_pre, {0});
-    Tensor h = want_h ? torch::stable::empty_like(z_pre) : torch::stable::new_empty(z_pre, {0});
+    Tensor z = want_z ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
+    Tensor h = want_h ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
     Tensor mean = new_statistics(z_pre, statistics_dtype(z_pre), seeds, shape);
     Tensor var = new_statistics(z_pre, statistics_dtype(z_pre), seeds, shape);
     Tensor workspace =
@@ -955,7 +962,7 @@ std::tuple<Tensor, Tensor, Tensor> ladder_encoder_backward_cuda(
     STD_TORCH_CHECK(mean.scalar_type() == statistics_dtype(z_pre), op,
                     ": mean must be float32, or float64 where z_pre is");
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
-    Tensor grad_x = torch::stable::empty_like(z_pre);
+    Tensor grad_x = new_like(z_pre);
     Tensor grad_beta = empty_or_none(z_pre, beta), grad_gamma = empty_or_none(z_pre, gamma);
     Tensor workspace =
         torch::stable::new_empty(z_pre, {ladderfast_ladder_encoder_backward_workspace_cuda(&shape)}, ScalarType::Byte);
@@ -975,7 +982,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cuda(Tensor u, Tensor 
     const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
     const char* op = "ladder_decoder";
     const DecoderTensors d(op, u, z, params, clean_z, mean, var, squash_v, eps);
-    Tensor z_hat = torch::stable::empty_like(u), cost = d.new_cost();
+    Tensor z_hat = new_like(u), cost = d.new_cost();
     Tensor u_mean = d.new_statistics(), u_var = d.new_statistics();
     const int64_t size = ladderfast_ladder_decoder_workspace_cuda(&d.shape);
     Tensor workspace = torch::stable::new_empty(u, {size}, ScalarType::Byte);
@@ -1026,7 +1033,7 @@ Tensor soft_pool2d_backward_cuda(Tensor grad_what, Tensor grad_where, Tensor z, 
     const Windows windows = Windows::of_z(op, z, kernel_h, kernel_w);
     grad_what = windows.as_what(op, "grad_what", grad_what, z);
     grad_where = windows.as_where(op, "grad_where", grad_where, z);
-    Tensor grad_z = torch::stable::empty_like(z);
+    Tensor grad_z = new_like(z);
     STD_CUDA_CHECK((cudaError_t)ladderfast_soft_pool_backward_cuda(
         grad_what.data_ptr(), grad_where.data_ptr(), z.data_ptr(), grad_z.data_ptr(), beta,
         dtype_code(op, z.scalar_type()), &windows.shape, current_stream(z)));
@@ -1052,7 +1059,7 @@ std::tuple<Tensor, Tensor> soft_unpool2d_backward_cuda(Tensor grad_z, Tensor wha
     const Windows windows = Windows::of_what(op, what, kernel_h, kernel_w);
     grad_z = windows.as_z(op, "grad_z", grad_z, what);
     where = windows.as_where(op, "where", where, what);
-    Tensor grad_what = torch::stable::empty_like(what), grad_where = windows.empty_where(what);
+    Tensor grad_what = new_like(what), grad_where = windows.empty_where(what);
     STD_CUDA_CHECK((cudaError_t)ladderfast_soft_unpool_backward_cuda(
         grad_z.data_ptr(), what.data_ptr(), where.data_ptr(), grad_what.data_ptr(), grad_where.data_ptr(),
         dtype_code(op, what.scalar_type()), &windows.shape, current_stream(what)));
@@ -1114,7 +1121,7 @@ Tensor where_max_unpool2d_backward_cuda(Tensor grad_z, Tensor where, int64_t ker
 // t itself if neighbours along its last axis are neighbours in memory, else a copy of which that is true.
 Tensor unit_stride(const Tensor& t) {
     const int64_t last = t.dim() - 1;
-    return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+    return t.size(last) <= 1 || t.stride(last) == 1 ? t : as_contiguous(t);
 }
 
 TaggerInput tagger_input(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.dim() == 3 ? t.stride(1) : 0}; }
@@ -1135,7 +1142,7 @@ struct TaggerCall {
         shape = {z.size(0), z.size(1), z.size(2), 1};
         in = {tagger_input(x), tagger_input(z), tagger_input(m), nullptr};
         if (scalar_ == nullptr) return;
-        scalar = torch::stable::contiguous(*scalar_);
+        scalar = as_contiguous(*scalar_);
         shape.seeds = scalar.numel();
         STD_TORCH_CHECK(scalar.dim() <= 1 && (shape.seeds > 0 ? shape.rows % shape.seeds == 0 : shape.rows == 0), op,
                         ": the scalar must be () or (S,), with S a divisor of N");
@@ -1198,7 +1205,7 @@ TaggerGradients tagger_backward_cpu(const char* op, bool gaussian, const TaggerC
     TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
     const int64_t items = ladderfast::cpu::tagger_items(call.shape);
     std::vector<double> partials(gaussian ? items : 0);
-    if (gaussian) out.scalar = torch::stable::empty_like(call.scalar);
+    if (gaussian) out.scalar = new_like(call.scalar);
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gm = (T*)out.m.data_ptr();
@@ -1259,7 +1266,7 @@ TaggerGradients tagger_backward_cuda(const char* op, bool gaussian, const Tagger
     Tensor workspace;
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
-        out.scalar = torch::stable::empty_like(call.scalar);
+        out.scalar = new_like(call.scalar);
         workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
         scalar = out.scalar.data_ptr();
         scratch = workspace.data_ptr();
@@ -1369,7 +1376,7 @@ TaggerGradients tagger_step_inputs_backward_cpu(const char* op, bool gaussian, c
     TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
     const int64_t items = ladderfast::cpu::tagger_items(s);
     std::vector<double> partials(gaussian ? items : 0);
-    if (gaussian) out.scalar = torch::stable::empty_like(call.scalar);
+    if (gaussian) out.scalar = new_like(call.scalar);
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gl = (T*)out.m.data_ptr();
@@ -1394,9 +1401,9 @@ struct TaggerOutputsCall {
         : x(unit_stride(x_)),
           z(even_stride(z_)),
           m(even_stride(m_)),
-          c1(torch::stable::contiguous(c1_)),
-          b1(torch::stable::contiguous(b1_)),
-          c2(torch::stable::contiguous(c2_)) {
+          c1(as_contiguous(c1_)),
+          b1(as_contiguous(b1_)),
+          c2(as_contiguous(c2_)) {
         STD_TORCH_CHECK(z.dim() == 3 && z.size(1) > 0, op, ": z must be (N, K, D) with at least one group");
         check_same_shape(op, "m", m, z);
         STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == z.size(0) && x.size(1) == z.size(2) &&
@@ -1414,7 +1421,7 @@ struct TaggerOutputsCall {
                             ": c1, b1 and c2 must have the dtype and device of z");
         in = {tagger_input(x), tagger_input(z), tagger_input(m), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
         if (variance_ == nullptr) return;
-        variance = torch::stable::contiguous(*variance_);
+        variance = as_contiguous(*variance_);
         STD_TORCH_CHECK(
             variance.numel() == shape.seeds && variance.dim() == c2.dim() && variance.device() == z.device(), op,
             ": variance must have the shape and device of c2");
@@ -1430,7 +1437,7 @@ struct TaggerOutputsCall {
     // With one stride from group to group and from row to row.
     static Tensor even_stride(const Tensor& t) {
         const bool even = t.dim() == 3 && (t.size(0) <= 1 || t.stride(0) == t.size(1) * t.stride(1));
-        return even ? unit_stride(t) : torch::stable::contiguous(t);
+        return even ? unit_stride(t) : as_contiguous(t);
     }
 };
 
@@ -1488,7 +1495,7 @@ struct TaggerOutputsBackward {
         z = unit_stride(grad_z);
         logits = unit_stride(grad_logits);
         nll = unit_stride(grad_nll);
-        stats = torch::stable::contiguous(stats_);
+        stats = as_contiguous(stats_);
         z_view = tagger_input(z);
         logits_view = tagger_input(logits);
         nll_view = tagger_input(nll);
@@ -1499,10 +1506,10 @@ TaggerOutputsGrads like_arguments(bool gaussian, const TaggerOutputsCall& call) 
     return {call.like_pixels(),
             call.like_groups(),
             call.like_groups(),
-            torch::stable::empty_like(call.c1),
-            torch::stable::empty_like(call.b1),
-            torch::stable::empty_like(call.c2),
-            gaussian ? torch::stable::empty_like(call.variance) : Tensor()};
+            new_like(call.c1),
+            new_like(call.b1),
+            new_like(call.c2),
+            gaussian ? new_like(call.variance) : Tensor()};
 }
 
 TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call,
@@ -1514,7 +1521,7 @@ TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussia
     const int64_t merge_items = ladderfast::cpu::tagger_outputs_merge_items(s);
     std::vector<double> of_c2(merge_items), of_variance(gaussian ? items : 0);
     Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
-    Tensor means = torch::stable::empty_like(from.stats);
+    Tensor means = new_like(from.stats);
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *between = (T*)workspace.data_ptr(), *mean = (T*)means.data_ptr();
@@ -1569,7 +1576,7 @@ TaggerGradients tagger_step_inputs_backward_cuda(const char* op, bool gaussian, 
     Tensor workspace;
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
-        out.scalar = torch::stable::empty_like(call.scalar);
+        out.scalar = new_like(call.scalar);
         workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
         scalar = out.scalar.data_ptr();
         scratch = workspace.data_ptr();
@@ -1716,11 +1723,11 @@ struct LnConvLstmArguments {
         this->rec = laid_out_like(rec, x);
         if (y.has_value()) this->y = laid_out_like(*y, x);
         this->c = cells(c);
-        this->bias = torch::stable::contiguous(bias);
-        if (weight.has_value()) this->weight = torch::stable::contiguous(*weight);
-        if (weight_y.has_value()) this->weight_y = torch::stable::contiguous(*weight_y);
-        if (cell_weight.has_value()) this->cell_weight = torch::stable::contiguous(*cell_weight);
-        if (cell_bias.has_value()) this->cell_bias = torch::stable::contiguous(*cell_bias);
+        this->bias = as_contiguous(bias);
+        if (weight.has_value()) this->weight = as_contiguous(*weight);
+        if (weight_y.has_value()) this->weight_y = as_contiguous(*weight_y);
+        if (cell_weight.has_value()) this->cell_weight = as_contiguous(*cell_weight);
+        if (cell_bias.has_value()) this->cell_bias = as_contiguous(*cell_bias);
     }
 
     void check_like(const char* name, const Tensor& t, const Tensor& other) const {
@@ -1746,12 +1753,12 @@ struct LnConvLstmArguments {
         if (!shape.channels_last) return torch::stable::new_empty(x, c.sizes());
         // The order of the axes of a part of x, packed.
         Tensor of_x = x;
-        return torch::stable::empty_like(torch::stable::narrow(of_x, axis, 0, shape.channels));
+        return new_like(torch::stable::narrow(of_x, axis, 0, shape.channels));
     }
 
     // t itself if it lies in memory as x does, else a copy that does.
     Tensor cells(const Tensor& t) const {
-        if (!shape.channels_last) return torch::stable::contiguous(t);
+        if (!shape.channels_last) return as_contiguous(t);
         if (is_channels_last(t)) return t;
         Tensor copy = empty_cells();
         torch::stable::copy_(copy, t);
@@ -1774,7 +1781,7 @@ struct LnConvLstmArguments {
 
     int64_t elements() const { return shape.seeds * shape.samples * 4 * shape.channels * shape.positions; }
     Tensor none() const { return torch::stable::new_empty(x, {0}); }
-    Tensor like(const std::optional<Tensor>& t) const { return t.has_value() ? torch::stable::empty_like(*t) : none(); }
+    Tensor like(const std::optional<Tensor>& t) const { return t.has_value() ? new_like(*t) : none(); }
     ScalarType stats_dtype() const {
         return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     }
@@ -1863,7 +1870,7 @@ struct LnConvLstmBackward {
 
     LnConvLstmBackward(const LnConvLstmArguments& args, Tensor grad_h, Tensor grad_c_new, std::optional<Tensor> c_new,
                        Tensor stats, Tensor cell_stats)
-        : stats(torch::stable::contiguous(stats)), cell_stats(torch::stable::contiguous(cell_stats)) {
+        : stats(as_contiguous(stats)), cell_stats(as_contiguous(cell_stats)) {
         args.check_cells("grad_h", grad_h);
         args.check_cells("grad_c_new", grad_c_new);
         const LnConvLstmShape& s = args.shape;
@@ -1881,13 +1888,13 @@ struct LnConvLstmBackward {
         }
         this->grad_h = args.cells(grad_h);
         this->grad_c_new = args.cells(grad_c_new);
-        grad_x = args.weight.has_value() ? torch::stable::empty_like(args.x) : args.none();
+        grad_x = args.weight.has_value() ? new_like(args.x) : args.none();
         grad_y = args.like(args.y);
-        grad_rec = torch::stable::empty_like(args.x);
+        grad_rec = new_like(args.x);
         grad_c = args.empty_cells();
         grad_weight = args.like(args.weight);
         grad_weight_y = args.like(args.weight_y);
-        grad_bias = torch::stable::empty_like(args.bias);
+        grad_bias = new_like(args.bias);
         grad_cell_weight = args.like(args.cell_weight);
         grad_cell_bias = args.like(args.cell_bias);
     }
@@ -1955,6 +1962,44 @@ LnConvLstmGrads ln_convlstm_backward_cpu(Tensor grad_h, Tensor grad_c_new, Tenso
         STD_TORCH_CHECK(false, "ln_convlstm_backward: the CPU kernel takes float32 and float64");
     }
     return out.results();
+}
+
+// Whether the axes 1 to 3 of t lie packed in memory in this order, slowest first.
+bool sample_packed(const Tensor& t, const int64_t (&order)[3]) {
+    int64_t expected = 1;
+    for (int k = 2; k >= 0; --k) {
+        if (t.size(order[k]) != 1 && t.stride(order[k]) != expected) return false;
+        expected *= t.size(order[k]);
+    }
+    return true;
+}
+
+// to.copy_(source): fast for float32 images (N, C, H, W) that go from contiguous to channels-last, or back.
+void lay_out_cpu(Tensor to, Tensor source) {
+    const int64_t contiguous[3] = {1, 2, 3}, last[3] = {2, 3, 1};
+    bool fast = to.numel() > 0 && to.dim() == 4 && source.dim() == 4 && to.scalar_type() == ScalarType::Float &&
+                source.scalar_type() == ScalarType::Float;
+    for (int64_t k = 0; fast && k < 4; ++k) fast = to.size(k) == source.size(k);
+    const bool to_last = fast && sample_packed(source, contiguous) && sample_packed(to, last);
+    if (!to_last && !(fast && sample_packed(source, last) && sample_packed(to, contiguous))) {
+        torch::stable::copy_(to, source);
+        return;
+    }
+    const int64_t channels = to.size(1), positions = to.size(2) * to.size(3);
+    const LayoutShape shape = {to.size(0), to_last ? channels : positions, to_last ? positions : channels,
+                               source.stride(0), to.stride(0)};
+    const float* read = (const float*)source.data_ptr();
+    float* written = (float*)to.data_ptr();
+    parallel_items(ladderfast::cpu::transpose_items(shape), to.numel(),
+                   [&](int64_t begin, int64_t end) { ladderfast::cpu::transpose(read, written, shape, begin, end); });
+}
+
+Tensor channels_last_cpu(Tensor t) {
+    STD_TORCH_CHECK(t.dim() == 4, "channels_last: t must be (N, C, H, W)");
+    Tensor out = torch::stable::new_empty(t, {t.size(0), t.size(2), t.size(3), t.size(1)});
+    out = torch::stable::transpose(torch::stable::transpose(out, 1, 3), 2, 3);
+    lay_out_cpu(out, t);
+    return out;
 }
 
 #ifdef LADDERFAST_WITH_CUDA
@@ -2084,6 +2129,8 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "ln_convlstm_backward(Tensor grad_h, Tensor grad_c_new, Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? "
         "weight, Tensor? weight_y, Tensor bias, Tensor? cell_weight, Tensor? cell_bias, Tensor? c_new, Tensor stats, "
         "Tensor cell_stats, bool batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("lay_out(Tensor(a!) to, Tensor source) -> ()");
+    m.def("channels_last(Tensor t) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
@@ -2119,6 +2166,8 @@ STABLE_TORCH_LIBRARY_IMPL(ladderfast, CPU, m) {
     m.impl("bernoulli_step_outputs_backward", TORCH_BOX(&TaggerStepCpu::bernoulli_outputs_backward));
     m.impl("ln_convlstm", TORCH_BOX(&ln_convlstm_cpu));
     m.impl("ln_convlstm_backward", TORCH_BOX(&ln_convlstm_backward_cpu));
+    m.impl("lay_out", TORCH_BOX(&lay_out_cpu));
+    m.impl("channels_last", TORCH_BOX(&channels_last_cpu));
 }
 
 #ifdef LADDERFAST_WITH_CUDA

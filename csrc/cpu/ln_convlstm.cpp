@@ -40,6 +40,9 @@ static const int64_t kItems = 8;         // samples enough to leave them whole
 static const int64_t kMostSamples = 64;  // of an item
 static const int64_t kReduceBlock = 64;  // channels of one item of the final sums
 static const int64_t kAhead = 1024;      // bytes to prefetch ahead in runs; in columns it is the next tile
+// Where what backward reads and writes is larger, caches would not hold grad_x until somebody reads it: it then goes
+// straight to memory, which spares reading each line before it is written.
+static const int64_t kCached = int64_t(32) << 20;  // bytes
 
 // How a shape is cut; compiled once, before any instruction set is chosen. An item is one of `groups` groups of samples
 // of a seed, and one of `chunks` chunks of them: rows, or channels where the walk is by runs. One of the two is whole.
@@ -64,6 +67,13 @@ struct LnPlan {
         chunks = 4 * cells < kSplit ? 1 : min_of(ceil_div(kItems, s.samples * s.seeds), units);
         chunk = ceil_div(units, chunks);
         chunks = ceil_div(units, chunk);
+    }
+
+    // For elements of item_size bytes; vectors begin at multiples of their size if grad_x, its beginning, does.
+    bool past_caches(const LnConvLstmShape& s, int64_t item_size, const void* grad_x) const {
+        const int64_t stretch = columns ? (inner == 1 ? 4 * width : width) : s.positions;
+        return (8 * s.inputs + 12) * s.seeds * s.samples * cells * item_size > kCached && stretch % 16 == 0 &&
+               (uintptr_t)grad_x % 64 == 0;
     }
 
     int64_t items(const LnConvLstmShape& s) const { return s.seeds * groups * chunks; }
@@ -508,24 +518,26 @@ static inline void forward(const LnConvLstmInputs<T>& in, const LnConvLstmOutput
     }
 }
 
-// grad_x of n neighbouring gates whose weight is w.
+// grad_x of n neighbouring gates whose weight is w; n is ignored where `whole`, and past_caches where it is not.
 template <bool whole, class T>
-static LF_HD void finish_gates(const T* x, const T* grad_a, T* grad_x, int64_t n, const Stat<T>& stat, Vec<T> weight,
-                               Vec<T> mean, Vec<T> projection) {
+static LF_HD void finish_gates(const T* x, const T* grad_a, T* grad_x, int64_t n, bool past_caches, const Stat<T>& stat,
+                               Vec<T> weight, Vec<T> mean, Vec<T> projection) {
     using V = Vec<T>;
     const V x_hat = ((whole ? V::load(x) : V::load(x, n)) - stat.mean) * stat.rstd;
     const V grad =
         normalised_backward(whole ? V::load(grad_a) : V::load(grad_a, n), x_hat, weight, stat.rstd, mean, projection);
-    if (whole)
-        grad.store(grad_x);
-    else
+    if (!whole)
         grad.store(grad_x, n);
+    else if (past_caches)
+        grad.stream(grad_x);
+    else
+        grad.store(grad_x);
 }
 
 // grad_x of an item whose rows hold each gate's channels once: whole rows, as the weights lie beside each other too.
 template <int K, class T>
 static inline void finish_rows(const LnConvLstmInputs<T>& in, const LnConvLstmGradients<T>& grad, const LnPlan& plan,
-                               const LnItem& item, const double (&means)[kMostSamples][2][2]) {
+                               const LnItem& item, const double (&means)[kMostSamples][2][2], bool past_caches) {
     using V = Vec<T>;
     const int64_t width = 4 * plan.width;
     for (int64_t n = 0; n < item.count; ++n) {
@@ -540,12 +552,13 @@ static inline void finish_rows(const LnConvLstmInputs<T>& in, const LnConvLstmGr
                 T* grad_x = grad.x[k] + at;
                 int64_t e = 0;
                 for (; e + V::width <= width; e += V::width) {
-                    __builtin_prefetch(grad_x + e + kAhead / sizeof(T), 1);
-                    finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, stat, V::load(weight + e), mean, projection);
+                    if (!past_caches) __builtin_prefetch(grad_x + e + kAhead / sizeof(T), 1);
+                    finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, past_caches, stat, V::load(weight + e), mean,
+                                       projection);
                 }
                 if (e < width)
-                    finish_gates<false>(x + e, grad_a + e, grad_x + e, width - e, stat, V::load(weight + e, width - e),
-                                        mean, projection);
+                    finish_gates<false>(x + e, grad_a + e, grad_x + e, width - e, false, stat,
+                                        V::load(weight + e, width - e), mean, projection);
             }
         }
     }
@@ -557,7 +570,13 @@ static inline void finish_item(const LnConvLstmInputs<T>& in, const LnConvLstmGr
                                const LnConvLstmShape& s, const LnPlan& plan, const LnItem& item,
                                const double (&means)[kMostSamples][2][2]) {
     using V = Vec<T>;
-    if (plan.columns && plan.inner == 1) return finish_rows<K>(in, grad, plan, item, means);
+    bool past_caches = true;
+    for (int k = 0; k < K; ++k) past_caches = past_caches && plan.past_caches(s, sizeof(T), grad.x[k]);
+    if (plan.columns && plan.inner == 1) {
+        finish_rows<K>(in, grad, plan, item, means, past_caches);
+        if (past_caches) order_streams();
+        return;
+    }
     Table<K, kBySample, T> table;
     for (int64_t block = 0; block < (plan.columns ? plan.width : 1); block += kBlock) {
         const int64_t count = min_of(kBlock, plan.width - block);
@@ -584,12 +603,13 @@ static inline void finish_item(const LnConvLstmInputs<T>& in, const LnConvLstmGr
                         int64_t e = 0;
                         for (; e + V::width <= length; e += V::width) {
                             if (plan.columns) weight = V::load(row + e);
-                            __builtin_prefetch(grad_x + e + kAhead / sizeof(T), 1);
-                            finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, stat, weight, mean, projection);
+                            if (!past_caches) __builtin_prefetch(grad_x + e + kAhead / sizeof(T), 1);
+                            finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, past_caches, stat, weight, mean,
+                                               projection);
                         }
                         if (e < length) {
                             if (plan.columns) weight = V::load(row + e);
-                            finish_gates<false>(x + e, grad_a + e, grad_x + e, length - e, stat, weight, mean,
+                            finish_gates<false>(x + e, grad_a + e, grad_x + e, length - e, false, stat, weight, mean,
                                                 projection);
                         }
                     }
@@ -597,6 +617,7 @@ static inline void finish_item(const LnConvLstmInputs<T>& in, const LnConvLstmGr
             }
         }
     }
+    if (past_caches) order_streams();
 }
 
 // What a tile adds to the sums of w grad_a and of w grad_a x_hat over its sample.
@@ -800,6 +821,7 @@ static inline void finish_batch(const LnConvLstmInputs<T>& in, const LnConvLstmG
     const int64_t gates = 4 * s.channels, of_seed = item.seed * gates;
     const V share = V::broadcast((T)(1.0 / (double)(s.samples * s.positions)));
     for (int k = 0; k < K; ++k) {
+        const bool past_caches = plan.past_caches(s, sizeof(T), grad.x[k]);
         const T *weight = in.weight[k] + of_seed, *stats = grad.stats + (item.seed * K + k) * 3 * gates;
         const T *sum = grad.bias + of_seed, *sum_x = grad.weight[k] + of_seed;
         for (int64_t n = item.first; n < item.first + item.count; ++n) {
@@ -811,14 +833,14 @@ static inline void finish_batch(const LnConvLstmInputs<T>& in, const LnConvLstmG
                     int64_t e = 0;
                     for (; e + V::width <= gates; e += V::width) {
                         const V w = V::load(weight + e), scale = w * share;
-                        finish_gates<true>(x + e, grad_a + e, grad_x + e, 0,
+                        finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, past_caches,
                                            {V::load(stats + e), V::load(stats + gates + e)}, w,
                                            scale * V::load(sum + e), scale * V::load(sum_x + e));
                     }
                     if (e < gates) {
                         const int64_t rest = gates - e;
                         const V w = V::load(weight + e, rest), scale = w * share;
-                        finish_gates<false>(x + e, grad_a + e, grad_x + e, rest,
+                        finish_gates<false>(x + e, grad_a + e, grad_x + e, rest, false,
                                             {V::load(stats + e, rest), V::load(stats + gates + e, rest)}, w,
                                             scale * V::load(sum + e, rest), scale * V::load(sum_x + e, rest));
                     }
@@ -835,14 +857,16 @@ static inline void finish_batch(const LnConvLstmInputs<T>& in, const LnConvLstmG
                         const V projection = scale * V::broadcast(sum_x[channel]);
                         int64_t e = 0;
                         for (; e + V::width <= s.positions; e += V::width)
-                            finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, stat, w, mean, projection);
+                            finish_gates<true>(x + e, grad_a + e, grad_x + e, 0, past_caches, stat, w, mean,
+                                               projection);
                         if (e < s.positions)
-                            finish_gates<false>(x + e, grad_a + e, grad_x + e, s.positions - e, stat, w, mean,
+                            finish_gates<false>(x + e, grad_a + e, grad_x + e, s.positions - e, false, stat, w, mean,
                                                 projection);
                     }
                 }
             }
         }
+        if (past_caches) order_streams();
     }
 }
 

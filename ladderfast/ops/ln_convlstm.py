@@ -288,10 +288,14 @@ def _check(
     if x.dim() <= channel or x.shape[channel] % 4 != 0:
         wanted = "(N, 4C, *)" if channel == 1 else f"(S, N, 4C, *), as {every[0][0]} has an axis of seeds"
         raise ValueError(f"{OP}: gates_in must have shape {wanted}; got {shape_text(x)}")
-    cells = (*x.shape[:channel], x.shape[channel] // 4, *x.shape[channel + 1 :])
-    gates = [("gates_in[1]", xs[1])] if len(xs) == 2 else []
-    for name, t in (*gates, ("gates_rec", rec)):
-        if t.shape != x.shape:
+    # Each question to a tensor takes its time, and this is asked at every step.
+    shape, dtype, device = tuple(x.shape), x.dtype, x.device
+    lead, vector, after = shape[: channel - 1], shape[channel], shape[channel + 1 :]
+    cells = (*shape[:channel], vector // 4, *after)
+    others = [("gates_in[1]", xs[1])] if len(xs) == 2 else []
+    others.append(("gates_rec", rec))
+    for name, t in others:
+        if t.shape != shape:
             raise ValueError(
                 f"{OP}: {name} must have the shape of gates_in, {shape_text(x)}; got {shape_text(t)}"
             )
@@ -299,23 +303,27 @@ def _check(
         raise ValueError(
             f"{OP}: c must have shape {cells} for gates_in of {shape_text(x)}; got {shape_text(c)}"
         )
+    for group, length in ((vectors, vector), (of_cell, vector // 4)):
+        fitting = (*lead, length)
+        for name, t in group:
+            if t.shape != fitting:
+                raise ValueError(
+                    f"{OP}: {name} must have shape {fitting} for gates_in of shape {shape_text(x)}; "
+                    f"got {shape_text(t)}"
+                )
+    others.append(("c", c))
+    for name, t in others:
+        if t.dtype != dtype:
+            raise TypeError(f"{OP}: {name} must have the dtype of gates_in, {dtype}; got {t.dtype}")
     for name, t in every:
-        fitting = (*x.shape[: channel - 1], x.shape[channel] // (4 if (name, t) in of_cell else 1))
-        if t.shape != fitting:
-            raise ValueError(
-                f"{OP}: {name} must have shape {fitting} for gates_in of shape {shape_text(x)}; got {shape_text(t)}"
-            )
-    for name, t in (*gates, ("gates_rec", rec), ("c", c)):
-        if t.dtype != x.dtype:
-            raise TypeError(f"{OP}: {name} must have the dtype of gates_in, {x.dtype}; got {t.dtype}")
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    for name, t in every:
-        if t.dtype != every[0][1].dtype or (t.dtype != x.dtype and not (half and t.dtype == torch.float32)):
-            allowed = f"{x.dtype} or all torch.float32" if half else f"{x.dtype}"
-            raise TypeError(f"{OP}: {name} must be {allowed} for gates_in of {x.dtype}; got {t.dtype}")
-    for name, t in (*gates, ("gates_rec", rec), ("c", c), *every):
-        if t.device != x.device:
-            raise ValueError(f"{OP}: {name} must be on the device of gates_in, {x.device}; got {t.device}")
+        own = t.dtype
+        half = own == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+        if own != every[0][1].dtype or (own != dtype and not half):
+            allowed = f"{dtype} or all torch.float32" if dtype.itemsize == 2 else f"{dtype}"
+            raise TypeError(f"{OP}: {name} must be {allowed} for gates_in of {dtype}; got {own}")
+    for name, t in others + every:
+        if t.device != device:
+            raise ValueError(f"{OP}: {name} must be on the device of gates_in, {device}; got {t.device}")
     if not eps >= 0:
         raise ValueError(f"{OP}: eps must not be negative; got {eps}")
 

@@ -340,6 +340,72 @@ def test_channels_last_in_and_out():
     assert h.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture
+def every_size_is_large(monkeypatch):
+    monkeypatch.setattr("ladderfast.nn.ln_convlstm._LARGE", 0)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_layout_within_a_sequence_does_not_show(given, masked, channels, norm, every_size_is_large):
+    """In float32 a sequence runs with the channels last; in float64, which it is compared with, as it comes."""
+    module = LayerNormConvLSTM(channels, 5, 3, norm=norm, batch_first=True)
+    x = torch.randn(3, 4, channels, 6, 7, requires_grad=True)
+    state = tuple(torch.randn(1, 3, 5, 6, 7, requires_grad=True) for _ in range(2)) if given else None
+    mask = torch.rand(3, 4) < 0.7 if masked else None
+    assert module.cell.prefers_channels_last(x.transpose(0, 1))
+    grads = torch.randn(3, 4, 5, 6, 7), torch.randn(1, 3, 5, 6, 7), torch.randn(1, 3, 5, 6, 7)
+
+    def run(module, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, *(state or ()))]
+        output, new = module(inputs[0], tuple(inputs[1:]) or None, mask)
+        wanted = [*inputs, *module.parameters()]
+        of_all = torch.autograd.grad((output, *new), wanted, [g.to(dtype) for g in grads], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in of_all), wanted)
+        return output, *new, *of_all, *second
+
+    found, expected = run(module, torch.float32), run(copy.deepcopy(module).double(), torch.float64)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4 * float(b.detach().abs().max()))
+    assert all(t.is_contiguous() for t in found[:3])
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, state, mask)[0], found[0].detach())
+
+
+def test_few_gates_stay_as_they_are():
+    cell = LayerNormConvLSTM(3, 32, 3).cell
+    assert cell.prefers_channels_last(torch.empty(10, 16, 3, 32, 32))
+    assert not cell.prefers_channels_last(torch.empty(10, 8, 3, 32, 32))
+    assert not LayerNormConvLSTM(3, 32, 3, stride=2).cell.prefers_channels_last(torch.empty(1, 16, 3, 32, 32))
+
+
+def test_a_sequence_that_comes_channels_last_is_the_same(every_size_is_large):
+    module = LayerNormConvLSTM(3, 4, 3)
+    x = torch.randn(2, 2, 3, 6, 5)
+    output, state = module(x)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        other = copy.deepcopy(module).to(memory_format=memory_format)
+        laid = torch.stack([t.contiguous(memory_format=torch.channels_last) for t in x])
+        assert not other.cell.prefers_channels_last(laid)
+        torch.testing.assert_close(other(laid), (output, state))
+
+
+def test_many_gradients_of_a_sequence_at_once(every_size_is_large):
+    module = LayerNormConvLSTM(3, 4, 3)
+    x = torch.randn(2, 2, 3, 6, 5)
+    assert module.cell.prefers_channels_last(x)
+    output = module(x)[0]
+    grads = torch.randn(3, *output.shape)
+    wanted = list(module.parameters())
+    found = torch.autograd.grad(output, wanted, grads, is_grads_batched=True, retain_graph=True)
+    for k, grad in enumerate(grads):
+        torch.testing.assert_close(
+            [g[k] for g in found], list(torch.autograd.grad(output, wanted, grad, retain_graph=True))
+        )
+
+
 def test_compile_fullgraph():
     module = LayerNormConvLSTM(2, 3, 3)
     x = torch.randn(2, 2, 2, 5, 5)

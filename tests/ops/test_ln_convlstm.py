@@ -231,6 +231,30 @@ def test_large_samples(target, shape, channels_last):
     assert_as_good_as_torch(run(ln_convlstm_step, case), case)
 
 
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [
+        ((16, 32, 32, 32), False),
+        ((16, 32, 32, 32), True),
+        ((1, 64, 96, 96), True),  # a sample that is split
+        ((16, 32, 31, 31), False),  # runs that do not begin at a vector
+        ((256, 2048), False),
+        ((2048, 32, 8), False),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("poisoned")
+def test_larger_than_the_caches(shape, channels_last):
+    """The CPU's kernels write the gradient of the inputs past the caches, where vectors are whole and aligned."""
+    if backend.unavailable("cpu", "cpu", torch.float32):
+        pytest.skip("a way of the CPU's kernels")
+    case = Case.draw(shape, 1, dtype=torch.float32, channels_last=channels_last)
+    with ladderfast.use_backend("cpu"):
+        ours = run(ln_convlstm_step, case)
+    for a, b in zip(ours, run(reference.ln_convlstm_step, case.to(torch.float64)), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
 @pytest.mark.parametrize("shape", [(3, 20, 5, 4), (2, 3, 7), (2, 1, 6), (3, 2, 1, 1)], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_channels_last(target, shape):

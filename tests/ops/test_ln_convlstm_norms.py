@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ladderfast
 from ladderfast import _extension
-from ladderfast.ops import ln_convlstm_step
+from ladderfast.ops import backend, ln_convlstm_step
 from ladderfast.reference import ln_convlstm as reference
 from tests.ops.test_ln_convlstm import Case
 
@@ -156,6 +156,18 @@ def test_large_samples(target, shape, channels_last):
     if target.backend != "triton":  # the interpreter is slow
         case.batch = not case.batch
         assert_as_good_as_torch(run(ln_convlstm_step, case), case)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.usefixtures("poisoned")
+def test_batch_norm_larger_than_the_caches(channels_last):
+    if backend.unavailable("cpu", "cpu", torch.float32):
+        pytest.skip("a way of the CPU's kernels")
+    case = Normed.of((16, 32, 32, 32), (1, True, False), dtype=torch.float32, channels_last=channels_last)
+    with ladderfast.use_backend("cpu"):
+        ours = run(ln_convlstm_step, case)
+    for a, b in zip(ours, run(reference.ln_convlstm_step, case.to(torch.float64)), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 5, 4), (2, 3, 7), (3, 2, 1, 1)], ids=str)

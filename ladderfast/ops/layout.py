@@ -1,0 +1,82 @@
+"""Images copied between the two layouts in memory: contiguous, and with the channels last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ladderfast import _extension
+from ladderfast.ops.function import apply, known_signature, plain
+
+if _extension.module is not None:
+
+    @_extension.register_fake("lay_out")
+    def _lay_out_fake(to: Tensor, source: Tensor) -> None:
+        pass
+
+    @_extension.register_fake("channels_last")
+    def _channels_last_fake(t: Tensor) -> Tensor:
+        n, c, h, w = t.shape
+        return t.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """A copy of t (N, C, H, W) with the channels last in memory, also where a single channel leaves that open."""
+    if _fast(t) and not (torch.is_grad_enabled() and t.requires_grad):
+        return torch.ops.ladderfast.channels_last.default(t)
+    # Not by memory_format, which vmap does not know.
+    return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+def _fast(t: Tensor) -> bool:
+    return _extension.module is not None and t.device.type == "cpu" and plain()
+
+
+@known_signature
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(t: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return channels_last(grad)
+
+
+def with_gradient_channels_last(t: Tensor) -> Tensor:
+    """t (N, C, H, W) itself, to whose users no transform of torch.func may belong; the gradient that they give is laid
+    out with the channels last when backward comes to it, not before."""
+    return apply(_WithGradient, t)
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(dim: int, *tensors: Tensor) -> Tensor:
+        shape = list(tensors[0].shape)
+        shape.insert(dim, len(tensors))
+        out = tensors[0].new_empty(shape)
+        for part, t in zip(out.unbind(dim), tensors, strict=True):
+            if _fast(t):
+                torch.ops.ladderfast.lay_out.default(part, t)
+            else:
+                part.copy_(t)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dim = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.unbind(ctx.dim)
+
+
+def stack_contiguous(tensors: list[Tensor], dim: int) -> Tensor:
+    """torch.stack, contiguous whatever the layout of the parts; not within a transform of torch.func."""
+    return apply(_Stack, dim, *tensors)
