@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ladderfast.nn.maps import Conv2d
 from ladderfast.ops.linear import linear
 
 NOTATION = (
@@ -141,7 +140,7 @@ class Dense(nn.Linear):
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 
-class Convolution(Conv2d):
+class Convolution(nn.Conv2d):
     """A convolution without bias, with its published start values."""
 
     def reset_parameters(self) -> None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.models.swwae_layers import check_image_shape, parse_architecture
-from ladderfast.nn.maps import Conv2d
 from ladderfast.nn.noise import draw_seed, dropout
 from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
 from ladderfast.ops.what_where import sharpness
@@ -331,7 +330,7 @@ class _Convolution(nn.Module):
     ) -> None:
         super().__init__()
         # What a bias adds, normalisation takes away again.
-        self.conv = Conv2d(below, above, kernel, padding="same", bias=not batch_norm, **made)
+        self.conv = nn.Conv2d(below, above, kernel, padding="same", bias=not batch_norm, **made)
         self.norm = nn.BatchNorm2d(above, **made) if batch_norm else None
         self.relu = relu
 

@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ladderfast.ops.convolution import conv2d
-
 HALF = (torch.bfloat16, torch.float16)
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d of stride 1, which is faster on a CPU where many networks are computed at once."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, padding=self.padding)
 
 
 def apply_map(linear: nn.Module, x: Tensor) -> Tensor:
