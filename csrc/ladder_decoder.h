@@ -11,6 +11,8 @@
 
 #include <stdint.h>
 
+#include "bfloat16.h"
+
 struct LadderDecoderShape {
     int64_t seeds, rows, channels, inner;
 };
@@ -21,7 +23,8 @@ struct LadderDecoderOptions {
 };
 
 // Every pass is cut into work items whose number and extent depend on the shape alone, so that results do not depend on
-// how items are spread over threads. T is float or double; the functions below exist for both.
+// how items are spread over threads. S is float, double or BFloat16; the functions below exist for all three, with
+// T = Wide<S>.
 //
 //   forward:   run items [0, apply_items) of statistics, [0, reduce_items) of moments, [0, apply_items) of apply, then,
 //              for a cost, [0, seeds) of cost
@@ -31,59 +34,60 @@ namespace ladderfast::cpu {
 
 int64_t ladder_decoder_apply_items(const LadderDecoderShape& shape);
 int64_t ladder_decoder_reduce_items(const LadderDecoderShape& shape);
-int64_t ladder_decoder_workspace(const LadderDecoderShape& shape);           // elements of T, forward
-int64_t ladder_decoder_backward_workspace(const LadderDecoderShape& shape);  // elements of T, backward
+int64_t ladder_decoder_workspace(const LadderDecoderShape& shape);           // elements of Wide<S>, forward
+int64_t ladder_decoder_backward_workspace(const LadderDecoderShape& shape);  // elements of Wide<S>, backward
 
-template <class T>
-void ladder_decoder_statistics(const T* u,    // (seeds, rows, channels, inner)
+template <class S, class T = Wide<S>>
+void ladder_decoder_statistics(const S* u,    // (seeds, rows, channels, inner)
                                T* workspace,  // need not be initialised
                                const LadderDecoderShape& shape, int64_t begin, int64_t end);
 
-template <class T>
-void ladder_decoder_moments(const T* u,
+template <class S, class T = Wide<S>>
+void ladder_decoder_moments(const S* u,
                             const T* workspace,   // filled by every item of the statistics
                             T* u_mean, T* u_var,  // (seeds, channels), written once; 0 where there are no rows
                             const LadderDecoderShape& shape, int64_t begin, int64_t end);
 
-template <class T>
-void ladder_decoder_apply(const T* u, const T* z, const T* params,
-                          const T* clean_z,  // as u, or null: no cost
+template <class S, class T = Wide<S>>
+void ladder_decoder_apply(const S* u, const S* z, const T* params,
+                          const S* clean_z,  // as u, or null: no cost
                           const T* mean,     // (seeds, channels), or null: layer 0
                           const T* var,      // (seeds, channels), or null: layer 0
                           const T* u_mean, const T* u_var,
-                          T* z_hat,      // as u, written once
+                          S* z_hat,      // as u, written once
                           T* workspace,  // the cost's sums, over what the statistics left
                           const LadderDecoderOptions& options, const LadderDecoderShape& shape, int64_t begin,
                           int64_t end);
 
-template <class T>
+template <class S, class T = Wide<S>>
 void ladder_decoder_cost(const T* workspace,
                          T* cost,  // (seeds), written once
                          const LadderDecoderShape& shape, int64_t begin, int64_t end);
 
-template <class T>
-void ladder_decoder_backward_sums(const T* grad_z_hat,  // as u, or null: zero
+template <class S, class T = Wide<S>>
+void ladder_decoder_backward_sums(const S* grad_z_hat,  // as u, or null: zero
                                   const T* grad_cost,   // (seeds), or null: zero
-                                  const T* u, const T* z, const T* params, const T* clean_z, const T* mean,
+                                  const S* u, const S* z, const T* params, const S* clean_z, const T* mean,
                                   const T* var, const T* u_mean, const T* u_var,
-                                  T* grad_u,        // as u, holds what reaches the normalised u
-                                  T* grad_z,        // as u, written once; null: not wanted
-                                  T* grad_clean_z,  // as u, written once; null: not wanted, or no grad_cost
+                                  T* reaching,      // as u: what reaches the normalised u
+                                  S* grad_z,        // as u, written once; null: not wanted
+                                  S* grad_clean_z,  // as u, written once; null: not wanted, or no grad_cost
                                   T* workspace,     // need not be initialised
                                   bool statistics,  // whether mean and var have gradients
                                   const LadderDecoderOptions& options, const LadderDecoderShape& shape, int64_t begin,
                                   int64_t end);
 
-template <class T>
+template <class S, class T = Wide<S>>
 void ladder_decoder_reduce(T* workspace, const T* params, const T* var, T* grad_params,
                            T* grad_mean,  // (seeds, channels), written once; or null
                            T* grad_var,   // (seeds, channels), written once; or null
                            const LadderDecoderOptions& options, const LadderDecoderShape& shape, int64_t begin,
                            int64_t end);
 
-template <class T>
-void ladder_decoder_backward_apply(const T* u, const T* u_mean, const T* u_var, const T* workspace,
-                                   T* grad_u,  // in and out
+template <class S, class T = Wide<S>>
+void ladder_decoder_backward_apply(const S* u, const T* u_mean, const T* u_var, const T* workspace,
+                                   const T* reaching,  // of backward_sums; may be grad_u where S is T
+                                   S* grad_u,          // as u, written once
                                    const LadderDecoderOptions& options, const LadderDecoderShape& shape, int64_t begin,
                                    int64_t end);
 

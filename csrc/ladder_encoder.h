@@ -13,6 +13,8 @@
 
 #include <stdint.h>
 
+#include "bfloat16.h"
+
 struct LadderEncoderShape {
     int64_t seeds, rows, channels, inner;
     int64_t parts, part_rows[3], noisy;
@@ -25,7 +27,7 @@ struct LadderEncoderOptions {
 };
 
 // Every pass is cut into work items whose number and extent depend on the shape alone, so that results do not depend on
-// how items are spread over threads. T is float or double; the functions below exist for both.
+// how items are spread over threads. S is float, double or BFloat16; the functions below exist for all three.
 //
 //   forward:   run items [0, items) of statistics, [0, merge_items) of merge, [0, items) of apply, each in any order
 //   backward:  run items [0, items) of backward_sums, [0, reduce_items) of reduce, [0, items) of backward_apply
@@ -34,57 +36,60 @@ namespace ladderfast::cpu {
 int64_t ladder_encoder_items(const LadderEncoderShape& shape);
 int64_t ladder_encoder_merge_items(const LadderEncoderShape& shape);
 int64_t ladder_encoder_reduce_items(const LadderEncoderShape& shape);
-int64_t ladder_encoder_workspace(const LadderEncoderShape& shape);           // elements of T, forward
-int64_t ladder_encoder_backward_workspace(const LadderEncoderShape& shape);  // elements of T, backward
+int64_t ladder_encoder_workspace(const LadderEncoderShape& shape);           // elements of Wide<S>, forward
+int64_t ladder_encoder_backward_workspace(const LadderEncoderShape& shape);  // elements of Wide<S>, backward
 
-template <class T>
+template <class S>
 struct LadderEncoderForward {
-    const T* x;            // (seeds, rows, channels, inner)
+    using T = Wide<S>;
+    const S* x;            // (seeds, rows, channels, inner)
     const T* beta;         // (seeds, channels) or null
     const T* gamma;        // (seeds, channels) or null
     const int64_t* state;  // (seeds, 2) or null: no noise
-    T* z;                  // as x, written once; null: not wanted
-    T* h;                  // as x, written once; null: not wanted
+    S* z;                  // as x, written once; null: not wanted
+    S* h;                  // as x, written once; null: not wanted
     T* mean;               // (seeds, parts, channels), written once; 0 for a part of no rows
     T* var;                // as mean
     T* workspace;          // ladder_encoder_workspace(shape), need not be initialised
 };
 
-template <class T>
+template <class S>
 struct LadderEncoderBackward {
-    const T* grad_z;     // as x or null: zero
-    const T* grad_h;     // as x or null: zero
+    using T = Wide<S>;
+    const S* grad_z;     // as x or null: zero
+    const S* grad_h;     // as x or null: zero
     const T* grad_mean;  // as mean or null: zero
     const T* grad_var;   // as mean or null: zero
-    const T* x;          // (seeds, rows, channels, inner)
+    const S* x;          // (seeds, rows, channels, inner)
     const T* mean;       // (seeds, parts, channels)
     const T* var;        // as mean
     const T* beta;       // (seeds, channels) or null
     const T* gamma;      // (seeds, channels) or null
     const int64_t* state;
-    T* grad_x;      // as x; between sums and apply it holds what reaches the normalised x
+    S* grad_x;      // as x, written once or, where it is `reaching`, twice
+    T* reaching;    // as x: between sums and apply what reaches the normalised x; grad_x itself where S is T
     T* grad_beta;   // (seeds, channels), written once; or null: not wanted
     T* grad_gamma;  // (seeds, channels), written once; or null: not wanted
     T* workspace;   // ladder_encoder_backward_workspace(shape), need not be initialised
 };
 
-template <class T>
-void ladder_encoder_statistics(const LadderEncoderForward<T>& pass, const LadderEncoderShape& shape, int64_t begin,
+template <class S>
+void ladder_encoder_statistics(const LadderEncoderForward<S>& pass, const LadderEncoderShape& shape, int64_t begin,
                                int64_t end);
-template <class T>
-void ladder_encoder_merge(const LadderEncoderForward<T>& pass, const LadderEncoderShape& shape, int64_t begin,
+template <class S>
+void ladder_encoder_merge(const LadderEncoderForward<S>& pass, const LadderEncoderShape& shape, int64_t begin,
                           int64_t end);
-template <class T>
-void ladder_encoder_apply(const LadderEncoderForward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+void ladder_encoder_apply(const LadderEncoderForward<S>& pass, const LadderEncoderOptions& options,
                           const LadderEncoderShape& shape, int64_t begin, int64_t end);
-template <class T>
-void ladder_encoder_backward_sums(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+void ladder_encoder_backward_sums(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                                   const LadderEncoderShape& shape, int64_t begin, int64_t end);
-template <class T>
-void ladder_encoder_reduce(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+void ladder_encoder_reduce(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                            const LadderEncoderShape& shape, int64_t begin, int64_t end);
-template <class T>
-void ladder_encoder_backward_apply(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+void ladder_encoder_backward_apply(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                                    const LadderEncoderShape& shape, int64_t begin, int64_t end);
 
 }  // namespace ladderfast::cpu

@@ -230,6 +230,11 @@ void pack_encoder_inputs(const char* op, const Tensor& z_pre, std::optional<Tens
     state = as_contiguous(*state);
 }
 
+// What is computed, and statistics are kept, in.
+ScalarType wide_of(const Tensor& t) {
+    return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 Tensor new_statistics(const Tensor& z_pre, ScalarType dtype, bool seeds, const LadderEncoderShape& s) {
     return seeds ? torch::stable::new_empty(z_pre, {s.seeds, s.parts, s.channels}, dtype)
                  : torch::stable::new_empty(z_pre, {s.parts, s.channels}, dtype);
@@ -239,31 +244,32 @@ void check_params_dtype(const char* op, const std::optional<Tensor>& beta, const
                         ScalarType dtype) {
     for (const std::optional<Tensor>* t : {&beta, &gamma})
         STD_TORCH_CHECK(!t->has_value() || (*t)->scalar_type() == dtype, op,
-                        ": beta and gamma must have the dtype of z_pre on the CPU");
+                        ": beta and gamma must have the dtype of z_pre on the CPU, float32 beside bfloat16");
 }
 
-template <class T>
+template <class S>
 void run_encoder(const Tensor& z_pre, const std::optional<Tensor>& beta, const std::optional<Tensor>& gamma,
                  const std::optional<Tensor>& state, bool want_z, bool want_h, Tensor& z, Tensor& h, Tensor& mean,
                  Tensor& var, const LadderEncoderOptions& options, const LadderEncoderShape& shape) {
     namespace cpu = ladderfast::cpu;
-    Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_workspace(shape)});
-    const cpu::LadderEncoderForward<T> pass{(const T*)z_pre.data_ptr(),
+    using T = ladderfast::Wide<S>;
+    Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_workspace(shape)}, wide_of(z_pre));
+    const cpu::LadderEncoderForward<S> pass{(const S*)z_pre.data_ptr(),
                                             (const T*)pointer(beta),
                                             (const T*)pointer(gamma),
                                             (const int64_t*)pointer(state),
-                                            want_z ? (T*)z.data_ptr() : nullptr,
-                                            want_h ? (T*)h.data_ptr() : nullptr,
+                                            want_z ? (S*)z.data_ptr() : nullptr,
+                                            want_h ? (S*)h.data_ptr() : nullptr,
                                             (T*)mean.data_ptr(),
                                             (T*)var.data_ptr(),
                                             (T*)workspace.data_ptr()};
     const int64_t items = cpu::ladder_encoder_items(shape);
     parallel_items(items, numel(shape),
-                   [&](int64_t begin, int64_t end) { cpu::ladder_encoder_statistics<T>(pass, shape, begin, end); });
+                   [&](int64_t begin, int64_t end) { cpu::ladder_encoder_statistics<S>(pass, shape, begin, end); });
     parallel_items(cpu::ladder_encoder_merge_items(shape), workspace.numel(),
-                   [&](int64_t begin, int64_t end) { cpu::ladder_encoder_merge<T>(pass, shape, begin, end); });
+                   [&](int64_t begin, int64_t end) { cpu::ladder_encoder_merge<S>(pass, shape, begin, end); });
     parallel_items(items, numel(shape),
-                   [&](int64_t begin, int64_t end) { cpu::ladder_encoder_apply<T>(pass, options, shape, begin, end); });
+                   [&](int64_t begin, int64_t end) { cpu::ladder_encoder_apply<S>(pass, options, shape, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_encoder_cpu(Tensor z_pre, std::optional<Tensor> beta,
@@ -275,17 +281,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_encoder_cpu(Tensor z_pre, std:
     const LadderEncoderShape shape = encoder_shape("ladder_encoder", z_pre, num_labelled, num_clean, seeds);
     pack_encoder_inputs("ladder_encoder", z_pre, beta, gamma, state, noise_std, seeds, shape);
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
-    const ScalarType dtype = z_pre.scalar_type();
-    check_params_dtype("ladder_encoder", beta, gamma, dtype);
+    const ScalarType dtype = z_pre.scalar_type(), wide = wide_of(z_pre);
+    check_params_dtype("ladder_encoder", beta, gamma, wide);
     Tensor z = want_z ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
     Tensor h = want_h ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
-    Tensor mean = new_statistics(z_pre, dtype, seeds, shape), var = new_statistics(z_pre, dtype, seeds, shape);
+    Tensor mean = new_statistics(z_pre, wide, seeds, shape), var = new_statistics(z_pre, wide, seeds, shape);
     if (dtype == ScalarType::Float) {
         run_encoder<float>(z_pre, beta, gamma, state, want_z, want_h, z, h, mean, var, options, shape);
     } else if (dtype == ScalarType::Double) {
         run_encoder<double>(z_pre, beta, gamma, state, want_z, want_h, z, h, mean, var, options, shape);
+    } else if (dtype == ScalarType::BFloat16) {
+        run_encoder<ladderfast::BFloat16>(z_pre, beta, gamma, state, want_z, want_h, z, h, mean, var, options, shape);
     } else {
-        STD_TORCH_CHECK(false, "ladder_encoder: the CPU kernel takes float32 and float64");
+        STD_TORCH_CHECK(false, "ladder_encoder: the CPU kernel takes float32, float64 and bfloat16");
     }
     return {z, h, mean, var};
 }
@@ -320,7 +328,7 @@ Tensor empty_or_none(const Tensor& z_pre, const std::optional<Tensor>& t) {
     return t.has_value() ? new_like(*t) : torch::stable::new_empty(z_pre, {0});
 }
 
-template <class T>
+template <class S>
 void run_encoder_backward(const std::optional<Tensor>& grad_z, const std::optional<Tensor>& grad_h,
                           const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_var,
                           const Tensor& z_pre, const Tensor& mean, const Tensor& var, const std::optional<Tensor>& beta,
@@ -328,30 +336,34 @@ void run_encoder_backward(const std::optional<Tensor>& grad_z, const std::option
                           Tensor& grad_beta, Tensor& grad_gamma, const LadderEncoderOptions& options,
                           const LadderEncoderShape& shape) {
     namespace cpu = ladderfast::cpu;
-    Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_backward_workspace(shape)});
-    const cpu::LadderEncoderBackward<T> pass{(const T*)pointer(grad_z),
-                                             (const T*)pointer(grad_h),
+    using T = ladderfast::Wide<S>;
+    Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_backward_workspace(shape)}, wide_of(z_pre));
+    const Tensor reaching =
+        sizeof(S) == sizeof(T) ? grad_x : torch::stable::new_empty(z_pre, {numel(shape)}, wide_of(z_pre));
+    const cpu::LadderEncoderBackward<S> pass{(const S*)pointer(grad_z),
+                                             (const S*)pointer(grad_h),
                                              (const T*)pointer(grad_mean),
                                              (const T*)pointer(grad_var),
-                                             (const T*)z_pre.data_ptr(),
+                                             (const S*)z_pre.data_ptr(),
                                              (const T*)mean.data_ptr(),
                                              (const T*)var.data_ptr(),
                                              (const T*)pointer(beta),
                                              (const T*)pointer(gamma),
                                              (const int64_t*)pointer(state),
-                                             (T*)grad_x.data_ptr(),
+                                             (S*)grad_x.data_ptr(),
+                                             (T*)reaching.data_ptr(),
                                              beta ? (T*)grad_beta.data_ptr() : nullptr,
                                              gamma ? (T*)grad_gamma.data_ptr() : nullptr,
                                              (T*)workspace.data_ptr()};
     const int64_t items = cpu::ladder_encoder_items(shape);
     parallel_items(items, numel(shape), [&](int64_t begin, int64_t end) {
-        cpu::ladder_encoder_backward_sums<T>(pass, options, shape, begin, end);
+        cpu::ladder_encoder_backward_sums<S>(pass, options, shape, begin, end);
     });
     parallel_items(cpu::ladder_encoder_reduce_items(shape), workspace.numel(), [&](int64_t begin, int64_t end) {
-        cpu::ladder_encoder_reduce<T>(pass, options, shape, begin, end);
+        cpu::ladder_encoder_reduce<S>(pass, options, shape, begin, end);
     });
     parallel_items(items, numel(shape), [&](int64_t begin, int64_t end) {
-        cpu::ladder_encoder_backward_apply<T>(pass, options, shape, begin, end);
+        cpu::ladder_encoder_backward_apply<S>(pass, options, shape, begin, end);
     });
 }
 
@@ -366,8 +378,9 @@ std::tuple<Tensor, Tensor, Tensor> ladder_encoder_backward_cpu(
     pack_encoder_gradients(op, grad_z, grad_h, grad_mean, grad_var, z_pre, mean, var, seeds, shape);
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
     const ScalarType dtype = z_pre.scalar_type();
-    check_params_dtype(op, beta, gamma, dtype);
-    STD_TORCH_CHECK(mean.scalar_type() == dtype, op, ": mean must have the dtype of z_pre on the CPU");
+    check_params_dtype(op, beta, gamma, wide_of(z_pre));
+    STD_TORCH_CHECK(mean.scalar_type() == wide_of(z_pre), op,
+                    ": mean must have the dtype of z_pre on the CPU, float32 beside bfloat16");
     Tensor grad_x = new_like(z_pre);
     Tensor grad_beta = empty_or_none(z_pre, beta), grad_gamma = empty_or_none(z_pre, gamma);
     if (dtype == ScalarType::Float) {
@@ -376,8 +389,11 @@ std::tuple<Tensor, Tensor, Tensor> ladder_encoder_backward_cpu(
     } else if (dtype == ScalarType::Double) {
         run_encoder_backward<double>(grad_z, grad_h, grad_mean, grad_var, z_pre, mean, var, beta, gamma, state, grad_x,
                                      grad_beta, grad_gamma, options, shape);
+    } else if (dtype == ScalarType::BFloat16) {
+        run_encoder_backward<ladderfast::BFloat16>(grad_z, grad_h, grad_mean, grad_var, z_pre, mean, var, beta, gamma,
+                                                   state, grad_x, grad_beta, grad_gamma, options, shape);
     } else {
-        STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32 and float64");
+        STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float64 and bfloat16");
     }
     return {grad_x, grad_beta, grad_gamma};
 }
@@ -418,7 +434,7 @@ struct DecoderTensors {
     }
 
     // The dtype of statistics and cost.
-    ScalarType wide() const { return u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+    ScalarType wide() const { return wide_of(u); }
 
     Tensor new_wide(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(u, size, wide()); }
 
@@ -445,26 +461,28 @@ T* wanted_pointer(bool wanted, const Tensor& t) {
     return wanted ? (T*)t.data_ptr() : nullptr;
 }
 
-template <class T>
+template <class S>
 void run_decoder(const DecoderTensors& d, Tensor& z_hat, Tensor& cost, Tensor& u_mean, Tensor& u_var) {
     namespace cpu = ladderfast::cpu;
-    const T *u = (const T*)d.u.data_ptr(), *z = (const T*)d.z.data_ptr(), *params = (const T*)d.params.data_ptr();
-    const T *clean_z = pointer<T>(d.clean_z), *mean = pointer<T>(d.mean), *var = pointer<T>(d.var);
-    const Tensor scratch = torch::stable::new_empty(d.u, {cpu::ladder_decoder_workspace(d.shape)});
-    T *workspace = (T*)scratch.data_ptr(), *out = (T*)z_hat.data_ptr();
+    using T = ladderfast::Wide<S>;
+    const S *u = (const S*)d.u.data_ptr(), *z = (const S*)d.z.data_ptr(), *clean_z = pointer<S>(d.clean_z);
+    const T *params = (const T*)d.params.data_ptr(), *mean = pointer<T>(d.mean), *var = pointer<T>(d.var);
+    const Tensor scratch = d.new_wide({cpu::ladder_decoder_workspace(d.shape)});
+    T* workspace = (T*)scratch.data_ptr();
+    S* out = (S*)z_hat.data_ptr();
     T *um = (T*)u_mean.data_ptr(), *uv = (T*)u_var.data_ptr();
     const int64_t items = cpu::ladder_decoder_apply_items(d.shape);
     parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
-        cpu::ladder_decoder_statistics<T>(u, workspace, d.shape, begin, end);
+        cpu::ladder_decoder_statistics<S>(u, workspace, d.shape, begin, end);
     });
     parallel_items(cpu::ladder_decoder_reduce_items(d.shape), scratch.numel(), [&](int64_t begin, int64_t end) {
-        cpu::ladder_decoder_moments<T>(u, workspace, um, uv, d.shape, begin, end);
+        cpu::ladder_decoder_moments<S>(u, workspace, um, uv, d.shape, begin, end);
     });
     parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
-        cpu::ladder_decoder_apply<T>(u, z, params, clean_z, mean, var, um, uv, out, workspace, d.options, d.shape,
+        cpu::ladder_decoder_apply<S>(u, z, params, clean_z, mean, var, um, uv, out, workspace, d.options, d.shape,
                                      begin, end);
     });
-    if (d.clean_z.has_value()) cpu::ladder_decoder_cost<T>(workspace, (T*)cost.data_ptr(), d.shape, 0, d.shape.seeds);
+    if (d.clean_z.has_value()) cpu::ladder_decoder_cost<S>(workspace, (T*)cost.data_ptr(), d.shape, 0, d.shape.seeds);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cpu(Tensor u, Tensor z, Tensor params,
@@ -472,15 +490,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cpu(Tensor u, Tensor z
                                                               std::optional<Tensor> var, bool squash_v, double eps) {
     const DecoderTensors d("ladder_decoder", u, z, params, clean_z, mean, var, squash_v, eps);
     const ScalarType dtype = u.scalar_type();
-    STD_TORCH_CHECK(params.scalar_type() == dtype, "ladder_decoder: params must have the dtype of u on the CPU");
+    STD_TORCH_CHECK(params.scalar_type() == d.wide(),
+                    "ladder_decoder: params must have the dtype of u on the CPU, float32 beside bfloat16");
     Tensor z_hat = new_like(u), cost = d.new_cost();
     Tensor u_mean = d.new_statistics(), u_var = d.new_statistics();
     if (dtype == ScalarType::Float) {
         run_decoder<float>(d, z_hat, cost, u_mean, u_var);
     } else if (dtype == ScalarType::Double) {
         run_decoder<double>(d, z_hat, cost, u_mean, u_var);
+    } else if (dtype == ScalarType::BFloat16) {
+        run_decoder<ladderfast::BFloat16>(d, z_hat, cost, u_mean, u_var);
     } else {
-        STD_TORCH_CHECK(false, "ladder_decoder: the CPU kernel takes float32 and float64");
+        STD_TORCH_CHECK(false, "ladder_decoder: the CPU kernel takes float32, float64 and bfloat16");
     }
     return {z_hat, cost, u_mean, u_var};
 }
@@ -529,33 +550,37 @@ struct DecoderGradients {
     }
 };
 
-template <class T>
+template <class S>
 void run_decoder_backward(const DecoderGradients& g) {
     namespace cpu = ladderfast::cpu;
+    using T = ladderfast::Wide<S>;
     const DecoderTensors& d = g.d;
-    const T *grad_z_hat = pointer<T>(g.grad_z_hat), *grad_cost = pointer<T>(g.grad_cost);
-    const T *u = (const T*)d.u.data_ptr(), *z = (const T*)d.z.data_ptr(), *params = (const T*)d.params.data_ptr();
-    const T *clean_z = pointer<T>(d.clean_z), *mean = pointer<T>(d.mean), *var = pointer<T>(d.var);
+    const S *grad_z_hat = pointer<S>(g.grad_z_hat), *clean_z = pointer<S>(d.clean_z);
+    const S *u = (const S*)d.u.data_ptr(), *z = (const S*)d.z.data_ptr();
+    const T *grad_cost = pointer<T>(g.grad_cost), *params = (const T*)d.params.data_ptr();
+    const T *mean = pointer<T>(d.mean), *var = pointer<T>(d.var);
     const T *um = (const T*)g.u_mean.data_ptr(), *uv = (const T*)g.u_var.data_ptr();
-    T *grad_u = (T*)g.grad_u.data_ptr(), *grad_params = (T*)g.grad_params.data_ptr();
-    T* grad_z = wanted_pointer<T>(g.want_z, g.grad_z);
-    T* grad_clean_z = wanted_pointer<T>(g.want_clean_z, g.grad_clean_z);
+    const Tensor between = sizeof(S) == sizeof(T) ? g.grad_u : d.new_wide({d.numel()});
+    T *reaching = (T*)between.data_ptr(), *grad_params = (T*)g.grad_params.data_ptr();
+    S* grad_u = (S*)g.grad_u.data_ptr();
+    S* grad_z = wanted_pointer<S>(g.want_z, g.grad_z);
+    S* grad_clean_z = wanted_pointer<S>(g.want_clean_z, g.grad_clean_z);
     T* grad_mean = wanted_pointer<T>(g.want_statistics, g.grad_mean);
     T* grad_var = wanted_pointer<T>(g.want_statistics, g.grad_var);
-    const Tensor scratch = torch::stable::new_empty(d.u, {cpu::ladder_decoder_backward_workspace(d.shape)});
+    const Tensor scratch = d.new_wide({cpu::ladder_decoder_backward_workspace(d.shape)});
     T* workspace = (T*)scratch.data_ptr();
     const int64_t items = cpu::ladder_decoder_apply_items(d.shape);
     parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
-        cpu::ladder_decoder_backward_sums<T>(grad_z_hat, grad_cost, u, z, params, clean_z, mean, var, um, uv, grad_u,
+        cpu::ladder_decoder_backward_sums<S>(grad_z_hat, grad_cost, u, z, params, clean_z, mean, var, um, uv, reaching,
                                              grad_z, grad_clean_z, workspace, g.want_statistics, d.options, d.shape,
                                              begin, end);
     });
     parallel_items(cpu::ladder_decoder_reduce_items(d.shape), scratch.numel(), [&](int64_t begin, int64_t end) {
-        cpu::ladder_decoder_reduce<T>(workspace, params, var, grad_params, grad_mean, grad_var, d.options, d.shape,
+        cpu::ladder_decoder_reduce<S>(workspace, params, var, grad_params, grad_mean, grad_var, d.options, d.shape,
                                       begin, end);
     });
     parallel_items(items, d.numel(), [&](int64_t begin, int64_t end) {
-        cpu::ladder_decoder_backward_apply<T>(u, um, uv, workspace, grad_u, d.options, d.shape, begin, end);
+        cpu::ladder_decoder_backward_apply<S>(u, um, uv, workspace, reaching, grad_u, d.options, d.shape, begin, end);
     });
 }
 
@@ -568,13 +593,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ladder_decoder_backwa
                              DecoderTensors(op, u, z, params, clean_z, mean, var, squash_v, eps), u_mean, u_var, want_z,
                              want_clean_z, want_statistics);
     const ScalarType dtype = u.scalar_type();
-    STD_TORCH_CHECK(params.scalar_type() == dtype, op, ": params must have the dtype of u on the CPU");
+    STD_TORCH_CHECK(params.scalar_type() == g.d.wide(), op,
+                    ": params must have the dtype of u on the CPU, float32 beside bfloat16");
     if (dtype == ScalarType::Float) {
         run_decoder_backward<float>(g);
     } else if (dtype == ScalarType::Double) {
         run_decoder_backward<double>(g);
+    } else if (dtype == ScalarType::BFloat16) {
+        run_decoder_backward<ladderfast::BFloat16>(g);
     } else {
-        STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32 and float64");
+        STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float64 and bfloat16");
     }
     return g.outputs();
 }

@@ -88,7 +88,7 @@ def _choice_lines(op: str, device: str, dtype: torch.dtype) -> list[str]:
     lines = [chosen]
     for name in backend.NAMES:
         if name != chosen:
-            reason = backend.unavailable(name, device, dtype)
+            reason = backend.unavailable(name, device, dtype, op)
             lines.append(f"      not {name}: {reason or 'it would serve, but slower'}")
     return lines
 

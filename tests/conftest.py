@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
@@ -23,7 +23,7 @@ import ladderfast
 from ladderfast.ops import backend
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Target:
     """A backend on a device, and the dtypes it is tested in."""
 
@@ -51,11 +51,12 @@ TARGETS = [
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
+        more = getattr(metafunc.module, "MORE_ON_CPU", ())  # dtypes that this op's CPU kernels take as well
         metafunc.parametrize(
             "target",
             [
                 pytest.param(
-                    t,
+                    dataclasses.replace(t, dtypes=(*t.dtypes, *more)) if t.backend == "cpu" else t,
                     id=f"{t.backend}-{t.device}",
                     marks=[pytest.mark.gpu] if t.device == "cuda" else [],
                 )

@@ -21,6 +21,7 @@
 #define LF_MULTI_ISA 0
 #endif
 
+#include "../bfloat16.h"
 #include "../math/host_device.h"
 
 namespace ladderfast::cpu {

@@ -30,17 +30,29 @@ static inline PartsPlan plan_of(const LadderDecoderShape& s) {
 }
 
 // Names as in the contract.
-template <class T>
+template <class S>
 struct DecoderForward {
-    const T *u, *z, *params, *clean_z, *mean, *var, *u_mean, *u_var;
-    T *z_hat, *squares;  // squares: of each item
+    using T = Wide<S>;
+    const S *u, *z;
+    const T* params;
+    const S* clean_z;
+    const T *mean, *var, *u_mean, *u_var;
+    S* z_hat;
+    T* squares;  // of each item
     T eps;
 };
 
-template <class T>
+template <class S>
 struct DecoderBackward {
-    const T *grad_z_hat, *grad_cost, *u, *z, *params, *clean_z, *mean, *var, *u_mean, *u_var;
-    T *grad_u, *grad_z, *grad_clean_z;
+    using T = Wide<S>;
+    const S* grad_z_hat;
+    const T* grad_cost;
+    const S *u, *z;
+    const T* params;
+    const S* clean_z;
+    const T *mean, *var, *u_mean, *u_var;
+    T* reaching;
+    S *grad_u, *grad_z, *grad_clean_z;
     T* partial;      // (seeds, slots, kSums, columns)
     const T* means;  // (seeds, 2, channels): of what reaches the normalised u, and of that times the normalised u
     T eps;
@@ -64,13 +76,13 @@ namespace LF_ISA {
 static LF_HD float square_root(float x) { return __builtin_sqrtf(x); }
 static LF_HD double square_root(double x) { return __builtin_sqrt(x); }
 
-template <bool whole, class T>
-static LF_HD Vec<T> take(const T* p, int64_t n) {
-    return whole ? Vec<T>::load(p) : Vec<T>::load(p, n);
+template <bool whole, class S>
+static LF_HD Vec<Wide<S>> take(const S* p, int64_t n) {
+    return whole ? Vec<Wide<S>>::load(p) : Vec<Wide<S>>::load(p, n);
 }
 
-template <bool whole, class T>
-static LF_HD void put(Vec<T> x, T* p, int64_t n) {
+template <bool whole, class S>
+static LF_HD void put(Vec<Wide<S>> x, S* p, int64_t n) {
     if (whole)
         x.store(p);
     else
@@ -134,8 +146,8 @@ static LF_HD DecoderColumn<Vec<T>> broadcast_decoder(const Args& d, int64_t at) 
     return q;
 }
 
-template <bool squash, bool cost, bool whole, class T>
-static LF_HD void forward_vector(const DecoderForward<T>& d, int64_t at, int64_t n, const Combinator<Vec<T>>& p,
+template <bool squash, bool cost, bool whole, class S, class T = Wide<S>>
+static LF_HD void forward_vector(const DecoderForward<S>& d, int64_t at, int64_t n, const Combinator<Vec<T>>& p,
                                  const DecoderColumn<Vec<T>>& q, Vec<T>& squares) {
     using V = Vec<T>;
     const V normal = kept<whole>(decoder_normal(take<whole>(d.u + at, n), q), n);
@@ -147,10 +159,10 @@ static LF_HD void forward_vector(const DecoderForward<T>& d, int64_t at, int64_t
     }
 }
 
-template <bool squash, bool cost, class T>
-static inline void forward_columns(const DecoderForward<T>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <bool squash, bool cost, class S, class T = Wide<S>>
+static inline void forward_columns(const DecoderForward<S>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
-    const DecoderForward<T> d = args;
+    const DecoderForward<S> d = args;
     alignas(64) T table[kTable * kBlock];
     for (int64_t i = begin; i < end; ++i) {
         const PartsItem item(plan, i);
@@ -181,10 +193,10 @@ static inline void forward_columns(const DecoderForward<T>& args, const PartsPla
     }
 }
 
-template <bool squash, bool cost, class T>
-static inline void forward_runs(const DecoderForward<T>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <bool squash, bool cost, class S, class T = Wide<S>>
+static inline void forward_runs(const DecoderForward<S>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
-    const DecoderForward<T> d = args;
+    const DecoderForward<S> d = args;
     for (int64_t i = begin; i < end; ++i) {
         const PartsItem item(plan, i);
         const auto p = broadcast_channel(d.params + item.seed * 10 * plan.channels, plan.channels, item.channel);
@@ -198,7 +210,7 @@ static inline void forward_runs(const DecoderForward<T>& args, const PartsPlan& 
                 const int64_t stop = min_of(c + kCostRun, item.count);
                 pending += stop - c;
                 for (; c + V::width <= stop; c += V::width) {
-                    const int64_t ahead = at + c + kForwardAhead / (int64_t)sizeof(T);
+                    const int64_t ahead = at + c + kForwardAhead / (int64_t)sizeof(S);
                     __builtin_prefetch(d.u + ahead);
                     __builtin_prefetch(d.z + ahead);
                     if (cost) __builtin_prefetch(d.clean_z + ahead);
@@ -218,8 +230,8 @@ static inline void forward_runs(const DecoderForward<T>& args, const PartsPlan& 
 }
 
 // `cost`: 0 without one, 1 with one, 2 if mean and var have gradients as well.
-template <bool squash, int cost, bool whole, class T>
-static LF_HD void backward_vector(const DecoderBackward<T>& d, int64_t at, int64_t n, Vec<T> scale,
+template <bool squash, int cost, bool whole, class S, class T = Wide<S>>
+static LF_HD void backward_vector(const DecoderBackward<S>& d, int64_t at, int64_t n, Vec<T> scale,
                                   const Combinator<Vec<T>>& p, const DecoderColumn<Vec<T>>& q, Vec<T> (&sums)[10],
                                   Vec<T> (&cost_sums)[2]) {
     using V = Vec<T>;
@@ -236,30 +248,30 @@ static LF_HD void backward_vector(const DecoderBackward<T>& d, int64_t at, int64
     V grad_z, grad_normal;
     combinator_backward<squash>(grad, z, normal, p, grad_z, grad_normal, sums);
     if (d.grad_z != nullptr) put<whole>(grad_z, d.grad_z + at, n);
-    put<whole>(grad_normal, d.grad_u + at, n);
+    put<whole>(grad_normal, d.reaching + at, n);
 }
 
-template <class T>
-static LF_HD void prefetch_backward(const DecoderBackward<T>& d, int64_t at, bool cost) {
+template <class S, class T = Wide<S>>
+static LF_HD void prefetch_backward(const DecoderBackward<S>& d, int64_t at, bool cost) {
     __builtin_prefetch(d.u + at);
     __builtin_prefetch(d.z + at);
     if (d.grad_z_hat != nullptr) __builtin_prefetch(d.grad_z_hat + at);
     if (cost) __builtin_prefetch(d.clean_z + at);
-    __builtin_prefetch(d.grad_u + at, 1);
+    __builtin_prefetch(d.reaching + at, 1);
     if (d.grad_z != nullptr) __builtin_prefetch(d.grad_z + at, 1);
     if (d.grad_clean_z != nullptr) __builtin_prefetch(d.grad_clean_z + at, 1);
 }
 
 // 2 grad_cost / elements.
-template <class T>
-static LF_HD Vec<T> cost_scale(const DecoderBackward<T>& d, const PartsPlan& plan, int64_t seed) {
+template <class S, class T = Wide<S>>
+static LF_HD Vec<T> cost_scale(const DecoderBackward<S>& d, const PartsPlan& plan, int64_t seed) {
     return Vec<T>::broadcast(d.grad_cost != nullptr ? (T)(2.0 * d.grad_cost[seed] / plan.per_seed) : 0);
 }
 
-template <bool squash, int cost, class T>
-static inline void backward_columns(const DecoderBackward<T>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <bool squash, int cost, class S, class T = Wide<S>>
+static inline void backward_columns(const DecoderBackward<S>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
-    const DecoderBackward<T> d = args;
+    const DecoderBackward<S> d = args;
     const int64_t used = cost == 2 ? kSums : 10;
     alignas(64) T table[kTable * kBlock];
     alignas(64) T sums_table[kSums * kBlock];
@@ -281,7 +293,7 @@ static inline void backward_columns(const DecoderBackward<T>& args, const PartsP
                     const int64_t n = item.columns_of(plan, r) - c;
                     if (n >= V::width) {
                         // A tile is more streams than the hardware follows by itself.
-                        prefetch_backward(d, at + kAhead / (int64_t)sizeof(T), cost > 0);
+                        prefetch_backward(d, at + kAhead / (int64_t)sizeof(S), cost > 0);
                         backward_vector<squash, cost, true>(d, at, 0, scale, p, q, sums, cost_sums);
                     } else if (n > 0) {
                         backward_vector<squash, cost, false>(d, at, n, scale, p, q, sums, cost_sums);
@@ -298,10 +310,10 @@ static inline void backward_columns(const DecoderBackward<T>& args, const PartsP
     }
 }
 
-template <bool squash, int cost, class T>
-static inline void backward_runs(const DecoderBackward<T>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <bool squash, int cost, class S, class T = Wide<S>>
+static inline void backward_runs(const DecoderBackward<S>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
-    const DecoderBackward<T> d = args;
+    const DecoderBackward<S> d = args;
     const int used = cost == 2 ? kSums : 10;
     for (int64_t i = begin; i < end; ++i) {
         const PartsItem item(plan, i);
@@ -320,7 +332,7 @@ static inline void backward_runs(const DecoderBackward<T>& args, const PartsPlan
                 cost_sums[0] = cost_sums[1] = V::broadcast(0);
                 const int64_t stop = min_of(c + kTile * V::width, item.count);
                 for (; c + V::width <= stop; c += V::width) {
-                    const int64_t ahead = at + c + kBackwardAhead / (int64_t)sizeof(T);
+                    const int64_t ahead = at + c + kBackwardAhead / (int64_t)sizeof(S);
                     prefetch_backward(d, ahead, cost > 0);
                     backward_vector<squash, cost, true>(d, at + c, 0, scale, p, q, sums, cost_sums);
                 }
@@ -344,8 +356,8 @@ static inline void backward_runs(const DecoderBackward<T>& args, const PartsPlan
 }
 
 // Final sums of kChannelBlock channels.
-template <class T>
-static inline void reduce(const DecoderBackward<T>& d, T* means, T* grad_params, T* grad_mean, T* grad_var,
+template <class S, class T = Wide<S>>
+static inline void reduce(const DecoderBackward<S>& d, T* means, T* grad_params, T* grad_mean, T* grad_var,
                           const PartsPlan& plan, int64_t begin, int64_t end) {
     const int64_t wanted = grad_mean != nullptr ? kSums : 10;
     const double inverse_n = plan.per_seed > 0 ? (double)plan.channels / plan.per_seed : 0;
@@ -377,17 +389,17 @@ static inline void reduce(const DecoderBackward<T>& d, T* means, T* grad_params,
     }
 }
 
-template <bool whole, class T>
-static LF_HD void apply_vector(const DecoderBackward<T>& d, int64_t at, int64_t n, Vec<T> at_mean, Vec<T> slope,
+template <bool whole, class S, class T = Wide<S>>
+static LF_HD void apply_vector(const DecoderBackward<S>& d, int64_t at, int64_t n, Vec<T> at_mean, Vec<T> slope,
                                const DecoderColumn<Vec<T>>& q) {
-    const Vec<T> g = take<whole>(d.grad_u + at, n), u = take<whole>(d.u + at, n);
+    const Vec<T> g = take<whole>(d.reaching + at, n), u = take<whole>(d.u + at, n);
     put<whole>(decoder_grad_u(g, u, at_mean, slope, q), d.grad_u + at, n);
 }
 
-template <class T>
-static inline void apply_columns(const DecoderBackward<T>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <class S, class T = Wide<S>>
+static inline void apply_columns(const DecoderBackward<S>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
-    const DecoderBackward<T> d = args;
+    const DecoderBackward<S> d = args;
     alignas(64) T table[4 * kBlock];
     for (int64_t i = begin; i < end; ++i) {
         const PartsItem item(plan, i);
@@ -408,7 +420,7 @@ static inline void apply_columns(const DecoderBackward<T>& args, const PartsPlan
                 const DecoderColumn<V> q{V::load(table + c), V::load(table + kBlock + c), zero, zero};
                 if (c + V::width <= count) {
                     __builtin_prefetch(d.u + at + c + plan.width);
-                    __builtin_prefetch(d.grad_u + at + c + plan.width, 1);
+                    __builtin_prefetch(d.reaching + at + c + plan.width, 1);
                     apply_vector<true>(d, at + c, 0, at_mean, slope, q);
                 } else {
                     apply_vector<false>(d, at + c, count - c, at_mean, slope, q);
@@ -418,10 +430,10 @@ static inline void apply_columns(const DecoderBackward<T>& args, const PartsPlan
     }
 }
 
-template <class T>
-static inline void apply_runs(const DecoderBackward<T>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <class S, class T = Wide<S>>
+static inline void apply_runs(const DecoderBackward<S>& args, const PartsPlan& plan, int64_t begin, int64_t end) {
     using V = Vec<T>;
-    const DecoderBackward<T> d = args;
+    const DecoderBackward<S> d = args;
     for (int64_t i = begin; i < end; ++i) {
         const PartsItem item(plan, i);
         const T* means = d.means + item.seed * 2 * plan.channels + item.channel;
@@ -431,8 +443,8 @@ static inline void apply_runs(const DecoderBackward<T>& args, const PartsPlan& p
             const int64_t at = item.offset + item.at(plan, r);
             int64_t c = 0;
             for (; c + V::width <= item.count; c += V::width) {
-                __builtin_prefetch(d.u + at + c + kForwardAhead / (int64_t)sizeof(T));
-                __builtin_prefetch(d.grad_u + at + c + kForwardAhead / (int64_t)sizeof(T), 1);
+                __builtin_prefetch(d.u + at + c + kForwardAhead / (int64_t)sizeof(S));
+                __builtin_prefetch(d.reaching + at + c + kForwardAhead / (int64_t)sizeof(S), 1);
                 apply_vector<true>(d, at + c, 0, at_mean, slope, q);
             }
             if (c < item.count) apply_vector<false>(d, at + c, item.count - c, at_mean, slope, q);
@@ -440,27 +452,27 @@ static inline void apply_runs(const DecoderBackward<T>& args, const PartsPlan& p
     }
 }
 
-template <class T>
-static void statistics(const T* u, T* workspace, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <class S, class T = Wide<S>>
+static void statistics(const S* u, T* workspace, const PartsPlan& plan, int64_t begin, int64_t end) {
     partial_moments(u, workspace, plan, begin, end);
 }
 
-template <class T>
-static void moments(const T* u, const T* workspace, T* u_mean, T* u_var, const PartsPlan& plan, int64_t begin,
+template <class S, class T = Wide<S>>
+static void moments(const S* u, const T* workspace, T* u_mean, T* u_var, const PartsPlan& plan, int64_t begin,
                     int64_t end) {
     merge_moments(u, workspace, u_mean, u_var, plan, begin, end);
 }
 
-template <bool squash, bool cost, class T>
-static inline void forward_of(const DecoderForward<T>& d, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <bool squash, bool cost, class S, class T = Wide<S>>
+static inline void forward_of(const DecoderForward<S>& d, const PartsPlan& plan, int64_t begin, int64_t end) {
     if (plan.columns)
         forward_columns<squash, cost>(d, plan, begin, end);
     else
         forward_runs<squash, cost>(d, plan, begin, end);
 }
 
-template <class T>
-static void forward(const DecoderForward<T>& d, bool squash, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <class S, class T = Wide<S>>
+static void forward(const DecoderForward<S>& d, bool squash, const PartsPlan& plan, int64_t begin, int64_t end) {
     const bool cost = d.clean_z != nullptr;
     if (squash && cost) forward_of<true, true>(d, plan, begin, end);
     if (squash && !cost) forward_of<true, false>(d, plan, begin, end);
@@ -468,16 +480,16 @@ static void forward(const DecoderForward<T>& d, bool squash, const PartsPlan& pl
     if (!squash && !cost) forward_of<false, false>(d, plan, begin, end);
 }
 
-template <bool squash, int cost, class T>
-static inline void backward_of(const DecoderBackward<T>& d, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <bool squash, int cost, class S, class T = Wide<S>>
+static inline void backward_of(const DecoderBackward<S>& d, const PartsPlan& plan, int64_t begin, int64_t end) {
     if (plan.columns)
         backward_columns<squash, cost>(d, plan, begin, end);
     else
         backward_runs<squash, cost>(d, plan, begin, end);
 }
 
-template <class T>
-static void backward(const DecoderBackward<T>& d, bool squash, bool statistics, const PartsPlan& plan, int64_t begin,
+template <class S, class T = Wide<S>>
+static void backward(const DecoderBackward<S>& d, bool squash, bool statistics, const PartsPlan& plan, int64_t begin,
                      int64_t end) {
     const int cost = d.grad_cost == nullptr ? 0 : statistics ? 2 : 1;
     if (squash && cost == 0) backward_of<true, 0>(d, plan, begin, end);
@@ -488,8 +500,8 @@ static void backward(const DecoderBackward<T>& d, bool squash, bool statistics, 
     if (!squash && cost == 2) backward_of<false, 2>(d, plan, begin, end);
 }
 
-template <class T>
-static void backward_apply(const DecoderBackward<T>& d, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <class S, class T = Wide<S>>
+static void backward_apply(const DecoderBackward<S>& d, const PartsPlan& plan, int64_t begin, int64_t end) {
     if (plan.columns)
         apply_columns(d, plan, begin, end);
     else
@@ -518,29 +530,29 @@ int64_t ladder_decoder_backward_workspace(const LadderDecoderShape& s) {
     return partial_size(plan_of(s)) + 2 * s.seeds * s.channels;
 }
 
-template <class T>
-void ladder_decoder_statistics(const T* u, T* workspace, const LadderDecoderShape& s, int64_t begin, int64_t end) {
-    static const auto kernel = LF_SELECT(statistics<T>);
+template <class S, class T>
+void ladder_decoder_statistics(const S* u, T* workspace, const LadderDecoderShape& s, int64_t begin, int64_t end) {
+    static const auto kernel = LF_SELECT(statistics<S>);
     kernel(u, workspace, plan_of(s), begin, end);
 }
 
-template <class T>
-void ladder_decoder_moments(const T* u, const T* workspace, T* u_mean, T* u_var, const LadderDecoderShape& s,
+template <class S, class T>
+void ladder_decoder_moments(const S* u, const T* workspace, T* u_mean, T* u_var, const LadderDecoderShape& s,
                             int64_t begin, int64_t end) {
-    static const auto kernel = LF_SELECT(moments<T>);
+    static const auto kernel = LF_SELECT(moments<S>);
     kernel(u, workspace, u_mean, u_var, plan_of(s), begin, end);
 }
 
-template <class T>
-void ladder_decoder_apply(const T* u, const T* z, const T* params, const T* clean_z, const T* mean, const T* var,
-                          const T* u_mean, const T* u_var, T* z_hat, T* workspace, const LadderDecoderOptions& options,
+template <class S, class T>
+void ladder_decoder_apply(const S* u, const S* z, const T* params, const S* clean_z, const T* mean, const T* var,
+                          const T* u_mean, const T* u_var, S* z_hat, T* workspace, const LadderDecoderOptions& options,
                           const LadderDecoderShape& s, int64_t begin, int64_t end) {
-    static const auto kernel = LF_SELECT(forward<T>);
-    const DecoderForward<T> d{u, z, params, clean_z, mean, var, u_mean, u_var, z_hat, workspace, (T)options.eps};
+    static const auto kernel = LF_SELECT(forward<S>);
+    const DecoderForward<S> d{u, z, params, clean_z, mean, var, u_mean, u_var, z_hat, workspace, (T)options.eps};
     kernel(d, options.squash_v, plan_of(s), begin, end);
 }
 
-template <class T>
+template <class S, class T>
 void ladder_decoder_cost(const T* workspace, T* cost, const LadderDecoderShape& s, int64_t begin, int64_t end) {
     const PartsPlan plan = plan_of(s);
     const int64_t items = plan.seeds > 0 ? plan.items() / plan.seeds : 0;
@@ -551,25 +563,26 @@ void ladder_decoder_cost(const T* workspace, T* cost, const LadderDecoderShape& 
     }
 }
 
-template <class T>
-void ladder_decoder_backward_sums(const T* grad_z_hat, const T* grad_cost, const T* u, const T* z, const T* params,
-                                  const T* clean_z, const T* mean, const T* var, const T* u_mean, const T* u_var,
-                                  T* grad_u, T* grad_z, T* grad_clean_z, T* workspace, bool statistics,
+template <class S, class T>
+void ladder_decoder_backward_sums(const S* grad_z_hat, const T* grad_cost, const S* u, const S* z, const T* params,
+                                  const S* clean_z, const T* mean, const T* var, const T* u_mean, const T* u_var,
+                                  T* reaching, S* grad_z, S* grad_clean_z, T* workspace, bool statistics,
                                   const LadderDecoderOptions& options, const LadderDecoderShape& s, int64_t begin,
                                   int64_t end) {
-    static const auto kernel = LF_SELECT(backward<T>);
-    const DecoderBackward<T> d{grad_z_hat, grad_cost, u,      z,      params,       clean_z,   mean,    var,
-                               u_mean,     u_var,     grad_u, grad_z, grad_clean_z, workspace, nullptr, (T)options.eps};
+    static const auto kernel = LF_SELECT(backward<S>);
+    const DecoderBackward<S> d{grad_z_hat, grad_cost,    u,         z,       params,        clean_z,
+                               mean,       var,          u_mean,    u_var,   reaching,      nullptr,
+                               grad_z,     grad_clean_z, workspace, nullptr, (T)options.eps};
     kernel(d, options.squash_v, statistics, plan_of(s), begin, end);
 }
 
-template <class T>
+template <class S, class T>
 void ladder_decoder_reduce(T* workspace, const T* params, const T* var, T* grad_params, T* grad_mean, T* grad_var,
                            const LadderDecoderOptions& options, const LadderDecoderShape& s, int64_t begin,
                            int64_t end) {
-    static const auto kernel = LF_SELECT(reduce<T>);
+    static const auto kernel = LF_SELECT(reduce<S>);
     const PartsPlan plan = plan_of(s);
-    DecoderBackward<T> d{};
+    DecoderBackward<S> d{};
     d.params = params;
     d.var = var;
     d.partial = workspace;
@@ -577,40 +590,42 @@ void ladder_decoder_reduce(T* workspace, const T* params, const T* var, T* grad_
     kernel(d, workspace + partial_size(plan), grad_params, grad_mean, grad_var, plan, begin, end);
 }
 
-template <class T>
-void ladder_decoder_backward_apply(const T* u, const T* u_mean, const T* u_var, const T* workspace, T* grad_u,
-                                   const LadderDecoderOptions& options, const LadderDecoderShape& s, int64_t begin,
-                                   int64_t end) {
-    static const auto kernel = LF_SELECT(backward_apply<T>);
+template <class S, class T>
+void ladder_decoder_backward_apply(const S* u, const T* u_mean, const T* u_var, const T* workspace, const T* reaching,
+                                   S* grad_u, const LadderDecoderOptions& options, const LadderDecoderShape& s,
+                                   int64_t begin, int64_t end) {
+    static const auto kernel = LF_SELECT(backward_apply<S>);
     const PartsPlan plan = plan_of(s);
-    DecoderBackward<T> d{};
+    DecoderBackward<S> d{};
     d.u = u;
     d.u_mean = u_mean;
     d.u_var = u_var;
+    d.reaching = const_cast<T*>(reaching);  // which this pass reads only
     d.grad_u = grad_u;
     d.means = workspace + partial_size(plan);
     d.eps = (T)options.eps;
     kernel(d, plan, begin, end);
 }
 
-#define LF_DECODER_INSTANCES(T)                                                                                       \
-    template void ladder_decoder_statistics<T>(const T*, T*, const LadderDecoderShape&, int64_t, int64_t);            \
-    template void ladder_decoder_moments<T>(const T*, const T*, T*, T*, const LadderDecoderShape&, int64_t, int64_t); \
-    template void ladder_decoder_apply<T>(const T*, const T*, const T*, const T*, const T*, const T*, const T*,       \
-                                          const T*, T*, T*, const LadderDecoderOptions&, const LadderDecoderShape&,   \
+#define LF_DECODER_INSTANCES(S, T)                                                                                    \
+    template void ladder_decoder_statistics<S>(const S*, T*, const LadderDecoderShape&, int64_t, int64_t);            \
+    template void ladder_decoder_moments<S>(const S*, const T*, T*, T*, const LadderDecoderShape&, int64_t, int64_t); \
+    template void ladder_decoder_apply<S>(const S*, const S*, const T*, const S*, const T*, const T*, const T*,       \
+                                          const T*, S*, T*, const LadderDecoderOptions&, const LadderDecoderShape&,   \
                                           int64_t, int64_t);                                                          \
-    template void ladder_decoder_cost<T>(const T*, T*, const LadderDecoderShape&, int64_t, int64_t);                  \
-    template void ladder_decoder_backward_sums<T>(                                                                    \
-        const T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, T*, T*,   \
-        T*, T*, bool, const LadderDecoderOptions&, const LadderDecoderShape&, int64_t, int64_t);                      \
-    template void ladder_decoder_reduce<T>(T*, const T*, const T*, T*, T*, T*, const LadderDecoderOptions&,           \
+    template void ladder_decoder_cost<S>(const T*, T*, const LadderDecoderShape&, int64_t, int64_t);                  \
+    template void ladder_decoder_backward_sums<S>(                                                                    \
+        const S*, const T*, const S*, const S*, const T*, const S*, const T*, const T*, const T*, const T*, T*, S*,   \
+        S*, T*, bool, const LadderDecoderOptions&, const LadderDecoderShape&, int64_t, int64_t);                      \
+    template void ladder_decoder_reduce<S>(T*, const T*, const T*, T*, T*, T*, const LadderDecoderOptions&,           \
                                            const LadderDecoderShape&, int64_t, int64_t);                              \
-    template void ladder_decoder_backward_apply<T>(const T*, const T*, const T*, const T*, T*,                        \
+    template void ladder_decoder_backward_apply<S>(const S*, const T*, const T*, const T*, const T*, S*,              \
                                                    const LadderDecoderOptions&, const LadderDecoderShape&, int64_t,   \
                                                    int64_t);
 
-LF_DECODER_INSTANCES(float)
-LF_DECODER_INSTANCES(double)
+LF_DECODER_INSTANCES(float, float)
+LF_DECODER_INSTANCES(double, double)
+LF_DECODER_INSTANCES(BFloat16, float)
 #undef LF_DECODER_INSTANCES
 
 }  // namespace ladderfast::cpu

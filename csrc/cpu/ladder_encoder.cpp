@@ -124,9 +124,10 @@ struct NoiseTile {
     }
 };
 
-template <int activation, bool noisy, class T>
-LF_HD void apply_columns(const LadderEncoderForward<T>& pass, const LadderEncoderOptions& options,
+template <int activation, bool noisy, class S>
+LF_HD void apply_columns(const LadderEncoderForward<S>& pass, const LadderEncoderOptions& options,
                          const PartsPlan& plan, const PartsItem& item) {
+    using T = Wide<S>;
     using V = Vec<T>;
     alignas(64) T table[kTableRows * kMaxBlock];
     NoiseTile noise;
@@ -134,8 +135,8 @@ LF_HD void apply_columns(const LadderEncoderForward<T>& pass, const LadderEncode
     if (noisy) source = noise_source(pass.state, item.seed, options.stream);
     fill_table(table, pass.mean, pass.var, pass.beta, pass.gamma, options.eps, plan, item);
     const V slope = V::broadcast((T)options.negative_slope), std = V::broadcast((T)options.noise_std);
-    const T* x = pass.x + item.offset;
-    T *const z_out = pass.z ? pass.z + item.offset : nullptr, *const h_out = pass.h ? pass.h + item.offset : nullptr;
+    const S* x = pass.x + item.offset;
+    S *const z_out = pass.z ? pass.z + item.offset : nullptr, *const h_out = pass.h ? pass.h + item.offset : nullptr;
     for (int64_t tile = item.row; tile < item.row_end; tile += kTile) {
         const int64_t tile_end = min_of(tile + kTile, item.row_end);
         if (noisy) noise.draw(source, plan, item, tile, tile_end);
@@ -162,9 +163,10 @@ LF_HD void apply_columns(const LadderEncoderForward<T>& pass, const LadderEncode
     }
 }
 
-template <int activation, bool noisy, class T>
-LF_HD void apply_run(const LadderEncoderForward<T>& pass, const LadderEncoderOptions& options, const PartsPlan& plan,
+template <int activation, bool noisy, class S>
+LF_HD void apply_run(const LadderEncoderForward<S>& pass, const LadderEncoderOptions& options, const PartsPlan& plan,
                      const PartsItem& item) {
+    using T = Wide<S>;
     using V = Vec<T>;
     alignas(64) float buffer[kRunTile + kNoiseRoom];
     NoiseSource source = {};
@@ -175,15 +177,15 @@ LF_HD void apply_run(const LadderEncoderForward<T>& pass, const LadderEncoderOpt
         for (int64_t tile = 0; tile < item.count; tile += kRunTile) {
             const int64_t at = item.at(plan, r) + tile, count = min_of(kRunTile, item.count - tile);
             const float* normals = noisy ? draw_normals(source, at, count, buffer) : nullptr;
-            const T* x = pass.x + item.offset + at;
-            T *const z_out = pass.z ? pass.z + item.offset + at : nullptr, *const h_out =
+            const S* x = pass.x + item.offset + at;
+            S *const z_out = pass.z ? pass.z + item.offset + at : nullptr, *const h_out =
                                                                                pass.h ? pass.h + item.offset + at
                                                                                       : nullptr;
             for (int64_t c = 0; c < count; c += V::width) {
                 const int64_t n = count - c;
                 const V added = noisy ? load_normals(normals + c, T()) * std : V::broadcast(0);
                 if (n >= V::width) {
-                    __builtin_prefetch(x + c + kRunAhead / sizeof(T));
+                    __builtin_prefetch(x + c + kRunAhead / sizeof(S));
                     const V z = encoder_z(V::load(x + c), added, p);
                     if (z_out) z.store(z_out + c);
                     if (h_out) encoder_h<activation>(z, slope, p).store(h_out + c);
@@ -211,9 +213,10 @@ LF_HD Vec<T> backward_vector(Vec<T> grad_z, Vec<T> grad_h, Vec<T> x, Vec<T> adde
     return g;
 }
 
-template <int activation, bool noisy, class T>
-LF_HD void backward_columns(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <int activation, bool noisy, class S>
+LF_HD void backward_columns(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                             const PartsPlan& plan, const PartsItem& item) {
+    using T = Wide<S>;
     using V = Vec<T>;
     alignas(64) T table[kTableRows * kMaxBlock];
     alignas(64) T sums_table[kSums * kMaxBlock] = {};
@@ -223,9 +226,9 @@ LF_HD void backward_columns(const LadderEncoderBackward<T>& pass, const LadderEn
     fill_table(table, pass.mean, pass.var, pass.beta, pass.gamma, options.eps, plan, item);
     const V slope = V::broadcast((T)options.negative_slope), std = V::broadcast((T)options.noise_std);
     const V zero = V::broadcast(0);
-    const T *x = pass.x + item.offset, *gz = pass.grad_z ? pass.grad_z + item.offset : nullptr,
+    const S *x = pass.x + item.offset, *gz = pass.grad_z ? pass.grad_z + item.offset : nullptr,
             *gh = pass.grad_h ? pass.grad_h + item.offset : nullptr;
-    T* out = pass.grad_x + item.offset;
+    T* out = pass.reaching + item.offset;
     for (int64_t tile = item.row; tile < item.row_end; tile += kTile) {
         const int64_t tile_end = min_of(tile + kTile, item.row_end);
         if (noisy) noise.draw(source, plan, item, tile, tile_end);
@@ -238,9 +241,9 @@ LF_HD void backward_columns(const LadderEncoderBackward<T>& pass, const LadderEn
                 const V added = noisy ? load_normals(noise.rows[r - tile] + c, T()) * std : zero;
                 if (n >= V::width) {
                     // A tile is more streams than the hardware follows by itself.
-                    __builtin_prefetch(x + at + kAheadBytes / sizeof(T));
-                    if (gz) __builtin_prefetch(gz + at + kAheadBytes / sizeof(T));
-                    if (gh) __builtin_prefetch(gh + at + kAheadBytes / sizeof(T));
+                    __builtin_prefetch(x + at + kAheadBytes / sizeof(S));
+                    if (gz) __builtin_prefetch(gz + at + kAheadBytes / sizeof(S));
+                    if (gh) __builtin_prefetch(gh + at + kAheadBytes / sizeof(S));
                     backward_vector<activation>(gz ? V::load(gz + at) : zero, gh ? V::load(gh + at) : zero,
                                                 V::load(x + at), added, slope, p, sums)
                         .store(out + at);
@@ -260,9 +263,10 @@ LF_HD void backward_columns(const LadderEncoderBackward<T>& pass, const LadderEn
     for (int64_t j = 0; j < kSums; ++j) memcpy(to + j * plan.width, sums_table + j * kMaxBlock, item.count * sizeof(T));
 }
 
-template <int activation, bool noisy, class T>
-LF_HD void backward_run(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <int activation, bool noisy, class S>
+LF_HD void backward_run(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                         const PartsPlan& plan, const PartsItem& item) {
+    using T = Wide<S>;
     using V = Vec<T>;
     alignas(64) float buffer[kRunTile + kNoiseRoom];
     NoiseSource source = {};
@@ -277,16 +281,16 @@ LF_HD void backward_run(const LadderEncoderBackward<T>& pass, const LadderEncode
         for (int64_t tile = 0; tile < item.count; tile += kRunTile) {
             const int64_t at = item.at(plan, r) + tile, count = min_of(kRunTile, item.count - tile);
             const float* normals = noisy ? draw_normals(source, at, count, buffer) : nullptr;
-            const T *x = pass.x + item.offset + at, *gz = pass.grad_z ? pass.grad_z + item.offset + at : nullptr,
+            const S *x = pass.x + item.offset + at, *gz = pass.grad_z ? pass.grad_z + item.offset + at : nullptr,
                     *gh = pass.grad_h ? pass.grad_h + item.offset + at : nullptr;
-            T* out = pass.grad_x + item.offset + at;
+            T* out = pass.reaching + item.offset + at;
             for (int64_t c = 0; c < count; c += V::width) {
                 const int64_t n = count - c;
                 const V added = noisy ? load_normals(normals + c, T()) * std : zero;
                 if (n >= V::width) {
-                    __builtin_prefetch(x + c + kRunAhead / sizeof(T));
-                    if (gz) __builtin_prefetch(gz + c + kRunAhead / sizeof(T));
-                    if (gh) __builtin_prefetch(gh + c + kRunAhead / sizeof(T));
+                    __builtin_prefetch(x + c + kRunAhead / sizeof(S));
+                    if (gz) __builtin_prefetch(gz + c + kRunAhead / sizeof(S));
+                    if (gh) __builtin_prefetch(gh + c + kRunAhead / sizeof(S));
                     backward_vector<activation>(gz ? V::load(gz + c) : zero, gh ? V::load(gh + c) : zero,
                                                 V::load(x + c), added, slope, p, sums)
                         .store(out + c);
@@ -315,9 +319,10 @@ static inline int64_t finished(const PartsPlan& plan) {
     return plan.seeds * plan.parts * plan.slots() * kSums * plan.slot_width();
 }
 
-template <class T>
-static inline void reduce(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+static inline void reduce(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                           const PartsPlan& plan, int64_t begin, int64_t end) {
+    using T = Wide<S>;
     const int64_t inner = plan.columns ? plan.inner : 1;  // neighbouring columns of one channel
     const int64_t natural = plan.channels * inner, width = plan.slot_width();
     T* at_mean_out = pass.workspace + finished(plan);
@@ -365,9 +370,10 @@ static inline void reduce(const LadderEncoderBackward<T>& pass, const LadderEnco
     }
 }
 
-template <class T>
-static inline void finish_columns(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+static inline void finish_columns(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                                   const PartsPlan& plan, const PartsItem& item) {
+    using T = Wide<S>;
     using V = Vec<T>;
     alignas(64) T mean[kMaxBlock], rstd[kMaxBlock], at_mean[kMaxBlock], slope[kMaxBlock];
     const int64_t statistics = (item.seed * plan.parts + item.part) * plan.channels;
@@ -378,26 +384,28 @@ static inline void finish_columns(const LadderEncoderBackward<T>& pass, const La
     fill_row(at_mean, done, (T)0, plan, item);
     fill_row(slope, done + plan.seeds * plan.parts * plan.channels, (T)0, plan, item);
     for (int64_t r = item.row; r < item.row_end; ++r) {
-        const T* x = pass.x + item.offset + item.at(plan, r);
-        T* out = pass.grad_x + item.offset + item.at(plan, r);
+        const S* x = pass.x + item.offset + item.at(plan, r);
+        const T* reaching = pass.reaching + item.offset + item.at(plan, r);
+        S* out = pass.grad_x + item.offset + item.at(plan, r);
         const int64_t count = item.columns_of(plan, r);
         for (int64_t c = 0; c < count; c += V::width) {
             const V m = V::load(mean + c), a = V::load(at_mean + c), k = V::load(slope + c), s = V::load(rstd + c);
             const int64_t n = count - c;
             if (n >= V::width) {
                 __builtin_prefetch(x + c + plan.width);
-                __builtin_prefetch(out + c + plan.width, 1);
-                (V::load(out + c) * s + ((V::load(x + c) - m) * k + a)).store(out + c);
+                __builtin_prefetch(reaching + c + plan.width, 1);
+                (V::load(reaching + c) * s + ((V::load(x + c) - m) * k + a)).store(out + c);
             } else {
-                (V::load(out + c, n) * s + ((V::load(x + c, n) - m) * k + a)).store(out + c, n);
+                (V::load(reaching + c, n) * s + ((V::load(x + c, n) - m) * k + a)).store(out + c, n);
             }
         }
     }
 }
 
-template <class T>
-static inline void finish_run(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+static inline void finish_run(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                               const PartsPlan& plan, const PartsItem& item) {
+    using T = Wide<S>;
     using V = Vec<T>;
     const int64_t statistics = (item.seed * plan.parts + item.part) * plan.channels + item.channel;
     const T* done = pass.workspace + finished(plan) + statistics;
@@ -405,23 +413,24 @@ static inline void finish_run(const LadderEncoderBackward<T>& pass, const Ladder
     const V s = V::broadcast((T)1 / root(pass.var[statistics] + (T)options.eps));
     const V k = V::broadcast(done[plan.seeds * plan.parts * plan.channels]);
     for (int64_t r = item.row; r < item.row_end; ++r) {
-        const T* x = pass.x + item.offset + item.at(plan, r);
-        T* out = pass.grad_x + item.offset + item.at(plan, r);
+        const S* x = pass.x + item.offset + item.at(plan, r);
+        const T* reaching = pass.reaching + item.offset + item.at(plan, r);
+        S* out = pass.grad_x + item.offset + item.at(plan, r);
         for (int64_t c = 0; c < item.count; c += V::width) {
             const int64_t n = item.count - c;
             if (n >= V::width) {
-                __builtin_prefetch(x + c + kRunAhead / sizeof(T));
-                __builtin_prefetch(out + c + kRunAhead / sizeof(T), 1);
-                (V::load(out + c) * s + ((V::load(x + c) - m) * k + a)).store(out + c);
+                __builtin_prefetch(x + c + kRunAhead / sizeof(S));
+                __builtin_prefetch(reaching + c + kRunAhead / sizeof(T), 1);
+                (V::load(reaching + c) * s + ((V::load(x + c) - m) * k + a)).store(out + c);
             } else {
-                (V::load(out + c, n) * s + ((V::load(x + c, n) - m) * k + a)).store(out + c, n);
+                (V::load(reaching + c, n) * s + ((V::load(x + c, n) - m) * k + a)).store(out + c, n);
             }
         }
     }
 }
 
-template <int activation, bool noisy, class T>
-static inline void apply_item(const LadderEncoderForward<T>& pass, const LadderEncoderOptions& options,
+template <int activation, bool noisy, class S>
+static inline void apply_item(const LadderEncoderForward<S>& pass, const LadderEncoderOptions& options,
                               const PartsPlan& plan, const PartsItem& item) {
     if (plan.columns)
         apply_columns<activation, noisy>(pass, options, plan, item);
@@ -429,8 +438,8 @@ static inline void apply_item(const LadderEncoderForward<T>& pass, const LadderE
         apply_run<activation, noisy>(pass, options, plan, item);
 }
 
-template <int activation, bool noisy, class T>
-static inline void backward_item(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <int activation, bool noisy, class S>
+static inline void backward_item(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                                  const PartsPlan& plan, const PartsItem& item) {
     if (plan.columns)
         backward_columns<activation, noisy>(pass, options, plan, item);
@@ -438,8 +447,8 @@ static inline void backward_item(const LadderEncoderBackward<T>& pass, const Lad
         backward_run<activation, noisy>(pass, options, plan, item);
 }
 
-template <class T>
-static inline void apply(const LadderEncoderForward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+static inline void apply(const LadderEncoderForward<S>& pass, const LadderEncoderOptions& options,
                          const LadderEncoderShape& shape, int64_t begin, int64_t end) {
     const PartsPlan plan = encoder_plan(shape);
     const int64_t noisy_end = pass.state != nullptr && options.noise_std != 0 ? shape.noisy * plan.natural : 0;
@@ -459,8 +468,8 @@ static inline void apply(const LadderEncoderForward<T>& pass, const LadderEncode
     }
 }
 
-template <class T>
-static inline void backward_sums(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,
+template <class S>
+static inline void backward_sums(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,
                                  const LadderEncoderShape& shape, int64_t begin, int64_t end) {
     const PartsPlan plan = encoder_plan(shape);
     // The noise matters to the activation's slope and to the gradient of gamma, and to nothing else.
@@ -483,28 +492,28 @@ static inline void backward_sums(const LadderEncoderBackward<T>& pass, const Lad
     }
 }
 
-#define LF_ENCODER_INSTANCES(T, suffix)                                                                             \
-    static void statistics_##suffix(const LadderEncoderForward<T>& pass, const LadderEncoderShape& shape,           \
+#define LF_ENCODER_INSTANCES(S, suffix)                                                                             \
+    static void statistics_##suffix(const LadderEncoderForward<S>& pass, const LadderEncoderShape& shape,           \
                                     int64_t begin, int64_t end) {                                                   \
         partial_moments(pass.x, pass.workspace, encoder_plan(shape), begin, end);                                   \
     }                                                                                                               \
-    static void merge_##suffix(const LadderEncoderForward<T>& pass, const LadderEncoderShape& shape, int64_t begin, \
+    static void merge_##suffix(const LadderEncoderForward<S>& pass, const LadderEncoderShape& shape, int64_t begin, \
                                int64_t end) {                                                                       \
         merge_moments(pass.x, pass.workspace, pass.mean, pass.var, encoder_plan(shape), begin, end);                \
     }                                                                                                               \
-    static void apply_##suffix(const LadderEncoderForward<T>& pass, const LadderEncoderOptions& options,            \
+    static void apply_##suffix(const LadderEncoderForward<S>& pass, const LadderEncoderOptions& options,            \
                                const LadderEncoderShape& shape, int64_t begin, int64_t end) {                       \
         apply(pass, options, shape, begin, end);                                                                    \
     }                                                                                                               \
-    static void backward_sums_##suffix(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,   \
+    static void backward_sums_##suffix(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,   \
                                        const LadderEncoderShape& shape, int64_t begin, int64_t end) {               \
         backward_sums(pass, options, shape, begin, end);                                                            \
     }                                                                                                               \
-    static void reduce_##suffix(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,          \
+    static void reduce_##suffix(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,          \
                                 const LadderEncoderShape& shape, int64_t begin, int64_t end) {                      \
         reduce(pass, options, encoder_plan(shape), begin, end);                                                     \
     }                                                                                                               \
-    static void backward_apply_##suffix(const LadderEncoderBackward<T>& pass, const LadderEncoderOptions& options,  \
+    static void backward_apply_##suffix(const LadderEncoderBackward<S>& pass, const LadderEncoderOptions& options,  \
                                         const LadderEncoderShape& shape, int64_t begin, int64_t end) {              \
         const PartsPlan plan = encoder_plan(shape);                                                                 \
         for (int64_t i = begin; i < end; ++i) {                                                                     \
@@ -515,6 +524,7 @@ static inline void backward_sums(const LadderEncoderBackward<T>& pass, const Lad
 
 LF_ENCODER_INSTANCES(float, f32)
 LF_ENCODER_INSTANCES(double, f64)
+LF_ENCODER_INSTANCES(BFloat16, bf16)
 #undef LF_ENCODER_INSTANCES
 
 }  // namespace LF_ISA
@@ -537,30 +547,31 @@ int64_t ladder_encoder_backward_workspace(const LadderEncoderShape& s) {
     return baseline::finished(encoder_plan(s)) + 2 * s.seeds * s.parts * s.channels;
 }
 
-#define LF_ENCODER_FORWARD(name, T, suffix)                                                                            \
+#define LF_ENCODER_FORWARD(name, S, suffix)                                                                            \
     template <>                                                                                                        \
-    void ladder_encoder_##name<T>(const LadderEncoderForward<T>& pass, const LadderEncoderShape& shape, int64_t begin, \
+    void ladder_encoder_##name<S>(const LadderEncoderForward<S>& pass, const LadderEncoderShape& shape, int64_t begin, \
                                   int64_t end) {                                                                       \
         static const auto kernel = LF_SELECT(name##_##suffix);                                                         \
         kernel(pass, shape, begin, end);                                                                               \
     }
-#define LF_ENCODER_WITH_OPTIONS(name, Pass, T, suffix)                                           \
+#define LF_ENCODER_WITH_OPTIONS(name, Pass, S, suffix)                                           \
     template <>                                                                                  \
-    void ladder_encoder_##name<T>(const Pass<T>& pass, const LadderEncoderOptions& options,      \
+    void ladder_encoder_##name<S>(const Pass<S>& pass, const LadderEncoderOptions& options,      \
                                   const LadderEncoderShape& shape, int64_t begin, int64_t end) { \
         static const auto kernel = LF_SELECT(name##_##suffix);                                   \
         kernel(pass, options, shape, begin, end);                                                \
     }
-#define LF_ENCODER_DISPATCH(T, suffix)                                       \
-    LF_ENCODER_FORWARD(statistics, T, suffix)                                \
-    LF_ENCODER_FORWARD(merge, T, suffix)                                     \
-    LF_ENCODER_WITH_OPTIONS(apply, LadderEncoderForward, T, suffix)          \
-    LF_ENCODER_WITH_OPTIONS(backward_sums, LadderEncoderBackward, T, suffix) \
-    LF_ENCODER_WITH_OPTIONS(reduce, LadderEncoderBackward, T, suffix)        \
-    LF_ENCODER_WITH_OPTIONS(backward_apply, LadderEncoderBackward, T, suffix)
+#define LF_ENCODER_DISPATCH(S, suffix)                                       \
+    LF_ENCODER_FORWARD(statistics, S, suffix)                                \
+    LF_ENCODER_FORWARD(merge, S, suffix)                                     \
+    LF_ENCODER_WITH_OPTIONS(apply, LadderEncoderForward, S, suffix)          \
+    LF_ENCODER_WITH_OPTIONS(backward_sums, LadderEncoderBackward, S, suffix) \
+    LF_ENCODER_WITH_OPTIONS(reduce, LadderEncoderBackward, S, suffix)        \
+    LF_ENCODER_WITH_OPTIONS(backward_apply, LadderEncoderBackward, S, suffix)
 
 LF_ENCODER_DISPATCH(float, f32)
 LF_ENCODER_DISPATCH(double, f64)
+LF_ENCODER_DISPATCH(BFloat16, bf16)
 #undef LF_ENCODER_DISPATCH
 #undef LF_ENCODER_WITH_OPTIONS
 #undef LF_ENCODER_FORWARD

@@ -4,12 +4,14 @@
 // Each item leaves, for every column (or for its channel), the mean relative to the item's first value and the sum of
 // squares about that mean: a large mean costs no digits, and a constant column has variance 0 exactly. Partial results
 // are merged in double, in the order of the slots (Chan, Golub and LeVeque, 1983).
+//
+// S is what x has in memory: T, or BFloat16 for float.
 
 static const int64_t kMomentTile = 1024;  // elements of runs that are read twice while the first-level cache has them
 
 // The columns of n vectors; with `partial` n is 1 and only so many lanes are read and written.
-template <int n, bool partial, class T>
-LF_HD void column_moments(const T* x, int64_t stride, int64_t rows, T* mean, T* squares, int64_t lanes) {
+template <int n, bool partial, class S, class T>
+LF_HD void column_moments(const S* x, int64_t stride, int64_t rows, T* mean, T* squares, int64_t lanes) {
     using V = Vec<T>;
     const V inverse = V::broadcast((T)1 / (T)rows);
     V first[n], sum[n], about[n], square[n];
@@ -18,7 +20,7 @@ LF_HD void column_moments(const T* x, int64_t stride, int64_t rows, T* mean, T* 
         sum[j] = about[j] = square[j] = V::broadcast(0);
     }
     for (int64_t r = 1; r < rows; ++r) {
-        const T* row = x + r * stride;
+        const S* row = x + r * stride;
         for (int j = 0; j < n; ++j) {
             __builtin_prefetch(row + (n + j) * V::width);
             sum[j] = sum[j] + ((partial ? V::load(row, lanes) : V::load(row + j * V::width)) - first[j]);
@@ -26,7 +28,7 @@ LF_HD void column_moments(const T* x, int64_t stride, int64_t rows, T* mean, T* 
     }
     for (int j = 0; j < n; ++j) sum[j] = sum[j] * inverse;
     for (int64_t r = 0; r < rows; ++r) {
-        const T* row = x + r * stride;
+        const S* row = x + r * stride;
         for (int j = 0; j < n; ++j) {
             const V d = ((partial ? V::load(row, lanes) : V::load(row + j * V::width)) - first[j]) - sum[j];
             about[j] = about[j] + d;
@@ -48,8 +50,8 @@ LF_HD void column_moments(const T* x, int64_t stride, int64_t rows, T* mean, T* 
 }
 
 // The same of `count` columns.
-template <class T>
-LF_HD void partial_column_moments(const T* x, int64_t stride, int64_t rows, int64_t count, T* mean, T* squares) {
+template <class S, class T>
+LF_HD void partial_column_moments(const S* x, int64_t stride, int64_t rows, int64_t count, T* mean, T* squares) {
     using V = Vec<T>;
     int64_t c = 0;
     for (; c + 4 * V::width <= count; c += 4 * V::width)
@@ -85,15 +87,15 @@ static inline void add_column_moments(Moments* all, const T* x, int64_t stride, 
 }
 
 // `rows` runs of `count` elements, relative to `first`: their mean and sum of squares.
-template <class T>
-LF_HD void run_moments(const T* x, int64_t stride, int64_t rows, int64_t count, T first, double& mean,
+template <class S, class T>
+LF_HD void run_moments(const S* x, int64_t stride, int64_t rows, int64_t count, T first, double& mean,
                        double& squares) {
     using V = Vec<T>;
     const V shift = V::broadcast(first);
     V sum = V::broadcast(0);
     T sum_rest = 0;
     for (int64_t r = 0; r < rows; ++r) {
-        const T* row = x + r * stride;
+        const S* row = x + r * stride;
         int64_t c = 0;
         for (; c + V::width <= count; c += V::width) {
             __builtin_prefetch(row + c + kMomentTile);
@@ -106,7 +108,7 @@ LF_HD void run_moments(const T* x, int64_t stride, int64_t rows, int64_t count, 
     V about = V::broadcast(0), square = about;
     T about_rest = 0, square_rest = 0;
     for (int64_t r = 0; r < rows; ++r) {
-        const T* row = x + r * stride;
+        const S* row = x + r * stride;
         int64_t c = 0;
         for (; c + V::width <= count; c += V::width) {
             const V d = (V::load(row + c) - shift) - center;
@@ -130,13 +132,13 @@ static inline int64_t moments_workspace(const PartsPlan& plan) {
 }
 
 // Items [begin, end) of plan.items().
-template <class T>
-static inline void partial_moments(const T* x, T* workspace, const PartsPlan& plan, int64_t begin, int64_t end) {
+template <class S, class T>
+static inline void partial_moments(const S* x, T* workspace, const PartsPlan& plan, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const PartsItem item(plan, i);
         T* out = workspace + item.slot * 2 * plan.slot_width();
         if (plan.columns) {
-            const T* from = x + item.offset + item.at(plan, item.row);
+            const S* from = x + item.offset + item.at(plan, item.row);
             // A short last row is left to the merge.
             const int64_t rows = min_of(item.row_end, plan.full_rows(item.part)) - item.row;
             if (rows <= 0) continue;
@@ -144,7 +146,7 @@ static inline void partial_moments(const T* x, T* workspace, const PartsPlan& pl
             partial_column_moments(from, plan.width, rows, item.count, mean, mean + plan.width);
         } else {
             if (item.row == item.row_end) continue;
-            const T* from = x + item.offset + item.at(plan, item.row);
+            const S* from = x + item.offset + item.at(plan, item.row);
             const T first = from[0];
             const int64_t rows = item.row_end - item.row;
             const int64_t tile_rows = item.count >= kMomentTile ? 1 : kMomentTile / item.count;
@@ -168,8 +170,8 @@ static inline void partial_moments(const T* x, T* workspace, const PartsPlan& pl
 
 // Adds to n values a channel, of which mean and sum of squares are known, `added` more: partial results `step` apart,
 // the values that their means are relative to `apart`. Null: single values.
-template <bool neighbours, class T>
-static inline void merge_partials(const T* partial_mean, const T* partial_squares, int64_t step, const T* shift,
+template <bool neighbours, class S, class T>
+static inline void merge_partials(const T* partial_mean, const T* partial_squares, int64_t step, const S* shift,
                                   int64_t apart, int64_t count, double added, double& n, double* mean,
                                   double* squares) {
     const double share = added / (n + added), weight = n * share;
@@ -192,8 +194,8 @@ static inline void merge_partials(const T* partial_mean, const T* partial_square
 
 // Items [begin, end) of seeds * parts * plan.channel_blocks(): mean and var (seeds, parts, channels), 0 and 0 of
 // nothing.
-template <class T>
-static inline void merge_moments(const T* x, const T* workspace, T* mean_out, T* var_out, const PartsPlan& plan,
+template <class S, class T>
+static inline void merge_moments(const S* x, const T* workspace, T* mean_out, T* var_out, const PartsPlan& plan,
                                  int64_t begin, int64_t end) {
     const int64_t inner = plan.columns ? plan.inner : 1;  // neighbouring columns of one channel
     const int64_t natural = plan.channels * inner;
@@ -204,8 +206,8 @@ static inline void merge_moments(const T* x, const T* workspace, T* mean_out, T*
         const int64_t count = min_of(kChannelBlock, plan.channels - channel);
         alignas(64) double mean[kChannelBlock] = {}, squares[kChannelBlock] = {};
         double n = 0;
-        const T* from = x + seed * plan.per_seed + plan.part_begin[part];
-        const auto merge = plan.columns && inner == 1 ? &merge_partials<true, T> : &merge_partials<false, T>;
+        const S* from = x + seed * plan.per_seed + plan.part_begin[part];
+        const auto merge = plan.columns && inner == 1 ? &merge_partials<true, S, T> : &merge_partials<false, S, T>;
         for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
             const int64_t row = plan.row_begin(part, chunk), row_end = plan.row_begin(part, chunk + 1);
             if (plan.columns) {

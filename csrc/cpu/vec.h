@@ -1,5 +1,6 @@
 // Vec<T>: one hardware vector of float or double, with what the formulas need. Textual header, included per instruction
-// set inside its namespace (isa.h); LF_VECTOR_BYTES is the width.
+// set inside its namespace (isa.h); LF_VECTOR_BYTES is the width. Vec<float> is loaded from and stored to BFloat16 as
+// well, whose header is included outside.
 
 template <class T>
 struct VecTraits;
@@ -58,6 +59,34 @@ LF_HD void store_first(double* p, int64_t n, VecTraits<double>::Raw raw) {
 }
 #endif
 
+// float from and to bfloat16, whose bits are float's upper half.
+typedef uint32_t BFloat16Wide __attribute__((vector_size(LF_VECTOR_BYTES)));
+typedef uint16_t BFloat16Bits __attribute__((vector_size(LF_VECTOR_BYTES / 2), aligned(2), may_alias));
+LF_HD VecTraits<float>::Raw widen(BFloat16Bits bits) {
+    return (VecTraits<float>::Raw)(__builtin_convertvector(bits, BFloat16Wide) << 16);
+}
+LF_HD BFloat16Bits narrow(VecTraits<float>::Raw raw) {
+    const BFloat16Wide bits = (BFloat16Wide)raw;
+    const BFloat16Wide rounded = (bits + (0x7fff + (bits >> 16 & 1))) >> 16;
+    const BFloat16Wide nan = BFloat16Wide{} + 0x7fc0;
+    return __builtin_convertvector(raw == raw ? rounded : nan, BFloat16Bits);
+}
+#if LF_VECTOR_BYTES == 64
+LF_HD BFloat16Bits load_first(const BFloat16* p, int64_t n) {
+    return (BFloat16Bits)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+}
+LF_HD void store_first(BFloat16* p, int64_t n, BFloat16Bits bits) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)bits);
+}
+#else
+LF_HD BFloat16Bits load_first(const BFloat16* p, int64_t n) {
+    BFloat16Bits bits = {};
+    memcpy(&bits, p, n * sizeof(BFloat16));
+    return bits;
+}
+LF_HD void store_first(BFloat16* p, int64_t n, BFloat16Bits bits) { memcpy(p, &bits, n * sizeof(BFloat16)); }
+#endif
+
 template <class T>
 struct Vec {
     using Raw = typename VecTraits<T>::Raw;
@@ -92,6 +121,12 @@ struct Vec {
         for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
     }
 #endif
+
+    // Of float alone.
+    static LF_HD Vec load(const BFloat16* p) { return {widen(*reinterpret_cast<const BFloat16Bits*>(p))}; }
+    static LF_HD Vec load(const BFloat16* p, int64_t n) { return {widen(load_first(p, n))}; }
+    LF_HD void store(BFloat16* p) const { *reinterpret_cast<BFloat16Bits*>(p) = narrow(raw); }
+    LF_HD void store(BFloat16* p, int64_t n) const { store_first(p, n, narrow(raw)); }
 
     friend LF_HD Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
     friend LF_HD Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }

@@ -7,6 +7,9 @@ import numpy as np
 # Streams of generated data, apart from the orders and draws of the same seed.
 SHAPES, TEXTURED_MNIST, TEXTURED_DIGITS, MOVING_DIGITS, TEXTURES = ((1 << 32) + i for i in range(5))
 
+# Draws validation and test samples: runs of every seed are measured by the same ones.
+HELD_OUT_SEED = 1
+
 
 class Draws:
     """The numbers of samples `first` to `first + count - 1`, taken column by column.

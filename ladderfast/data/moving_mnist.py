@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dataset import Batch, DataSource
-from .draws import MOVING_DIGITS, Draws
+from .draws import HELD_OUT_SEED, MOVING_DIGITS, Draws
 from .mnist import MNIST
 from .shuffle import check_seed
 
@@ -30,8 +30,8 @@ class MovingMNIST(DataSource):
 
     Each digit starts anywhere, moves 3.6 pixels a frame in any direction and bounces off the borders. A pixel is 1
     where a digit is above 1/2. Owners are 1 and 2, the digits, and 0 for the background and where both are. An epoch
-    are `num_train` sequences of MNIST's training digits that no other epoch has; the test sequences have its test
-    digits.
+    are `num_train` sequences of MNIST's training digits that no other epoch has, drawn by the run's seed; the test
+    sequences have its test digits and are the same for every seed.
 
     Args:
         data_dir: folder of MNIST's four files, as for `MNIST`.
@@ -39,7 +39,6 @@ class MovingMNIST(DataSource):
         side: pixels of a frame's side.
         num_train: sequences of an epoch.
         num_test: test sequences.
-        seed: draws the test sequences.
         download: fetch MNIST's files that are not there.
 
     Raises FileNotFoundError, ValueError and OSError as `MNIST` does; ValueError for sizes that make no sequence.
@@ -56,7 +55,6 @@ class MovingMNIST(DataSource):
         num_train: int = 10_000,
         num_test: int = 100,
         *,
-        seed: int = 1,
         download: bool = False,
     ) -> None:
         if frames < 2 or side <= DIGIT or num_train < 1 or num_test < 1:
@@ -70,7 +68,7 @@ class MovingMNIST(DataSource):
         )
         self.frames, self.side, self.num_train = frames, side, num_train
         self.image_shape = (side, side)
-        self.test = moving_digits(held, num_test, frames, side, seed=seed, first=0)
+        self.test = moving_digits(held, num_test, frames, side, seed=HELD_OUT_SEED, first=0)
 
     def batches(self, batch_labelled: int, batch_unlabelled: int, **kind: Any) -> MovingBatches:
         return MovingBatches(self, batch_labelled, batch_unlabelled, **kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .draws import SHAPES, Draws
+from .draws import HELD_OUT_SEED, SHAPES, Draws
 from .grouped import GroupedImages, split_sizes
 
 SIDE = 20
@@ -22,18 +22,19 @@ class Shapes(GroupedImages):
     Args:
         num_train: training images.
         num_test: validation images, and as many test images.
-        seed: draws the images.
+        seed: draws the training images; the others are the same for every seed.
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016; the images are our own.
     """
 
     def __init__(self, num_train: int = 50_000, num_test: int = 10_000, *, seed: int = 1) -> None:
         sizes = split_sizes(num_train, num_test)
-        x, owner = make_shapes(sum(sizes), seed=seed)
-        train, valid, test = torch.from_numpy(x).float().split(sizes)
-        _, owner_valid, owner_test = torch.from_numpy(owner).split(sizes)
+        train, _ = make_shapes(sizes[0], seed=seed)
+        held, owner = make_shapes(sum(sizes[1:]), seed=HELD_OUT_SEED, first=sizes[0])
+        valid, test = torch.from_numpy(held).float().split(sizes[1:])
+        owner_valid, owner_test = torch.from_numpy(owner).split(sizes[1:])
         super().__init__(
-            train,
+            torch.from_numpy(train).float(),
             test,
             owner_test,
             x_valid=valid,

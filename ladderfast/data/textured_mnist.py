@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .draws import TEXTURED_DIGITS, TEXTURED_MNIST, Draws
+from .draws import HELD_OUT_SEED, TEXTURED_DIGITS, TEXTURED_MNIST, Draws
 from .grouped import GroupedImages
 from .mnist import MNIST
 from .textures import TexturePatches, generate_textures, read_textures
@@ -32,7 +32,7 @@ class TexturedMNIST(GroupedImages):
         num_labels: labelled images, the same number of each digit; null for all, 0 for none.
         num_train: training images, the first so many; null for all.
         num_test: test images, the first so many; null for all.
-        seed: draws textures and labels.
+        seed: draws the training images' textures, and labels; the test images are the same for every seed.
         download: fetch MNIST's files that are not there.
 
     Raises FileNotFoundError, ValueError and OSError as `MNIST` and `read_textures` do.
@@ -55,14 +55,14 @@ class TexturedMNIST(GroupedImages):
         pictures = generate_textures() if textures is None else read_textures(textures)
         patches = TexturePatches(pictures, SIDE, (1.5, 3.0))
         parts = []
-        for first, x, y, count in _parts(mnist, num_train, num_test):
+        for first, x, y, count, drawn_by in _parts(mnist, num_train, num_test, seed):
             digits = thickened(x[:count].numpy().reshape(-1, SIDE, SIDE) > 0.5).reshape(count, -1)
             images = torch.empty(count, SIDE * SIDE)
             for start in range(0, count, PART):
                 part = slice(start, min(start + PART, count))
                 columns = 2 + 2 * patches.draws
                 draws = Draws(
-                    part.stop - start, columns, seed=seed, stream=TEXTURED_MNIST, first=first + start
+                    part.stop - start, columns, seed=drawn_by, stream=TEXTURED_MNIST, first=first + start
                 )
                 reader = patches.read(draws.distinct(2, patches.count), draws)
                 images[part] = torch.from_numpy(reader.pixels(digits[part].astype(np.int64)))
@@ -94,7 +94,7 @@ class FrequencyMNIST(GroupedImages):
         num_labels: labelled images, drawn at random; null for all, 0 for none.
         num_train: training images; null for 60,000.
         num_test: test images; null for 10,000.
-        seed: draws images and labels.
+        seed: draws training images and labels; the test images are the same for every seed.
         download: fetch MNIST's files that are not there.
 
     Raises FileNotFoundError, ValueError and OSError as `MNIST` does.
@@ -112,7 +112,7 @@ class FrequencyMNIST(GroupedImages):
     ) -> None:
         mnist = MNIST(data_dir, download=download)
         parts = []
-        for first, x, y, count in _parts(mnist, num_train, num_test):
+        for first, x, y, count, drawn_by in _parts(mnist, num_train, num_test, seed):
             digits = thickened(x.numpy().reshape(-1, SIDE, SIDE) > 0.5)
             images, owners = (
                 torch.empty(count, SIDE * SIDE),
@@ -121,7 +121,7 @@ class FrequencyMNIST(GroupedImages):
             labels = torch.zeros(count, 10, dtype=torch.uint8)
             for start in range(0, count, PART):
                 part = slice(start, min(start + PART, count))
-                image, owner, chosen = two_digits(digits, part.stop - start, seed=seed, first=first + start)
+                image, owner, chosen = two_digits(digits, part.stop - start, seed=drawn_by, first=first + start)
                 images[part], owners[part] = torch.from_numpy(image), torch.from_numpy(owner)
                 labels[part] = labels[part].scatter(1, y[torch.from_numpy(chosen)], 1)
             parts.append((images, owners, labels))
@@ -177,16 +177,16 @@ def thickened(digits: np.ndarray) -> np.ndarray:
 
 
 def _parts(
-    mnist: MNIST, num_train: int | None, num_test: int | None
-) -> list[tuple[int, Tensor, Tensor, int]]:
-    """Number of the first image, digits, their classes and number of images: of training and of test images."""
+    mnist: MNIST, num_train: int | None, num_test: int | None, seed: int
+) -> list[tuple[int, Tensor, Tensor, int, int]]:
+    """Number of the first image, digits, their classes, number of images and their seed: of training and test images."""
     x, y = mnist.x_unlabelled, mnist.y_labelled
     parts = []
-    for name, number, first, digits, labels in (
-        ("num_train", num_train, 0, x, y),
-        ("num_test", num_test, len(x), mnist.x_test, mnist.y_test),
+    for name, number, first, digits, labels, drawn_by in (
+        ("num_train", num_train, 0, x, y, seed),
+        ("num_test", num_test, len(x), mnist.x_test, mnist.y_test, HELD_OUT_SEED),
     ):
         if number is not None and not 1 <= number <= len(digits):
             raise ValueError(f"{name} must be from 1 to {len(digits)}, or null for all, got {number}")
-        parts.append((first, digits, labels, len(digits) if number is None else number))
+        parts.append((first, digits, labels, len(digits) if number is None else number, drawn_by))
     return parts

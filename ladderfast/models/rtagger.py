@@ -35,7 +35,7 @@ class RTagger(Grouping):
         norm_steps: iterations or time steps with statistics for evaluation of their own.
         num_classes: classes of the supervised head, which has a unit more, "no class"; 0: none.
         binary, noise, input_mean, variance_start, variance_map, density_in_residual, square_variance, scale_residual,
-            feed_logits: as of `Tagger`.
+            feed_logits: as of `Tagger`, also where they mean something to one kind of inputs only.
 
     Raises TypeError or ValueError for arguments that make no RTagger.
 

@@ -26,14 +26,21 @@ from ladderfast.ops.function import plain
 
 EPS = 1e-10  # beneath the square root of every normalisation, as in the Ladder
 
-# The published code's form where it is not the paper's: Tagger(400, [500, 250], **PUBLISHED).
-PUBLISHED = {
+# The published code's form where it is not the paper's: Tagger(400, [500, 250], **PUBLISHED_BINARY).
+PUBLISHED_BINARY: dict[str, Any] = {"scale_residual": True, "feed_logits": True}
+PUBLISHED_CONTINUOUS: dict[str, Any] = {
     "density_in_residual": False,
     "square_variance": True,
     "variance_start": math.exp(math.asinh(1.0)),
     "variance_map": "exp_asinh",
-    "scale_residual": True,
-    "feed_logits": True,
+}
+# What means something to binary, or to continuous inputs alone, and its value where nothing is said.
+_BINARY_ONLY = {"scale_residual": False, "feed_logits": False}
+_CONTINUOUS_ONLY = {
+    "variance_start": 1.0,
+    "variance_map": "exp",
+    "density_in_residual": True,
+    "square_variance": False,
 }
 
 
@@ -152,6 +159,20 @@ class Grouping(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        given = {
+            "variance_start": variance_start,
+            "variance_map": variance_map,
+            "density_in_residual": density_in_residual,
+            "square_variance": square_variance,
+            "scale_residual": scale_residual,
+            "feed_logits": feed_logits,
+        }
+        inputs, other = ("binary", _CONTINUOUS_ONLY) if binary else ("continuous", _BINARY_ONLY)
+        for name, default in other.items():
+            if given[name] != default:
+                raise ValueError(
+                    f"{name} means nothing to {inputs} inputs (binary={binary}), got {given[name]!r}"
+                )
         if not 0 <= noise < math.inf or (binary and noise > 0.5):
             wanted = "from 0 to 0.5" if binary else "finite and not negative"
             raise ValueError(f"noise must be {wanted}, got {noise}")
@@ -321,18 +342,20 @@ class Tagger(Grouping):
         noise: probability of a flip (beta), or the noise's standard deviation (sigma).
         input_mean: mean of the data.
         num_classes: classes of the supervised head; 0: none. The top of the Ladder has a unit more, "no class".
-        variance_start: learned variance v at first (continuous), in the square of the input's unit.
-        variance_map: v as a function of the parameter w: "exp", or "exp_asinh" for exp(asinh(w)) **.
-        density_in_residual: whether dz_k = (x - z_k) m_k z~_k, as in equation 24; otherwise (x - z_k) m_k **.
-        square_variance: whether z~ has the variance sigma^2 + v^2 ** instead of sigma^2 + v.
-        scale_residual: whether the binary dz is multiplied by 1 - 2 beta **.
-        feed_logits: whether the projection sees the binary z before the sigmoid, from the second iteration on **.
+        variance_start: continuous only: learned variance v at first, in the square of the input's unit.
+        variance_map: continuous only: v as a function of the parameter w: "exp", or "exp_asinh" for exp(asinh(w)) **.
+        density_in_residual: continuous only: whether dz_k = (x - z_k) m_k z~_k, as in equation 24; otherwise
+            (x - z_k) m_k **.
+        square_variance: continuous only: whether z~ has the variance sigma^2 + v^2 ** instead of sigma^2 + v.
+        scale_residual: binary only: whether dz is multiplied by 1 - 2 beta **.
+        feed_logits: binary only: whether the projection sees z before the sigmoid, from the second iteration on **.
 
-    ** The published code's form; the paper's is the default. `PUBLISHED` has all of them.
+    ** The published code's form; the paper's is the default. `PUBLISHED_BINARY` and `PUBLISHED_CONTINUOUS` have all of
+    them.
 
     The Ladder inside is a `LadderMapping`; for continuous inputs v of its combinators goes through a sigmoid (A.6).
 
-    Raises TypeError or ValueError for arguments that make no Tagger.
+    Raises TypeError or ValueError for arguments that make no Tagger, and for one of the other kind of inputs.
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, algorithms 2 and 3. (The
     Gaussian mixture in the cost of algorithm 3 is a slip: this is the Bernoulli one.)

@@ -126,6 +126,8 @@ class LadderEncoderLayer(nn.Module):
     def evaluate(self, x: Tensor) -> Tensor:
         """h (N, C, *) with the statistics for evaluation."""
         z_pre = self._project(x)
+        if z_pre.device.type == "cpu":  # rounding the statistics there would save nothing
+            z_pre = z_pre.to(torch.promote_types(z_pre.dtype, torch.float32))
         mean, var, beta, gamma = (
             None if t is None else t.to(z_pre.dtype)
             for t in (self.running_mean, self.running_var, self.beta, self.gamma)

@@ -11,8 +11,14 @@ HALF = (torch.bfloat16, torch.float16)
 def apply_map(linear: nn.Module, x: Tensor) -> Tensor:
     """The map in the type of its weight, or autocast's."""
     weight = getattr(linear, "weight", None)
-    y: Tensor = linear(x if weight is None else x.to(weight.dtype))
+    if weight is not None and x.dtype != weight.dtype and not _autocast(x.device.type):
+        x = x.to(weight.dtype)
+    y: Tensor = linear(x)
     return y
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def for_op(v: Tensor, x: Tensor) -> Tensor:
@@ -21,5 +27,5 @@ def for_op(v: Tensor, x: Tensor) -> Tensor:
 
 
 def op_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the ops shall compute in: on a CPU the kernels take float32 and wider."""
-    return torch.float32 if dtype in HALF and device.type == "cpu" else dtype
+    """What a Ladder's layers hand to their ops: on a CPU the kernels do not take float16."""
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype

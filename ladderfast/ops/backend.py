@@ -16,6 +16,9 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 # Fastest first. Triton on CPU tensors is its interpreter, which nobody gets without asking.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+# What the CPU's kernels take beside float32 and float64.
+_ON_CPU = {"ladder_encoder": (torch.bfloat16,), "ladder_decoder": (torch.bfloat16,)}
+
 _NOTHING: Mapping[str, str] = {}
 
 _forced: str | None = os.environ.get("LADDERFAST_BACKEND") or None
@@ -71,21 +74,23 @@ _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _INTERPRETED = triton_interpreted()
 
 
-def _reference(device: str, dtype: torch.dtype) -> str | None:
+def _reference(device: str, dtype: torch.dtype, op: str) -> str | None:
     return None
 
 
-def _cpu(device: str, dtype: torch.dtype) -> str | None:
+def _cpu(device: str, dtype: torch.dtype, op: str) -> str | None:
     if _extension.reason is not None:
         return _extension.reason
     if device != "cpu":
         return f"it takes CPU tensors, not {device} tensors"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it takes float32 and float64, not {_name(dtype)}"
+    more = _ON_CPU.get(op, ())
+    if dtype not in (torch.float32, torch.float64, *more):
+        taken = "float32, float64 and bfloat16" if more else "float32 and float64"
+        return f"it takes {taken}, not {_name(dtype)}"
     return None
 
 
-def _cuda(device: str, dtype: torch.dtype) -> str | None:
+def _cuda(device: str, dtype: torch.dtype, op: str) -> str | None:
     if _extension.module is None:
         return _extension.reason
     if not _extension.module.cuda:
@@ -97,7 +102,7 @@ def _cuda(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _triton(device: str, dtype: torch.dtype) -> str | None:
+def _triton(device: str, dtype: torch.dtype, op: str) -> str | None:
     if not _TRITON_FOUND:
         return "triton is not installed"
     if device == "cpu" and not _INTERPRETED:
@@ -111,7 +116,7 @@ def _triton(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-_REASONS: dict[str, Callable[[str, torch.dtype], str | None]] = {
+_REASONS: dict[str, Callable[[str, torch.dtype, str], str | None]] = {
     "reference": _reference,
     "cpu": _cpu,
     "triton": _triton,
@@ -123,9 +128,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def unavailable(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why backend `name` cannot serve tensors of this device type and dtype; None if it can."""
-    return _REASONS[name](device, dtype)
+def unavailable(name: str, device: str, dtype: torch.dtype, op: str = "") -> str | None:
+    """Why backend `name` cannot serve tensors of this device type and dtype, in `op` or any op; None if it can."""
+    return _REASONS[name](device, dtype, op)
 
 
 def choose(op: str, device: str, dtype: torch.dtype, lacking: Mapping[str, str] = _NOTHING) -> str:
@@ -139,11 +144,11 @@ def choose(op: str, device: str, dtype: torch.dtype, lacking: Mapping[str, str] 
     """
     if _forced is None:
         for name in _PREFERENCE.get(device, ("reference",)):
-            if name not in lacking and unavailable(name, device, dtype) is None:
+            if name not in lacking and unavailable(name, device, dtype, op) is None:
                 return name
         return "reference"
     _check_name(_forced, "LADDERFAST_BACKEND")
-    reason = lacking.get(_forced) or unavailable(_forced, device, dtype)
+    reason = lacking.get(_forced) or unavailable(_forced, device, dtype, op)
     if reason is not None:
         raise BackendError(f"{op}: the forced backend {_forced!r} cannot serve this call: {reason}")
     return _forced

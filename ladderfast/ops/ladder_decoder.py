@@ -284,6 +284,8 @@ def ladder_decoder(
         return LadderDecoderOutput(
             *reference.ladder_decoder(u, z, params, clean_z, mean, var, squash_v=squash_v, eps=eps)
         )
+    if name == "cpu":
+        params = params.to(_wide(u.dtype))
     z_hat, cost, _, _ = apply(
         _LadderDecoder, u, z, params, clean_z, mean, var, bool(squash_v), float(eps), name
     )
@@ -291,20 +293,22 @@ def ladder_decoder(
 
 
 def _fit(u: Any, z: Any, params: Any, clean_z: Any, mean: Any, var: Any, eps: Any) -> bool:
-    """Whether nothing is to be checked or promoted: everything in one wide dtype, on one device and of fitting shapes.
+    """Whether nothing is to be checked or promoted: every dtype as it shall be, one device and fitting shapes.
     What does not fit here `_check` may still accept."""
     try:
         shape, dtype, device = u.shape, u.dtype, u.device
+        wide = _wide(dtype)
         alike = (z,) if clean_z is None else (z, clean_z)
         statistics = () if (mean is None and var is None) or clean_z is None else (mean, var)
         channels = shape[1:2]
         return (
-            dtype in (torch.float32, torch.float64)
+            dtype in (torch.float32, torch.float64, torch.bfloat16)
             and len(shape) >= 2
             and params.shape == (10, *channels)
             and all(t.shape == shape for t in alike)
             and all(t.shape == channels for t in statistics)
-            and all(t.dtype == dtype and t.device == device for t in (params, *alike, *statistics))
+            and all(t.dtype == dtype and t.device == device for t in alike)
+            and all(t.dtype == wide and t.device == device for t in (params, *statistics))
             and (clean_z is not None or (mean is None and var is None))
             and type(eps) is float
             and 0 <= eps < math.inf

@@ -372,6 +372,9 @@ def ladder_encoder(
             float(eps),
         )
         state = noise_state if noise_std else None
+        if name == "cpu" and z_pre.dtype == torch.bfloat16:  # its parameters are float32
+            beta = None if beta is None else beta.float()
+            gamma = None if gamma is None else gamma.float()
         z, h, mean, var = apply(
             _LadderEncoder, z_pre, beta, gamma, state, options, want_z or same, not same, False, name
         )

@@ -374,17 +374,26 @@ class _Loader(yaml.SafeLoader):
 def _flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Short dotted names: {"model": {"init_args": {"noise_std": 0.3}}} is {"model.noise_std": 0.3}."""
     flat: dict[str, Any] = {}
+    forms: dict[str, str] = {}  # how each stands there
+
+    def add(path: Sequence[str], value: Any) -> None:
+        name, form = ".".join(path).replace(".init_args.", "."), ": ".join(path)
+        if name in flat:
+            raise ValueError(f"{source}: {name} is given twice, as {forms[name]} and as {form}")
+        flat[name], forms[name] = value, form
+
     for key, value in nested.items():
         if key not in PARTS:
-            flat[str(key).replace(".init_args.", ".")] = value
+            add([str(key)], value)
             continue
         if not isinstance(value, Mapping):
             raise TypeError(f"{source}: {key} must be a mapping with class_path and init_args, got {value!r}")
         for name, inner in value.items():
             if name != "init_args":
-                flat[f"{key}.{name}"] = inner
+                add([key, str(name)], inner)
             elif isinstance(inner, Mapping):
-                flat.update((f"{key}.{argument}", v) for argument, v in inner.items())
+                for argument, v in inner.items():
+                    add([key, "init_args", str(argument)], v)
             elif inner is not None:
                 raise TypeError(f"{source}: {key}.init_args must be a mapping, got {inner!r}")
     return flat

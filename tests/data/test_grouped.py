@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ladderfast.data import GroupedImages, Shapes
+from ladderfast.data import FrequencyMNIST, GroupedImages, Shapes, TexturedMNIST, textured_mnist
 from ladderfast.data.draws import Draws
 from ladderfast.data.shapes import SIDE, make_shapes, shape_templates
 from ladderfast.data.textured_mnist import FREQUENCIES, thickened, two_digits
@@ -65,12 +65,17 @@ def test_pixels_of_shapes_and_their_owners():
     assert covered > 0  # by two shapes
 
 
-def test_shapes_are_the_seeds():
-    data = Shapes(40, 10, seed=7)
+def test_training_images_of_shapes_are_the_seeds():
+    data, other = Shapes(40, 10, seed=7), Shapes(40, 10, seed=1)
     assert [len(t) for t in (data.x_unlabelled, data.x_valid, data.x_test)] == [40, 10, 10]
-    x, owner = make_shapes(60, seed=7)
-    assert torch.equal(torch.cat([data.x_unlabelled, data.x_valid, data.x_test]), torch.from_numpy(x).float())
-    assert torch.equal(torch.cat([data.owner_valid, data.owner_test]), torch.from_numpy(owner[40:]))
+    x, _ = make_shapes(60, seed=7)
+    assert torch.equal(data.x_unlabelled, torch.from_numpy(x[:40]).float())
+    for name in ("x_valid", "owner_valid", "x_test", "owner_test"):
+        assert torch.equal(getattr(data, name), getattr(other, name))
+    assert not torch.equal(data.x_unlabelled, other.x_unlabelled)
+    held, owner = make_shapes(20, seed=1, first=40)
+    assert torch.equal(torch.cat([data.x_valid, data.x_test]), torch.from_numpy(held).float())
+    assert torch.equal(torch.cat([data.owner_valid, data.owner_test]), torch.from_numpy(owner))
     assert (make_shapes(5, seed=7, first=30)[0] == x[30:35]).all()
     assert not (make_shapes(60, seed=8)[0] == x).all()
     with pytest.raises(ValueError, match="num_train and num_test must be at least 1, got 0 and 10"):
@@ -286,3 +291,17 @@ def test_two_digits():
     assert max(left_over) < 1e-6
     again = two_digits(digits, 3, seed=1, first=100)
     np.testing.assert_array_equal(again[0], x[100:103])
+
+
+@pytest.mark.parametrize("made", [TexturedMNIST, FrequencyMNIST])
+def test_test_images_are_the_same_for_every_seed(made, monkeypatch):
+    class Digits:
+        x_unlabelled = x_test = (torch.rand(8, 784, generator=torch.Generator().manual_seed(1)) > 0.9).float()
+        y_labelled = y_test = torch.arange(8)
+
+    monkeypatch.setattr(textured_mnist, "MNIST", lambda *_, **__: Digits)
+    first, second = made(seed=1), made(seed=2)
+    assert not torch.equal(first.x_unlabelled, second.x_unlabelled)
+    for name in ("x_test", "owner_test", "y_test"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert not torch.equal(first.x_unlabelled, first.x_test)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ladderfast.models import Tagger
-from ladderfast.models.tagger import PUBLISHED, LadderMapping, class_shares
+from ladderfast.models.tagger import PUBLISHED_BINARY, PUBLISHED_CONTINUOUS, LadderMapping, class_shares
 
 N, K, D = 6, 3, 5
 
@@ -51,7 +51,11 @@ def ladder(mapping, h):
 
 def by_hand(model, x, corrupted, m, iterations, **options):
     """Algorithms 2 and 3 of the supplement, one group at a time, with likelihoods as they are written."""
-    on = {**dict.fromkeys(PUBLISHED, False), "density_in_residual": True, **options}
+    on = {
+        **dict.fromkeys({**PUBLISHED_BINARY, **PUBLISHED_CONTINUOUS}, False),
+        "density_in_residual": True,
+        **options,
+    }
     groups = m.shape[1]
     z = torch.full_like(m, model.input_mean)
     seen = z
@@ -96,10 +100,10 @@ def by_hand(model, x, corrupted, m, iterations, **options):
     return found
 
 
-BINARY = [{}, {"scale_residual": True}, {"feed_logits": True}, PUBLISHED]
+BINARY = [{}, {"scale_residual": True}, {"feed_logits": True}, PUBLISHED_BINARY]
 CONTINUOUS = [
     {},
-    PUBLISHED,
+    PUBLISHED_CONTINUOUS,
     {"density_in_residual": False},
     {"square_variance": True},
     {"variance_map": "exp_asinh"},
@@ -143,7 +147,7 @@ def test_an_option_changes_the_result(binary, options):
 
 
 def test_the_start_values_are_the_published_ones():
-    model = Tagger(D, [4], inner=nn.Identity(), binary=False, **PUBLISHED)
+    model = Tagger(D, [4], inner=nn.Identity(), binary=False, **PUBLISHED_CONTINUOUS)
     assert model.variance.item() == pytest.approx(2.41421356)
     assert model.log_variance.item() == pytest.approx(1.0)
     assert Tagger(D, [4, 2], binary=False, variance_start=0.3).variance.item() == pytest.approx(0.3)
@@ -298,6 +302,18 @@ def test_under_autocast():
         ({"noise": -1.0, "binary": False}, "noise must be finite and not negative"),
         ({"variance_start": 0.0, "binary": False}, "variance_start must be positive"),
         ({"variance_map": "square", "binary": False}, "variance_map must be exp or exp_asinh"),
+        (
+            {"variance_start": 0.5},
+            r"^variance_start means nothing to binary inputs \(binary=True\), got 0\.5$",
+        ),
+        ({"variance_map": "exp_asinh"}, "variance_map means nothing to binary inputs"),
+        ({"density_in_residual": False}, "density_in_residual means nothing to binary inputs"),
+        ({"square_variance": True}, "square_variance means nothing to binary inputs"),
+        (
+            {"scale_residual": True, "binary": False},
+            r"^scale_residual means nothing to continuous inputs \(binary=False\), got True$",
+        ),
+        ({"feed_logits": True, "binary": False}, "feed_logits means nothing to continuous inputs"),
         ({"num_classes": 4}, r"layers must end with num_classes \+ 1 = 5 units"),
     ],
 )

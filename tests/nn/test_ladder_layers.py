@@ -136,14 +136,17 @@ def test_unbiased_variances():
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_half_precision(wide):
-    """On a CPU the op computes in float32 whatever the map does; `wide` asks for that everywhere."""
+    """z and h are in the map's dtype, or with `wide` in float32; evaluation is in float32 on a CPU."""
+    dtype = torch.float32 if wide else torch.bfloat16
     layer = encoder_layer(dtype=torch.bfloat16, wide=wide, scale=True)
     out = layer(inputs("dense", dtype=torch.bfloat16), 3)
-    assert out.h.dtype == out.z.dtype == torch.float32
+    assert out.h.dtype == out.z.dtype == dtype
     assert layer.evaluate(inputs("dense", dtype=torch.bfloat16)).dtype == torch.float32
     plain = encoder_layer(dtype=torch.float32, wide=wide)
     with torch.autocast("cpu", torch.bfloat16):
-        assert plain(inputs("dense", dtype=torch.float32), 3).h.dtype == torch.float32
+        assert plain(inputs("dense", dtype=torch.float32), 3).h.dtype == dtype
+    half = encoder_layer(dtype=torch.float16)(inputs("dense", dtype=torch.float16), 3)
+    assert half.h.dtype == torch.float32  # a type that the CPU's kernels do not take
 
 
 @pytest.mark.parametrize("combinator", [name for name in COMBINATORS if name != "none"])

@@ -213,6 +213,23 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
             read_recipe(path)
 
 
+def test_a_field_in_two_forms_is_refused(small):
+    small["model.layers"] = [2, 3]
+    with pytest.raises(
+        ValueError, match=r": model\.layers is given twice, as model: init_args: layers and as model\.layers$"
+    ):
+        read_recipe(small)
+    del small["model.layers"]
+    for fields in (
+        {"model.noise_std": 0.1, "model.init_args.noise_std": 0.2},
+        {"model": {"init_args": {"noise_std": 0.1}}, "model.noise_std": 0.2},
+        {"model": {"noise_std": 0.1, "init_args": {"noise_std": 0.2}}},
+    ):
+        with pytest.raises(ValueError, match=r"the fields given: model\.noise_std is given twice, as model"):
+            read_recipe(small, fields)
+    assert read_recipe(small, {"model.noise_std": 0.1}).model.init_args["noise_std"] == 0.1
+
+
 def test_an_unknown_name_has_a_hint():
     with pytest.raises(ValueError, match=r"there is no recipe 'digit'; did you mean digits\?"):
         read_recipe("digit")
