@@ -29,8 +29,8 @@ class Ensemble(nn.Module):
 
     What is computed goes through torch.func.vmap: a matrix product becomes a batched one, and the ops of
     ladderfast take all networks in one call. But networks with convolutions, which would become grouped ones, slow in
-    oneDNN, are computed one after another on a CPU. Random numbers that a network draws from torch's global generator are its
-    own, but not those that it would draw alone; noise by a state that is a buffer, as our networks have it, is.
+    oneDNN, are computed one after another on a CPU. Random numbers that a network draws from torch's global generator
+    are its own, but not those that it would draw alone; noise by a state that is a buffer, as our networks have it, is.
 
     Args:
         models: networks with the same modules; their parameters and buffers are copied.

@@ -526,6 +526,7 @@ BAD = [
         TypeError,
         r"var must be torch.float32.*got torch.bfloat16",
     ),
+    (lambda a: {**a, "var": a["var"] - 100}, ValueError, r"var must not be negative; got -\d"),
     (lambda a: {**a, "u": a["u"][0]}, ValueError, r"u must have shape \(N, C, \*\); got \(3,\)"),
     (lambda a: {**a, "z": a["z"][:2]}, ValueError, r"z must have shape \(4, 3\).*got \(2, 3\)"),
     (lambda a: {**a, "clean_z": a["clean_z"].t()}, ValueError, r"clean_z must have shape \(4, 3\).*\(3, 4\)"),

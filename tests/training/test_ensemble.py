@@ -48,7 +48,9 @@ def test_networks_with_convolutions_take_turns_on_a_cpu(small, monkeypatch):
     small["objective"]["init_args"]["denoising_weights"] = [10, 1, 0.1, 0.1, 0.1]
     vmap = torch.func.vmap
     calls = []
-    monkeypatch.setattr(torch.func, "vmap", lambda *args, **kwargs: calls.append(args) or vmap(*args, **kwargs))
+    monkeypatch.setattr(
+        torch.func, "vmap", lambda *args, **kwargs: calls.append(args) or vmap(*args, **kwargs)
+    )
     together = make(double(small), seed=SEEDS[0], seeds=len(SEEDS))
     costs = [together.step() for _ in range(10)]  # two epochs
     assert not calls

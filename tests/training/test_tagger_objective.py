@@ -189,7 +189,7 @@ def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"patience": 2}, {"schedule": "halve"}])
 def test_test_images_have_no_say_in_the_training(fields):
-    with pytest.raises(ValueError, match="and TaggerObjective measures none there of .*, the test error;"):
+    with pytest.raises(ValueError, match=r"and TaggerObjective measures none there of .*, the test error;"):
         Run(RECIPE, folder=None, **{"objective.judged_by": "test_error"}, **fields)
 
 
