@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 DTYPES = [
     pytest.param(torch.float32, torch.float32, id="float32"),
     pytest.param(torch.float64, torch.float64, id="float64"),

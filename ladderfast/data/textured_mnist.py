@@ -121,7 +121,9 @@ class FrequencyMNIST(GroupedImages):
             labels = torch.zeros(count, 10, dtype=torch.uint8)
             for start in range(0, count, PART):
                 part = slice(start, min(start + PART, count))
-                image, owner, chosen = two_digits(digits, part.stop - start, seed=drawn_by, first=first + start)
+                image, owner, chosen = two_digits(
+                    digits, part.stop - start, seed=drawn_by, first=first + start
+                )
                 images[part], owners[part] = torch.from_numpy(image), torch.from_numpy(owner)
                 labels[part] = labels[part].scatter(1, y[torch.from_numpy(chosen)], 1)
             parts.append((images, owners, labels))
@@ -179,7 +181,7 @@ def thickened(digits: np.ndarray) -> np.ndarray:
 def _parts(
     mnist: MNIST, num_train: int | None, num_test: int | None, seed: int
 ) -> list[tuple[int, Tensor, Tensor, int, int]]:
-    """Number of the first image, digits, their classes, number of images and their seed: of training and test images."""
+    """Number of the first image, digits, their classes, number of images, their seed: of training and test images."""
     x, y = mnist.x_unlabelled, mnist.y_labelled
     parts = []
     for name, number, first, digits, labels, drawn_by in (

@@ -71,8 +71,8 @@ class LadderNetwork(nn.Module):
     generator. Each training pass takes offsets of its own, also in evaluation mode.
 
     Under autocast, and in a network moved to a 16-bit type, matrix products and convolutions are computed in 16 bits,
-    and lateral values kept in them on a GPU; everything else is computed in float32, and statistics, costs and logits
-    are float32.
+    and lateral values kept in them (not in float16 on a CPU); everything else is computed in float32, and statistics,
+    costs and logits are float32.
 
     Raises:
         TypeError, ValueError: `layers`, `activation`, `combinator` or `noise_std` make no Ladder.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import combinator as reference
 
 if _extension.module is not None:
@@ -30,13 +30,6 @@ if _extension.module is not None:
         )
 
 
-def packed(z: Tensor, params: Tensor) -> Tensor:
-    """z as the kernels take it: contiguous or channels-last; a copy only where it is neither."""
-    if z.is_contiguous() or z.movedim(params.dim() - 1, -1).is_contiguous():
-        return z
-    return z.contiguous()
-
-
 def _seeds_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """The batch axis of vmap in front, and merged with an axis of seeds if params, the last, has one."""
     moved = batch_first(size, in_dims, tensors)
@@ -49,7 +42,7 @@ def _seeds_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tens
 class _Combinator(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, u: Tensor, params: Tensor, squash_v: bool, name: str) -> Tensor:
-        z = packed(z, params)
+        z = packed(z, params.dim() - 1)
         if name == "triton":
             from ladderfast.triton.combinator import combinator_triton
 
@@ -80,7 +73,7 @@ class _CombinatorBackward(torch.autograd.Function):
     def forward(
         grad_z_hat: Tensor, z: Tensor, u: Tensor, params: Tensor, squash_v: bool, name: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = packed(z, params)
+        z = packed(z, params.dim() - 1)
         if name == "triton":
             from ladderfast.triton.combinator import combinator_backward_triton
 

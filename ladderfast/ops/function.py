@@ -22,6 +22,18 @@ def plain() -> bool:
     return not (torch.compiler.is_compiling() or _transforms_active())
 
 
+def packed(x: Tensor, axis: int) -> Tensor:
+    """x as the kernels take it: contiguous, or with the axis of the channels last; a copy only where it is neither."""
+    if x.is_contiguous() or x.movedim(axis, -1).is_contiguous():
+        return x
+    return x.contiguous()
+
+
+def readable(t: Tensor) -> bool:
+    """Whether looking at the values costs nothing: those of a tensor on the CPU outside any transform."""
+    return t.is_cpu and plain() and type(t) in (Tensor, torch.nn.Parameter)
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), which binds the arguments anew and unwraps them at each call for the sake of torch.func's
     transforms: where there are none, this saves 12 us."""

@@ -11,8 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.combinator import packed
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed, readable
 from ladderfast.reference import ladder_decoder as reference
 
 
@@ -118,7 +117,7 @@ class _LadderDecoder(torch.autograd.Function):
         eps: float,
         name: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u = packed(u, params)
+        u = packed(u, params.dim() - 1)
         if name == "triton":
             from ladderfast.triton.ladder_decoder import ladder_decoder_triton
 
@@ -174,7 +173,7 @@ class _LadderDecoderBackward(torch.autograd.Function):
         want_clean_z: bool,
         want_statistics: bool,
     ) -> tuple[Tensor, ...]:
-        u = packed(u, params)
+        u = packed(u, params.dim() - 1)
         tensors = (grad_z_hat, grad_cost, u, z, params, clean_z, mean, var, u_mean, u_var)
         options = (squash_v, eps, want_z, want_clean_z, want_statistics)
         if name == "triton":
@@ -264,7 +263,7 @@ def ladder_decoder(
     float32 there. Under autocast u, z and clean_z are promoted to the widest of their dtypes.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit; a negative var (CPU tensors).
         TypeError: dtypes that do not fit.
         RuntimeError: a forced backend that cannot serve the call.
 
@@ -279,6 +278,10 @@ def ladder_decoder(
         else:
             u, z, clean_z = autocast_promote(u, z, clean_z)
         _check(u, z, params, clean_z, mean, var, eps)
+    if var is not None and len(var) and readable(var):
+        least = float(var.detach().amin())
+        if least < 0:
+            raise ValueError(f"ladder_decoder: var must not be negative; got {least}")
     name = backend.choose("ladder_decoder", u.device.type, u.dtype)
     if name == "reference":
         return LadderDecoderOutput(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import check_dtype, shape_text
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
 
@@ -69,13 +69,6 @@ if _extension.module is not None:
         )
 
 
-def _packed(z_pre: Tensor, seeds: bool) -> Tensor:
-    """z_pre as the kernels take it: contiguous or channels-last; a copy only where it is neither."""
-    if z_pre.is_contiguous() or z_pre.movedim(2 if seeds else 1, -1).is_contiguous():
-        return z_pre
-    return z_pre.contiguous()
-
-
 def _seeds_first(size: int, seeds: bool, in_dims: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
     """The batch axis of vmap in front, merged with the axis of seeds if there is one already; None stays None."""
     moved = [
@@ -96,7 +89,7 @@ def _forward(
     seeds: bool,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z_pre = _packed(z_pre, seeds)
+    z_pre = packed(z_pre, 2 if seeds else 1)
     if name == "triton":
         from ladderfast.triton.ladder_encoder import ladder_encoder_triton
 
@@ -121,7 +114,7 @@ def _backward(
     seeds: bool,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z_pre = _packed(z_pre, seeds)
+    z_pre = packed(z_pre, 2 if seeds else 1)
     tensors = (grad_z, grad_h, grad_mean, grad_var, z_pre, mean, var, beta, gamma, state)
     if name == "triton":
         from ladderfast.triton.ladder_encoder import ladder_encoder_backward_triton
@@ -228,7 +221,7 @@ def _reference_of(
     num_labelled, num_clean, std, stream, activation, negative_slope, eps = options
     half = z_pre.dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if half else z_pre.dtype
-    z_pre = _packed(z_pre, seeds)
+    z_pre = packed(z_pre, 2 if seeds else 1)
 
     noise: Tensor | None
     if seeds and state is not None and std > 0:

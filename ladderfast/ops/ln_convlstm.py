@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ln_convlstm as reference
 
 OP = "ln_convlstm_step"
@@ -73,7 +73,7 @@ if _extension.module is not None:
         cell_stats: Tensor,
         batch: bool,
     ) -> tuple[Tensor, ...]:
-        def packed(t: Tensor | None) -> Tensor:
+        def like(t: Tensor | None) -> Tensor:
             return x.new_empty((0,)) if t is None else t.new_empty(t.shape)
 
         return (
@@ -81,19 +81,12 @@ if _extension.module is not None:
             x.new_empty((0,)) if y is None else torch.empty_like(x),
             torch.empty_like(x),
             cells_like(x, bias.dim()),
-            packed(weight),
-            packed(weight_y),
-            packed(bias),
-            packed(cell_weight),
-            packed(cell_bias),
+            like(weight),
+            like(weight_y),
+            like(bias),
+            like(cell_weight),
+            like(cell_bias),
         )
-
-
-def _packed(x: Tensor, bias: Tensor) -> Tensor:
-    """x as the kernels take it: contiguous or channels-last; a copy only where it is neither."""
-    if x.is_contiguous() or x.movedim(bias.dim(), -1).is_contiguous():
-        return x
-    return x.contiguous()
 
 
 class _Batch:
@@ -134,7 +127,7 @@ class _Step(torch.autograd.Function):
         eps: float,
         name: str,
     ) -> tuple[Tensor, ...]:
-        x = _packed(x, bias)
+        x = packed(x, bias.dim())
         if name == "triton":
             from ladderfast.triton.ln_convlstm import ln_convlstm_triton
 
@@ -192,7 +185,7 @@ class _StepBackward(torch.autograd.Function):
         eps: float,
         name: str,
     ) -> tuple[Tensor, ...]:
-        x = _packed(x, bias)
+        x = packed(x, bias.dim())
         vectors = (weight, weight_y, bias, cell_weight, cell_bias)
         if name == "triton":
             from ladderfast.triton.ln_convlstm import ln_convlstm_backward_triton

@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import FLOATS, autocast_float32, check_dtype, shape_text
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, readable
 from ladderfast.reference import tagger as reference
 
 _NAMES = ("gaussian_group_inputs", "bernoulli_group_inputs", "gaussian_mixture_nll", "bernoulli_mixture_nll")
@@ -213,12 +213,10 @@ def prepare(
 
 
 def _known_value(scalar: Tensor | float) -> float | None:
-    """The value where looking costs nothing: of a number, or of a tensor on the CPU outside any transform."""
+    """The value of a number, or of a tensor where looking costs nothing."""
     if not isinstance(scalar, Tensor):
         return scalar
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
-    return scalar.item() if scalar.is_cpu and type(scalar) in (Tensor, torch.nn.Parameter) else None
+    return scalar.item() if readable(scalar) else None
 
 
 def _prepare_scalar(op: str, name: str, scalar: Tensor | float, z: Tensor) -> Tensor:

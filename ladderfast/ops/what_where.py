@@ -10,7 +10,7 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
+from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import what_where as reference
 
 LARGEST_WINDOW = 16
@@ -73,13 +73,6 @@ if _extension.module is not None:
         return _empty(grad_z, tuple(where.shape), _channels_last(grad_z))
 
 
-def _packed(z: Tensor) -> Tensor:
-    """z as the kernels take it: contiguous or channels-last; a copy only where it is neither."""
-    if z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last):
-        return z
-    return z.contiguous()
-
-
 def _triton() -> Any:
     from ladderfast.triton import what_where
 
@@ -99,7 +92,7 @@ def _op(name: str, backend_name: str) -> Any:
 class _SoftPool(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, kernel_h: int, kernel_w: int, beta: float, name: str) -> tuple[Tensor, Tensor]:
-        return _op("soft_pool2d", name)(_packed(z), kernel_h, kernel_w, beta)
+        return _op("soft_pool2d", name)(packed(z, 1), kernel_h, kernel_w, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -131,7 +124,7 @@ class _SoftPoolBackward(torch.autograd.Function):
         name: str,
     ) -> Tensor:
         op = _op("soft_pool2d_backward", name)
-        return op(grad_what, grad_where, _packed(z), kernel_h, kernel_w, beta)
+        return op(grad_what, grad_where, packed(z, 1), kernel_h, kernel_w, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -159,7 +152,7 @@ class _SoftPoolBackward(torch.autograd.Function):
 class _SoftUnpool(torch.autograd.Function):
     @staticmethod
     def forward(what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, name: str) -> Tensor:
-        return _op("soft_unpool2d", name)(_packed(what), where, kernel_h, kernel_w)
+        return _op("soft_unpool2d", name)(packed(what, 1), where, kernel_h, kernel_w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -184,7 +177,7 @@ class _SoftUnpoolBackward(torch.autograd.Function):
     def forward(
         grad_z: Tensor, what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, name: str
     ) -> tuple[Tensor, Tensor]:
-        return _op("soft_unpool2d_backward", name)(grad_z, _packed(what), where, kernel_h, kernel_w)
+        return _op("soft_unpool2d_backward", name)(grad_z, packed(what, 1), where, kernel_h, kernel_w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -211,7 +204,7 @@ class _SoftUnpoolBackward(torch.autograd.Function):
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, kernel_h: int, kernel_w: int, positions: bool, name: str) -> tuple[Tensor, Tensor]:
-        return _op("where_max_pool2d", name)(_packed(z), kernel_h, kernel_w, positions)
+        return _op("where_max_pool2d", name)(packed(z, 1), kernel_h, kernel_w, positions)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -268,7 +261,7 @@ class _MaxPoolBackward(_Put):
         grad_what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int, name: str
     ) -> Tensor:
         op = _op("where_max_pool2d_backward", name)
-        return op(grad_what, _packed(where), kernel_h, kernel_w, height, width)
+        return op(grad_what, packed(where, 1), kernel_h, kernel_w, height, width)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -281,7 +274,7 @@ class _MaxUnpool(_Put):
     def forward(
         what: Tensor, where: Tensor, kernel_h: int, kernel_w: int, height: int, width: int, name: str
     ) -> Tensor:
-        return _op("where_max_unpool2d", name)(_packed(what), where, kernel_h, kernel_w, height, width)
+        return _op("where_max_unpool2d", name)(packed(what, 1), where, kernel_h, kernel_w, height, width)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -292,7 +285,7 @@ class _MaxUnpool(_Put):
 class _MaxUnpoolBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad_z: Tensor, where: Tensor, kernel_h: int, kernel_w: int, name: str) -> Tensor:
-        return _op("where_max_unpool2d_backward", name)(_packed(grad_z), where, kernel_h, kernel_w)
+        return _op("where_max_unpool2d_backward", name)(packed(grad_z, 1), where, kernel_h, kernel_w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .objectives import COUNTS, Objective, over_seeds
 
@@ -27,8 +28,9 @@ class Ensemble(nn.Module):
     """Several networks of one architecture as one module: parameters and buffers have an axis of networks in front.
 
     What is computed goes through torch.func.vmap: a matrix product becomes a batched one, and the ops of
-    ladderfast take all networks in one call. Random numbers that a network draws from torch's global generator are its
-    own, but not those that it would draw alone; noise by a state that is a buffer, as our networks have it, is.
+    ladderfast take all networks in one call. But networks with convolutions, which would become grouped ones, slow in
+    oneDNN, are computed one after another on a CPU. Random numbers that a network draws from torch's global generator
+    are its own, but not those that it would draw alone; noise by a state that is a buffer, as our networks have it, is.
 
     Args:
         models: networks with the same modules; their parameters and buffers are copied.
@@ -58,6 +60,8 @@ class Ensemble(nn.Module):
             for name, buffer in own._buffers.items():
                 if buffer is not None:
                     own._buffers[name] = torch.stack([m._buffers[name] for m in modules])
+        # Whether the networks take turns on a CPU.
+        self.in_turn_on_cpu = any(isinstance(m, (nn.Conv1d, nn.Conv2d)) for m in self.stacked.modules())
         # In a tuple: the calling module shares the networks' parameters and must not bring them in a second time.
         self._caller = (_Call(self.stacked),)
 
@@ -74,6 +78,20 @@ class Ensemble(nn.Module):
             return torch.func.functional_call(caller, state, (function, *args))
 
         dims = [None if whole else 0 for whole in (shared or [False] * len(args))]
+        if self.in_turn_on_cpu and all(t.device.type == "cpu" for t in named.values()):
+            # All parts of a tensor in one operation, whose backward makes one gradient.
+            parts = {name: t.unbind() for name, t in named.items()}
+            results = [
+                one(
+                    {name: part[i] for name, part in parts.items()},
+                    *(
+                        arg if dim is None else tree_map(lambda t, i=i: t[i], arg)
+                        for arg, dim in zip(args, dims, strict=True)
+                    ),
+                )
+                for i in range(self.size)
+            ]
+            return tree_map(lambda *each: torch.stack(each), *results)
         return torch.func.vmap(one, (0, *dims), randomness="different")(named, *args)
 
     @torch.no_grad()

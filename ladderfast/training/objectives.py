@@ -82,6 +82,11 @@ class Objective(ABC):
             "test_cross_entropy": float(nats.mean()) / len(y),
         }
 
+    @property
+    def validates(self) -> bool:
+        """Whether `validate` measures `metric`, where the data have validation samples."""
+        return type(self).validate is not Objective.validate
+
     def validate(self, model: Any, data: Any) -> float | None:
         """`metric` on validation samples, which are no test samples; None where the data have none."""
         return None

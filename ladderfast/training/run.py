@@ -778,9 +778,10 @@ def _check_validation(recipe: Recipe, dataset: DataSource, objective: Objective)
     need = "schedule=halve" if recipe.schedule == "halve" else f"patience={recipe.patience}"
     if not dataset.validation_samples:
         raise ValueError(f"{need} needs validation samples, and {type(dataset).__name__} holds none")
-    if type(objective).validate is Objective.validate:
+    if not objective.validates:
         raise ValueError(
-            f"{need} needs a figure on the validation samples, and {type(objective).__name__} measures none"
+            f"{need} needs a figure on the validation samples, and {type(objective).__name__} measures none there of "
+            f"what the run is judged by, the {objective.metric.words}; test samples have no say in the training"
         )
 
 

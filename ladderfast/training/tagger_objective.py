@@ -118,9 +118,13 @@ class TaggerObjective(Objective):
             raise ValueError('judged_by="test_error" needs labelled test images and a model with num_classes')
         return figures
 
+    @property
+    def validates(self) -> bool:
+        return self.metric.name == "ami"  # there are no labelled validation images
+
     def validate(self, model: Any, data: Any) -> float | None:
         """The AMI on validation images; None where there are none, or the run is judged by its error."""
-        if data.x_valid is None or self.metric.name != "ami":
+        if data.x_valid is None or not self.validates:
             return None
         self._renew_statistics(model, data)
         return float(self._figures(model, data.x_valid, data.owner_valid, None)["ami"])

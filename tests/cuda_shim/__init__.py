@@ -17,8 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+# Codes of the dtypes in the contracts of the kernels.
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -154,3 +158,6 @@ def _build(gxx: str, source: Path, library: Path) -> None:
     linked.replace(library)
     kernel.unlink()
     shim.unlink()
+
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs g++ to compile kernels for the host")

@@ -7,9 +7,7 @@ import torch
 
 import cuda_shim
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
+pytestmark = cuda_shim.needs_compiler
 
 
 @pytest.fixture(scope="module")

@@ -199,3 +199,15 @@ def test_wrong_arguments():
         LadderDecoderLayer(None, 3, combinator="gauss")
     with pytest.raises(ValueError, match="combinator must be the name of a function g; got 'none'"):
         LadderDecoderLayer(None, 3, combinator="none")
+
+
+def test_under_autocast_a_map_gets_what_the_op_put_out():
+    """Not in the weight's dtype first, which autocast would have to round again."""
+    layer, seen = encoder_layer(dtype=torch.float32), []
+    layer.linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    x = inputs("dense", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x.bfloat16(), 3)
+    layer(x.bfloat16(), 3)
+    layer(x, 3)
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ladderfast.reference.combinator import gaussian_combinator, gaussian_combinator_backward
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
+pytestmark = cuda_shim.needs_compiler
+KERNELS = "combinator"
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 DTYPES = [
     pytest.param(torch.float32, torch.float32, id="float32"),
     pytest.param(torch.float64, torch.float64, id="float64"),
@@ -76,14 +74,15 @@ class Case:
         return tuple(t.to(dtype) for t in (self.grad, self.z, self.u, self.params))
 
 
-@pytest.fixture(scope="module")
-def lib() -> cuda_shim.Library:
-    return cuda_shim.load("combinator")
-
-
 def codes(case: Case, squash: bool) -> list[object]:
     shape = Shape(*case.z.shape)
-    return [CODES[case.z.dtype], CODES[case.params.dtype], int(squash), ctypes.byref(shape), None]
+    return [
+        cuda_shim.CODES[case.z.dtype],
+        cuda_shim.CODES[case.params.dtype],
+        int(squash),
+        ctypes.byref(shape),
+        None,
+    ]
 
 
 def forward(

@@ -514,6 +514,25 @@ def test_half_in_the_reference_is_rounded_once():
     assert out.cost.dtype == torch.float32
 
 
+def test_bfloat16_on_the_cpu_over_seeds_and_threads(two_threads):
+    if backend.unavailable("cpu", "cpu", torch.bfloat16, "ladder_decoder"):
+        pytest.skip("without the extension there is the reference")
+    u, z, clean_z = (torch.randn(3, 400, 70).bfloat16().requires_grad_() for _ in range(3))
+    params = torch.randn(3, 10, 70, requires_grad=True)
+    inputs = (u, z, params, clean_z, torch.randn(3, 70), torch.rand(3, 70))
+
+    def run(call):
+        z_hat, cost = call()
+        assert (z_hat.dtype, cost.dtype) == (torch.bfloat16, torch.float32)
+        return [z_hat, cost, *torch.autograd.grad([z_hat.sum(), cost.sum()], [u, z, params, clean_z])]
+
+    together = run(lambda: torch.func.vmap(ladder_decoder)(*inputs))
+    torch.set_num_threads(1)
+    apart = run(lambda: [torch.stack(t) for t in zip(*map(ladder_decoder, *inputs), strict=True)])
+    for a, b in zip(together, apart, strict=True):
+        assert torch.equal(a, b)
+
+
 BAD = [
     (lambda a: {**a, "u": a["u"].int()}, TypeError, r"u must be float32.*got torch.int32"),
     (lambda a: {**a, "z": a["z"].tolist()}, TypeError, r"z must be a tensor; got list"),
@@ -526,6 +545,7 @@ BAD = [
         TypeError,
         r"var must be torch.float32.*got torch.bfloat16",
     ),
+    (lambda a: {**a, "var": a["var"] - 100}, ValueError, r"var must not be negative; got -\d"),
     (lambda a: {**a, "u": a["u"][0]}, ValueError, r"u must have shape \(N, C, \*\); got \(3,\)"),
     (lambda a: {**a, "z": a["z"][:2]}, ValueError, r"z must have shape \(4, 3\).*got \(2, 3\)"),
     (lambda a: {**a, "clean_z": a["clean_z"].t()}, ValueError, r"clean_z must have shape \(4, 3\).*\(3, 4\)"),

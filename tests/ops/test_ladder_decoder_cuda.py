@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ladderfast.reference.ladder_encoder import moments
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
+pytestmark = cuda_shim.needs_compiler
+KERNELS = "ladder_decoder"
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 DTYPES = [
     pytest.param(torch.float32, torch.float32, id="float32"),
     pytest.param(torch.float64, torch.float64, id="float64"),
@@ -66,11 +64,6 @@ class Options(ctypes.Structure):
     _fields_ = [("eps", ctypes.c_double), ("squash_v", ctypes.c_int)]
 
 
-@pytest.fixture(scope="module")
-def lib() -> cuda_shim.Library:
-    return cuda_shim.load("ladder_decoder")
-
-
 def beside(off: int, dtype: torch.dtype) -> int:
     return max(off, dtype.itemsize) if off else 0
 
@@ -87,8 +80,8 @@ def codes(case: Case) -> list[object]:
     options = Options(case.eps, case.squash)
     shape = Shape(*case.u.shape)
     return [
-        CODES[case.u.dtype],
-        CODES[case.params.dtype],
+        cuda_shim.CODES[case.u.dtype],
+        cuda_shim.CODES[case.params.dtype],
         ctypes.byref(options),
         ctypes.byref(shape),
         None,

@@ -645,6 +645,34 @@ def test_half_in_the_reference_is_rounded_once():
     )
 
 
+def test_bfloat16_on_the_cpu_over_seeds_and_threads(two_threads):
+    if backend.unavailable("cpu", "cpu", torch.bfloat16, "ladder_encoder"):
+        pytest.skip("without the extension there is the reference")
+    x = torch.randn(3, 400, 70).bfloat16().requires_grad_()
+    beta = torch.randn(3, 70, requires_grad=True)
+    states = torch.arange(6).view(3, 2)
+
+    def encode(x, beta, state):
+        options = {"num_clean": 100, "noise_std": 0.3, "activation": "relu"}
+        return ladder_encoder(x, 100, beta=beta, noise_state=state, **options)
+
+    def run(call):
+        out = call()
+        return [*out, *torch.autograd.grad([out[0].sum(), out[1].square().sum()], [x, beta])]
+
+    together = run(lambda: torch.func.vmap(encode)(x, beta, states))
+    torch.set_num_threads(1)
+    apart = run(
+        lambda: [torch.stack(t) for t in zip(*map(encode, x, beta, states), strict=True)],
+    )
+    for a, b in zip(together, apart, strict=True):
+        assert torch.equal(a, b)
+    assert [t.dtype for t in together] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [
+        torch.bfloat16,
+        torch.float32,
+    ]
+
+
 def call(z_pre=None, num_labelled=2, **options):
     z_pre = torch.randn(6, 3) if z_pre is None else z_pre
     return ladder_encoder(z_pre, num_labelled, **options)

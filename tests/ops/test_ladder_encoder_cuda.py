@@ -14,11 +14,9 @@ from torch import Tensor
 from ladderfast.reference.ladder_encoder import ACTIVATIONS, ladder_encoder, moments
 from ladderfast.reference.noise import noise_words, normal_noise, philox4x32
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
+pytestmark = cuda_shim.needs_compiler
+KERNELS = "ladder_encoder"
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = [
     pytest.param(torch.float32, torch.float32, id="float32"),
@@ -158,16 +156,11 @@ class Case:
         options = Options(
             self.noise_std, self.slope, self.eps, self.stream, ACTIVATIONS.index(self.activation)
         )
-        codes = [CODES[self.x.dtype], CODES[self.params_dtype]]
+        codes = [cuda_shim.CODES[self.x.dtype], cuda_shim.CODES[self.params_dtype]]
         return [*codes, ctypes.byref(options), ctypes.byref(shape), None]
 
 
 Results = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def lib() -> cuda_shim.Library:
-    return cuda_shim.load("ladder_encoder")
 
 
 def put(lib: cuda_shim.Library, tensors: dict[str, Tensor | None], off: int = 0) -> list[Tensor | None]:
@@ -347,7 +340,7 @@ def test_against_the_reference(
     lib: cuda_shim.Library, sizes: Sizes, dtype: torch.dtype, params_dtype: torch.dtype
 ) -> None:
     # One activation for each case, and in float32 all.
-    index = SIZES.index(sizes) + CODES[dtype]
+    index = SIZES.index(sizes) + cuda_shim.CODES[dtype]
     for activation in ACTIVATIONS if dtype == torch.float32 else (ACTIVATIONS[index % 3],):
         # The noise is float32 on every backend, so that float64 is exact only without.
         std = 0.0 if dtype == torch.float64 else 0.3

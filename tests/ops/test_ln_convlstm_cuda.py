@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ladderfast.reference.ln_convlstm import ln_convlstm_step, ln_convlstm_step_backward
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
+pytestmark = cuda_shim.needs_compiler
+KERNELS = "ln_convlstm"
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 DTYPES = [
     pytest.param(torch.float32, torch.float32, id="float32"),
     pytest.param(torch.float64, torch.float64, id="float64"),
@@ -172,11 +170,6 @@ def reference(case: Case) -> list[Tensor]:
     return [h, c, *(grads if case.weights else grads[1:]), *stats]
 
 
-@pytest.fixture(scope="module")
-def lib() -> cuda_shim.Library:
-    return cuda_shim.load("ln_convlstm")
-
-
 def run(lib: cuda_shim.Library, case: Case, misalignment: int = 0) -> list[Tensor]:
     """What `reference` gives, from the kernels; every second buffer is off by `misalignment` bytes."""
     seeds, samples, channels, positions = case.c.shape
@@ -215,7 +208,7 @@ def run(lib: cuda_shim.Library, case: Case, misalignment: int = 0) -> list[Tenso
     stats = lib.empty(numbers, compute, name="stats")
     cell_stats = lib.empty((seeds, samples if cell else 0, 2), compute, name="cell_stats")
     size = lib.call("ladderfast_ln_convlstm_workspace_cuda", ctypes.byref(shape), restype=ctypes.c_int64)
-    codes = (CODES[case.c.dtype], CODES[case.bias.dtype], ctypes.byref(shape), None)
+    codes = (cuda_shim.CODES[case.c.dtype], cuda_shim.CODES[case.bias.dtype], ctypes.byref(shape), None)
     outputs = Outputs(h.data_ptr(), c_new.data_ptr(), stats.data_ptr(), cell_stats.data_ptr())
     workspace = lib.empty((size,), torch.uint8, name="workspace")
     status = lib.call(

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ladderfast.reference import tagger as reference
-from tests.tagger_cases import CODES, DTYPES, EMPTY, Inputs, Shape, assert_same_bits, view
+from tests.tagger_cases import DTYPES, EMPTY, Inputs, Shape, assert_same_bits, view
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
+pytestmark = cuda_shim.needs_compiler
+KERNELS = "tagger"
 
 # (rows, groups, pixels, seeds). A slice is four pixels, of float64 one; four groups stay in registers.
 SHAPES = [
@@ -84,11 +83,6 @@ class Case:
         ]
 
 
-@pytest.fixture(scope="module")
-def lib() -> cuda_shim.Library:
-    return cuda_shim.load("tagger")
-
-
 @pytest.fixture(params=NAMES)
 def name(request) -> str:
     return request.param
@@ -114,8 +108,8 @@ def run(
     inputs = Inputs(view(x), view(z), view(m), None if scalar is None else scalar.data_ptr())
     gaussian, kind = int(case.name.startswith("gaussian")), "inputs" if len(grads) == 2 else "nll"
     codes = [
-        CODES[case.z.dtype],
-        CODES[case.z.dtype if scalar is None else scalar.dtype],
+        cuda_shim.CODES[case.z.dtype],
+        cuda_shim.CODES[case.z.dtype if scalar is None else scalar.dtype],
         ctypes.byref(shape),
         None,
     ]

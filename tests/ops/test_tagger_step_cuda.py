@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ladderfast.reference import tagger_step as reference
-from tests.tagger_cases import CODES, DTYPES, EMPTY, Input, Inputs, Shape, assert_same_bits, view
+from tests.tagger_cases import DTYPES, EMPTY, Input, Inputs, Shape, assert_same_bits, view
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
+pytestmark = cuda_shim.needs_compiler
+KERNELS = "tagger_step"
 
 # (rows, groups, pixels, seeds). A slice is four pixels, of float64 one; four groups stay in registers.
 SHAPES = [
@@ -104,11 +103,6 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def lib() -> cuda_shim.Library:
-    return cuda_shim.load("tagger_step")
-
-
-@pytest.fixture(scope="module")
 def workspace_of_inputs():
     """Bytes of scratch, which the op `tagger` knows."""
     library = cuda_shim.load("tagger")
@@ -138,8 +132,8 @@ def run(lib, workspace_of_inputs):
         ]
         grads = [given(g, "grad") for g in case.grads]
         scalar = parameters[-1] if gaussian or case.inputs else None
-        dtype = CODES[z.dtype]
-        codes = [dtype, dtype if scalar is None else CODES[scalar.dtype], ctypes.byref(shape), None]
+        dtype = cuda_shim.CODES[z.dtype]
+        codes = [dtype, dtype if scalar is None else cuda_shim.CODES[scalar.dtype], ctypes.byref(shape), None]
         back = [made(n, d), made(n, k, d), made(n, k, d)]
         of_scalar = made(shape.seeds, dtype=scalar.dtype) if gaussian else None
 

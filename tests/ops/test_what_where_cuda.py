@@ -12,11 +12,8 @@ from torch import Tensor
 
 from ladderfast.reference import what_where as reference
 
-pytestmark = pytest.mark.skipif(
-    cuda_shim.compiler() is None, reason="needs g++ to compile kernels for the host"
-)
-
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+pytestmark = cuda_shim.needs_compiler
+KERNELS = "what_where"
 
 # (outer, height, width, inner), kernel. Kernels are shared by 1, 2 or 8 threads with pairs of columns, by 1, 4 or 16
 # without; a block is 256 threads.
@@ -41,11 +38,6 @@ class Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64) for name in ("outer", "height", "width", "inner", "kernel_h", "kernel_w")
     ]
-
-
-@pytest.fixture(scope="module")
-def lib() -> cuda_shim.Library:
-    return cuda_shim.load("what_where")
 
 
 def first(t: Tensor) -> Tensor:
@@ -73,7 +65,7 @@ def run(lib, case, data, beta: float, off: int = 0) -> dict[str, Tensor]:
     """All four kernels; results in the reference's order of axes."""
     (outer, height, width, inner), (rows, columns) = case
     dtype, shape = data["z"].dtype, Shape(outer, height, width, inner, rows, columns)
-    tail = (CODES[dtype], ctypes.byref(shape), None)
+    tail = (cuda_shim.CODES[dtype], ctypes.byref(shape), None)
     inputs = {name: lib.copy(first(t), name=name, misalignment=off) for name, t in data.items()}
 
     def output(name: str, like: str) -> Tensor:
@@ -86,7 +78,7 @@ def run(lib, case, data, beta: float, off: int = 0) -> dict[str, Tensor]:
     assert lib.call("ladderfast_soft_pool_backward_cuda", *pooled, inputs["z"], grad_z, sharp, *tail) == 0
 
     cut = Shape(outer, height // rows * rows, width // columns * columns, inner, rows, columns)
-    tail = (CODES[dtype], ctypes.byref(cut), None)
+    tail = (cuda_shim.CODES[dtype], ctypes.byref(cut), None)
     z, grad_what, grad_where = (
         output("z", "grad_z"),
         output("grad_what", "what"),
@@ -161,7 +153,7 @@ def check(lib, case, data, beta: float) -> None:
         assert error.max() <= allowed, f"{name}: error {error.max():.3g}, allowed {allowed:.3g}"
 
 
-@pytest.mark.parametrize("dtype", list(CODES), ids=str)
+@pytest.mark.parametrize("dtype", list(cuda_shim.CODES), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_against_the_reference(lib, case, dtype) -> None:
     data = draw(case, dtype)
@@ -277,7 +269,7 @@ def run_hard(
     """All three kernels, unpooling at `where` if given; results in the reference's order of axes."""
     (outer, height, width, inner), (rows, columns) = case
     dtype, shape = data["z"].dtype, Shape(outer, height, width, inner, rows, columns)
-    tail = (int(positions), CODES[dtype], ctypes.byref(shape), None)
+    tail = (int(positions), cuda_shim.CODES[dtype], ctypes.byref(shape), None)
     inputs = {name: lib.copy(first(t), name=name, misalignment=off) for name, t in data.items()}
 
     def output(name: str, like: str, dtype: torch.dtype = dtype) -> Tensor:
@@ -316,7 +308,7 @@ def check_hard(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, exact[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-@pytest.mark.parametrize("dtype", list(CODES), ids=str)
+@pytest.mark.parametrize("dtype", list(cuda_shim.CODES), ids=str)
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_hard_against_the_reference(lib, case, positions, dtype) -> None:

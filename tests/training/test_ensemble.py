@@ -43,6 +43,34 @@ def test_each_network_is_the_one_that_its_seed_trains_alone(small, backend):
             assert by_seed[i] == pytest.approx(alone.evaluate()["test_error"])
 
 
+def test_networks_with_convolutions_take_turns_on_a_cpu(small, monkeypatch):
+    small["model"]["init_args"]["layers"] = ["1x8x8", "conv 3 3x3", "maxpool 2x2", "conv 10 1x1", "meanpool"]
+    small["objective"]["init_args"]["denoising_weights"] = [10, 1, 0.1, 0.1, 0.1]
+    vmap = torch.func.vmap
+    calls = []
+    monkeypatch.setattr(
+        torch.func, "vmap", lambda *args, **kwargs: calls.append(args) or vmap(*args, **kwargs)
+    )
+    together = make(double(small), seed=SEEDS[0], seeds=len(SEEDS))
+    costs = [together.step() for _ in range(10)]  # two epochs
+    assert not calls
+    for i, seed in enumerate(SEEDS):
+        alone = make(double(small), seed=seed)
+        for step in costs:
+            for name, cost in alone.step().items():
+                torch.testing.assert_close(step[name][i], cost, rtol=1e-10, atol=1e-12)
+        state = together.network(i).state_dict()
+        for name, value in alone.model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-8, atol=1e-10)
+        errors = together.evaluate()["test_error_by_seed"]
+        assert errors[i] == alone.evaluate()["test_error"]
+    assert not calls
+    small["model"]["init_args"]["layers"] = [64, 12, 10]
+    small["objective"]["init_args"]["denoising_weights"] = [10, 1, 0.1]
+    make(small, seeds=2).step()
+    assert calls
+
+
 def test_seeds_differ_in_labels_start_values_order_and_noise(small):
     run = make(small, seeds=2)
     first, second = run.network(0), run.network(1)

@@ -162,10 +162,13 @@ class Shifted(ImageDataset):
         )
 
 
-def test_two_seeds_side_by_side_are_what_each_is_alone(small):
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_two_seeds_side_by_side_are_what_each_is_alone(small, in_turn):
     small["model"]["init_args"].update(dropout_conv=0.3)
     small["precision"] = "64-true"
     both = Run(small, folder=None, progress=False, seeds=2)
+    assert both.model.in_turn_on_cpu
+    both.model.in_turn_on_cpu = in_turn
     both.fit()
     for i in range(2):
         alone = Run(small, folder=None, progress=False, seed=1 + i)
@@ -185,8 +188,9 @@ def test_errors_of_several_seeds_are_counted_together(small):
 
 
 def test_seeds_are_one_batched_program(small):
-    """Nothing in a step falls back to going through the networks one by one."""
+    """Nothing in a step, as on a GPU, falls back to going through the networks one by one."""
     run = Run(small, folder=None, progress=False, seeds=2)
+    run.model.in_turn_on_cpu = False
     enabled = torch._C._functorch._is_vmap_fallback_enabled()
     torch._C._functorch._set_vmap_fallback_enabled(False)
     try:

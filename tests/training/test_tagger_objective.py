@@ -187,6 +187,12 @@ def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
     }
 
 
+@pytest.mark.parametrize("fields", [{"patience": 2}, {"schedule": "halve"}])
+def test_test_images_have_no_say_in_the_training(fields):
+    with pytest.raises(ValueError, match=r"and TaggerObjective measures none there of .*, the test error;"):
+        Run(RECIPE, folder=None, **{"objective.judged_by": "test_error"}, **fields)
+
+
 def test_a_run_stops_early_and_trains_anew(tmp_path):
     run = Run(
         RECIPE, folder=tmp_path, progress=False, epochs=20, patience=2, retrain=True, learning_rate=0.05
