@@ -1,6 +1,7 @@
 // Schemas, checks, allocation and dispatch of every op, on the stable ABI of torch. Arguments reach here through
 // ladderfast.ops, which has checked them for people; what is checked again here protects the kernels.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -40,6 +41,23 @@ void parallel_items(int64_t items, int64_t elements, const F& f) {
     const int64_t per_item = elements / items + 1;
     torch::stable::parallel_for(0, items, (kGrain + per_item - 1) / per_item, f);
 }
+
+// torch::stable::new_empty looks its op up by its name at each call; this does not.
+Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+    int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), layout, device_type, index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), (int64_t)sizes.size(), &code, &layout,
+                                                     &device_type, index, nullptr, &made));
+    return Tensor(made);
+}
+Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    return new_packed(like, sizes, like.scalar_type());
+}
+// t itself where it is contiguous: torch::stable::contiguous would look its op up only to find that out.
+Tensor packed_copy(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Whether the axes `order` of t, slowest first, lie packed in memory.
 template <class Order>
@@ -1135,7 +1153,7 @@ struct TaggerCall {
         shape = {z.size(0), z.size(1), z.size(2), 1};
         in = {tagger_input(x), tagger_input(z), tagger_input(m), nullptr};
         if (scalar_ == nullptr) return;
-        scalar = torch::stable::contiguous(*scalar_);
+        scalar = packed_copy(*scalar_);
         shape.seeds = scalar.numel();
         STD_TORCH_CHECK(scalar.dim() <= 1 && (shape.seeds > 0 ? shape.rows % shape.seeds == 0 : shape.rows == 0), op,
                         ": the scalar must be () or (S,), with S a divisor of N");
@@ -1144,8 +1162,10 @@ struct TaggerCall {
     }
 
     int64_t elements() const { return shape.rows * shape.groups * shape.pixels; }
-    Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
-    Tensor like_groups() const { return torch::stable::new_empty(z, {shape.rows, shape.groups, shape.pixels}); }
+    Tensor like_pixels() const { return new_packed(z, {shape.rows, shape.pixels}); }
+    Tensor like_groups() const { return new_packed(z, {shape.rows, shape.groups, shape.pixels}); }
+    // Of x; empty where nobody wants it.
+    Tensor gradient_of_x(bool want_x) const { return want_x ? like_pixels() : new_packed(z, {0}); }
 
     // A gradient of the shape of z or, with two axes, of x.
     Tensor gradient(const char* op, const char* name, const Tensor& grad, int64_t axes) const {
@@ -1191,17 +1211,17 @@ struct TaggerGradients {
 };
 
 TaggerGradients tagger_backward_cpu(const char* op, bool gaussian, const TaggerCall& call, const Tensor& grad_a,
-                                    const Tensor* grad_b) {
+                                    const Tensor* grad_b, bool want_x) {
     const Tensor a = call.gradient(op, "grad", grad_a, grad_b == nullptr ? 2 : 3);
     const Tensor b = grad_b == nullptr ? a : call.gradient(op, "grad_likelihood", *grad_b, 3);
     const TaggerInput ga = tagger_input(a), gb = tagger_input(b);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     const int64_t items = ladderfast::cpu::tagger_items(call.shape);
     std::vector<double> partials(gaussian ? items : 0);
-    if (gaussian) out.scalar = torch::stable::empty_like(call.scalar);
+    if (gaussian) out.scalar = new_packed(call.scalar, call.scalar.sizes());
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gm = (T*)out.m.data_ptr();
+        T *gx = want_x ? (T*)out.x.data_ptr() : nullptr, *gz = (T*)out.z.data_ptr(), *gm = (T*)out.m.data_ptr();
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
             if (grad_b == nullptr)
                 ladderfast::cpu::tagger_nll_backward<T>(gaussian, ga, call.in, gx, gz, gm, partials.data(), call.shape,
@@ -1249,22 +1269,22 @@ Tensor tagger_nll_cuda(const char* op, bool gaussian, const TaggerCall& call) {
 }
 
 TaggerGradients tagger_backward_cuda(const char* op, bool gaussian, const TaggerCall& call, const Tensor& grad_a,
-                                     const Tensor* grad_b) {
+                                     const Tensor* grad_b, bool want_x) {
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerLaunch to(op, call);
     const Tensor a = call.gradient(op, "grad", grad_a, grad_b == nullptr ? 2 : 3);
     const Tensor b = grad_b == nullptr ? a : call.gradient(op, "grad_likelihood", *grad_b, 3);
     const TaggerInput ga = tagger_input(a), gb = tagger_input(b);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     Tensor workspace;
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
-        out.scalar = torch::stable::empty_like(call.scalar);
-        workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
+        out.scalar = new_packed(call.scalar, call.scalar.sizes());
+        workspace = new_packed(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
         scalar = out.scalar.data_ptr();
         scratch = workspace.data_ptr();
     }
-    void *gx = out.x.data_ptr(), *gz = out.z.data_ptr(), *gm = out.m.data_ptr();
+    void *gx = want_x ? out.x.data_ptr() : nullptr, *gz = out.z.data_ptr(), *gm = out.m.data_ptr();
     const int error =
         grad_b == nullptr
             ? ladderfast_tagger_nll_backward_cuda(gaussian, &ga, &call.in, gx, gz, gm, scalar, scratch, to.dtype,
@@ -1299,27 +1319,30 @@ struct TaggerOps {
 
     static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_inputs_backward(Tensor grad_dz, Tensor grad_likelihood,
                                                                                Tensor x, Tensor z, Tensor m,
-                                                                               Tensor variance) {
+                                                                               Tensor variance, bool want_x) {
         const char* op = "gaussian_group_inputs_backward";
-        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad_dz, &grad_likelihood);
+        const TaggerGradients g =
+            backward(op, true, TaggerCall(op, x, z, m, &variance), grad_dz, &grad_likelihood, want_x);
         return {g.x, g.z, g.m, g.scalar};
     }
     static std::tuple<Tensor, Tensor, Tensor> bernoulli_inputs_backward(Tensor grad_dz, Tensor grad_likelihood,
-                                                                        Tensor x, Tensor z, Tensor m,
-                                                                        Tensor flip_prob) {
+                                                                        Tensor x, Tensor z, Tensor m, Tensor flip_prob,
+                                                                        bool want_x) {
         const char* op = "bernoulli_group_inputs_backward";
-        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, &flip_prob), grad_dz, &grad_likelihood);
+        const TaggerGradients g =
+            backward(op, false, TaggerCall(op, x, z, m, &flip_prob), grad_dz, &grad_likelihood, want_x);
         return {g.x, g.z, g.m};
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m,
-                                                                            Tensor variance) {
+                                                                            Tensor variance, bool want_x) {
         const char* op = "gaussian_mixture_nll_backward";
-        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad, nullptr);
+        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad, nullptr, want_x);
         return {g.x, g.z, g.m, g.scalar};
     }
-    static std::tuple<Tensor, Tensor, Tensor> bernoulli_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) {
+    static std::tuple<Tensor, Tensor, Tensor> bernoulli_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m,
+                                                                     bool want_x) {
         const char* op = "bernoulli_mixture_nll_backward";
-        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, nullptr), grad, nullptr);
+        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, nullptr), grad, nullptr, want_x);
         return {g.x, g.z, g.m};
     }
 };
@@ -1350,7 +1373,7 @@ void check_tagger_groups(const char* op, const TaggerShape& shape) {
 Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerCall& call) {
     const TaggerShape& s = call.shape;
     check_tagger_groups(op, s);
-    Tensor out = torch::stable::new_empty(call.z, {s.rows * s.groups, 4 * s.pixels});
+    Tensor out = new_packed(call.z, {s.rows * s.groups, 4 * s.pixels});
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T* to = (T*)out.data_ptr();
@@ -1362,17 +1385,17 @@ Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerCall& c
 }
 
 TaggerGradients tagger_step_inputs_backward_cpu(const char* op, bool gaussian, const TaggerCall& call,
-                                                const Tensor& grad) {
+                                                const Tensor& grad, bool want_x) {
     const TaggerShape& s = call.shape;
     check_tagger_groups(op, s);
     const TaggerStepGrad g(op, call, grad);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     const int64_t items = ladderfast::cpu::tagger_items(s);
     std::vector<double> partials(gaussian ? items : 0);
-    if (gaussian) out.scalar = torch::stable::empty_like(call.scalar);
+    if (gaussian) out.scalar = new_packed(call.scalar, call.scalar.sizes());
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gl = (T*)out.m.data_ptr();
+        T *gx = want_x ? (T*)out.x.data_ptr() : nullptr, *gz = (T*)out.z.data_ptr(), *gl = (T*)out.m.data_ptr();
         parallel_items(items, 2 * call.elements(), [&](int64_t begin, int64_t end) {
             ladderfast::cpu::tagger_step_inputs_backward<T>(gaussian, g.view, call.in, gx, gz, gl, partials.data(), s,
                                                             begin, end);
@@ -1394,9 +1417,9 @@ struct TaggerOutputsCall {
         : x(unit_stride(x_)),
           z(even_stride(z_)),
           m(even_stride(m_)),
-          c1(torch::stable::contiguous(c1_)),
-          b1(torch::stable::contiguous(b1_)),
-          c2(torch::stable::contiguous(c2_)) {
+          c1(packed_copy(c1_)),
+          b1(packed_copy(b1_)),
+          c2(packed_copy(c2_)) {
         STD_TORCH_CHECK(z.dim() == 3 && z.size(1) > 0, op, ": z must be (N, K, D) with at least one group");
         check_same_shape(op, "m", m, z);
         STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == z.size(0) && x.size(1) == z.size(2) &&
@@ -1414,7 +1437,7 @@ struct TaggerOutputsCall {
                             ": c1, b1 and c2 must have the dtype and device of z");
         in = {tagger_input(x), tagger_input(z), tagger_input(m), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
         if (variance_ == nullptr) return;
-        variance = torch::stable::contiguous(*variance_);
+        variance = packed_copy(*variance_);
         STD_TORCH_CHECK(
             variance.numel() == shape.seeds && variance.dim() == c2.dim() && variance.device() == z.device(), op,
             ": variance must have the shape and device of c2");
@@ -1422,8 +1445,8 @@ struct TaggerOutputsCall {
     }
 
     int64_t elements() const { return 2 * shape.rows * shape.groups * shape.pixels; }
-    Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
-    Tensor like_groups() const { return torch::stable::new_empty(z, {shape.rows, shape.groups, shape.pixels}); }
+    Tensor like_pixels() const { return new_packed(z, {shape.rows, shape.pixels}); }
+    Tensor like_groups() const { return new_packed(z, {shape.rows, shape.groups, shape.pixels}); }
 
     ScalarType wide() const { return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
@@ -1446,8 +1469,8 @@ TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, cons
     const TaggerShape& s = call.shape;
     check_tagger_outputs_cpu(op, call);
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
-    Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
+    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor workspace = new_packed(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
@@ -1488,40 +1511,47 @@ struct TaggerOutputsBackward {
         z = unit_stride(grad_z);
         logits = unit_stride(grad_logits);
         nll = unit_stride(grad_nll);
-        stats = torch::stable::contiguous(stats_);
+        stats = packed_copy(stats_);
         z_view = tagger_input(z);
         logits_view = tagger_input(logits);
         nll_view = tagger_input(nll);
     }
 };
 
-TaggerOutputsGrads like_arguments(bool gaussian, const TaggerOutputsCall& call) {
-    return {call.like_pixels(),
+TaggerOutputsGrads like_arguments(bool gaussian, const TaggerOutputsCall& call, bool want_x) {
+    return {want_x ? call.like_pixels() : new_packed(call.z, {0}),
             call.like_groups(),
             call.like_groups(),
-            torch::stable::empty_like(call.c1),
-            torch::stable::empty_like(call.b1),
-            torch::stable::empty_like(call.c2),
-            gaussian ? torch::stable::empty_like(call.variance) : Tensor()};
+            new_packed(call.c1, call.c1.sizes()),
+            new_packed(call.b1, call.b1.sizes()),
+            new_packed(call.c2, call.c2.sizes()),
+            gaussian ? new_packed(call.variance, call.variance.sizes()) : Tensor()};
 }
 
 TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call,
-                                                    const TaggerOutputsBackward& from) {
+                                                    const TaggerOutputsBackward& from, bool want_x) {
     const TaggerShape& s = call.shape;
     check_tagger_outputs_cpu(op, call);
-    const TaggerOutputsGrads out = like_arguments(gaussian, call);
+    const TaggerOutputsGrads out = like_arguments(gaussian, call, want_x);
     const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
     const int64_t merge_items = ladderfast::cpu::tagger_outputs_merge_items(s);
     std::vector<double> of_c2(merge_items), of_variance(gaussian ? items : 0);
-    Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
-    Tensor means = torch::stable::empty_like(from.stats);
+    Tensor workspace = new_packed(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
+    Tensor means = new_packed(from.stats, from.stats.sizes());
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *between = (T*)workspace.data_ptr(), *mean = (T*)means.data_ptr();
-        const TaggerOutputsGradients<T> grad = {
-            from.z_view,           from.logits_view,     from.nll_view,        (const T*)from.stats.data_ptr(),
-            (T*)out.x.data_ptr(),  (T*)out.z.data_ptr(), (T*)out.m.data_ptr(), (T*)out.c1.data_ptr(),
-            (T*)out.b1.data_ptr(), of_c2.data(),         of_variance.data()};
+        const TaggerOutputsGradients<T> grad = {from.z_view,
+                                                from.logits_view,
+                                                from.nll_view,
+                                                (const T*)from.stats.data_ptr(),
+                                                want_x ? (T*)out.x.data_ptr() : nullptr,
+                                                (T*)out.z.data_ptr(),
+                                                (T*)out.m.data_ptr(),
+                                                (T*)out.c1.data_ptr(),
+                                                (T*)out.b1.data_ptr(),
+                                                of_c2.data(),
+                                                of_variance.data()};
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
             ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, between, s, begin, end);
         });
@@ -1554,29 +1584,29 @@ Tensor tagger_step_inputs_cuda(const char* op, bool gaussian, const TaggerCall& 
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerLaunch to(op, call);
     const TaggerShape& s = call.shape;
-    Tensor out = torch::stable::new_empty(call.z, {s.rows * s.groups, 4 * s.pixels});
+    Tensor out = new_packed(call.z, {s.rows * s.groups, 4 * s.pixels});
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_inputs_cuda(gaussian, &call.in, out.data_ptr(), to.dtype,
                                                                    to.scalar_dtype, &s, to.stream));
     return out;
 }
 
 TaggerGradients tagger_step_inputs_backward_cuda(const char* op, bool gaussian, const TaggerCall& call,
-                                                 const Tensor& grad) {
+                                                 const Tensor& grad, bool want_x) {
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerLaunch to(op, call);
     const TaggerStepGrad g(op, call, grad);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     Tensor workspace;
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
-        out.scalar = torch::stable::empty_like(call.scalar);
-        workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
+        out.scalar = new_packed(call.scalar, call.scalar.sizes());
+        workspace = new_packed(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
         scalar = out.scalar.data_ptr();
         scratch = workspace.data_ptr();
     }
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_inputs_backward_cuda(
-        gaussian, &g.view, &call.in, out.x.data_ptr(), out.z.data_ptr(), out.m.data_ptr(), scalar, scratch, to.dtype,
-        to.scalar_dtype, &call.shape, to.stream));
+        gaussian, &g.view, &call.in, want_x ? out.x.data_ptr() : nullptr, out.z.data_ptr(), out.m.data_ptr(), scalar,
+        scratch, to.dtype, to.scalar_dtype, &call.shape, to.stream));
     return out;
 }
 
@@ -1585,8 +1615,7 @@ int tagger_variance_code(const char* op, const TaggerOutputsCall& call) {
 }
 
 Tensor tagger_outputs_scratch(const TaggerOutputsCall& call) {
-    return torch::stable::new_empty(call.z, {ladderfast_tagger_step_outputs_workspace_cuda(&call.shape)},
-                                    ScalarType::Byte);
+    return new_packed(call.z, {ladderfast_tagger_step_outputs_workspace_cuda(&call.shape)}, ScalarType::Byte);
 }
 
 TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, const TaggerOutputsCall& call,
@@ -1594,7 +1623,7 @@ TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, con
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerShape& s = call.shape;
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
     Tensor workspace = tagger_outputs_scratch(call);
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_cuda(
         gaussian, &call.in, z.data_ptr(), logits.data_ptr(), nll.data_ptr(), stats.data_ptr(), workspace.data_ptr(),
@@ -1603,15 +1632,15 @@ TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, con
 }
 
 TaggerOutputsGrads tagger_step_outputs_backward_cuda(const char* op, bool gaussian, const TaggerOutputsCall& call,
-                                                     const TaggerOutputsBackward& from) {
+                                                     const TaggerOutputsBackward& from, bool want_x) {
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
-    const TaggerOutputsGrads out = like_arguments(gaussian, call);
+    const TaggerOutputsGrads out = like_arguments(gaussian, call, want_x);
     Tensor workspace = tagger_outputs_scratch(call);
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_backward_cuda(
-        gaussian, &call.in, &from.z_view, &from.logits_view, &from.nll_view, from.stats.data_ptr(), out.x.data_ptr(),
-        out.z.data_ptr(), out.m.data_ptr(), out.c1.data_ptr(), out.b1.data_ptr(), out.c2.data_ptr(),
-        gaussian ? out.variance.data_ptr() : nullptr, workspace.data_ptr(), dtype_code(op, call.z.scalar_type()),
-        tagger_variance_code(op, call), &call.shape, current_stream(call.z)));
+        gaussian, &call.in, &from.z_view, &from.logits_view, &from.nll_view, from.stats.data_ptr(),
+        want_x ? out.x.data_ptr() : nullptr, out.z.data_ptr(), out.m.data_ptr(), out.c1.data_ptr(), out.b1.data_ptr(),
+        out.c2.data_ptr(), gaussian ? out.variance.data_ptr() : nullptr, workspace.data_ptr(),
+        dtype_code(op, call.z.scalar_type()), tagger_variance_code(op, call), &call.shape, current_stream(call.z)));
     return out;
 }
 
@@ -1629,15 +1658,16 @@ struct TaggerStepOps {
         return inputs(op, false, TaggerCall(op, x, z, logits, &flip_prob));
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_inputs_backward(Tensor grad, Tensor x, Tensor z,
-                                                                               Tensor logits, Tensor variance) {
+                                                                               Tensor logits, Tensor variance,
+                                                                               bool want_x) {
         const char* op = "gaussian_step_inputs_backward";
-        const auto g = inputs_backward(op, true, TaggerCall(op, x, z, logits, &variance), grad);
+        const auto g = inputs_backward(op, true, TaggerCall(op, x, z, logits, &variance), grad, want_x);
         return {g.x, g.z, g.m, g.scalar};
     }
     static std::tuple<Tensor, Tensor, Tensor> bernoulli_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor logits,
-                                                                        Tensor flip_prob) {
+                                                                        Tensor flip_prob, bool want_x) {
         const char* op = "bernoulli_step_inputs_backward";
-        const auto g = inputs_backward(op, false, TaggerCall(op, x, z, logits, &flip_prob), grad);
+        const auto g = inputs_backward(op, false, TaggerCall(op, x, z, logits, &flip_prob), grad, want_x);
         return {g.x, g.z, g.m};
     }
     static TaggerOutputsResults gaussian_outputs(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
@@ -1652,20 +1682,20 @@ struct TaggerStepOps {
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_outputs_backward(
         Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1,
-        Tensor c2, Tensor variance, Tensor stats) {
+        Tensor c2, Tensor variance, Tensor stats, bool want_x) {
         const char* op = "gaussian_step_outputs_backward";
         const TaggerOutputsCall call(op, x, z, m, c1, b1, c2, &variance);
         const TaggerOutputsBackward from(op, call, grad_z, grad_logits, grad_nll, stats);
-        const auto g = outputs_backward(op, true, call, from);
+        const auto g = outputs_backward(op, true, call, from, want_x);
         return {g.x, g.z, g.m, g.c1, g.b1, g.c2, g.variance};
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bernoulli_outputs_backward(
         Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1,
-        Tensor c2, Tensor stats) {
+        Tensor c2, Tensor stats, bool want_x) {
         const char* op = "bernoulli_step_outputs_backward";
         const TaggerOutputsCall call(op, x, z, m, c1, b1, c2, nullptr);
         const TaggerOutputsBackward from(op, call, grad_z, grad_logits, grad_nll, stats);
-        const auto g = outputs_backward(op, false, call, from);
+        const auto g = outputs_backward(op, false, call, from, want_x);
         return {g.x, g.z, g.m, g.c1, g.b1, g.c2};
     }
 };
@@ -2044,24 +2074,29 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
     m.def("gaussian_group_inputs(Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor)");
     m.def(
         "gaussian_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
-        "variance) -> (Tensor, Tensor, Tensor, Tensor)");
+        "variance, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("bernoulli_group_inputs(Tensor x, Tensor z, Tensor m, Tensor flip_prob) -> (Tensor, Tensor)");
     m.def(
         "bernoulli_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
-        "flip_prob) -> (Tensor, Tensor, Tensor)");
+        "flip_prob, bool want_x) -> (Tensor, Tensor, Tensor)");
     m.def("gaussian_mixture_nll(Tensor x, Tensor z, Tensor m, Tensor variance) -> Tensor");
     m.def(
-        "gaussian_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor, "
+        "gaussian_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, Tensor variance, bool want_x) -> "
+        "(Tensor, Tensor, "
         "Tensor, Tensor)");
     m.def("bernoulli_mixture_nll(Tensor x, Tensor z, Tensor m) -> Tensor");
-    m.def("bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, bool want_x) -> (Tensor, Tensor, "
+        "Tensor)");
     m.def("gaussian_step_inputs(Tensor x, Tensor z, Tensor mask_logits, Tensor variance) -> Tensor");
     m.def("bernoulli_step_inputs(Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob) -> Tensor");
     m.def(
-        "gaussian_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor variance) -> "
+        "gaussian_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor variance, bool "
+        "want_x) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "bernoulli_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob) -> "
+        "bernoulli_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob, bool "
+        "want_x) -> "
         "(Tensor, Tensor, Tensor)");
     m.def(
         "gaussian_step_outputs(Tensor x, Tensor z_pre, Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor "
@@ -2071,11 +2106,13 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "mask_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "gaussian_step_outputs_backward(Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z_pre, "
-        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor variance, Tensor stats) -> "
+        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor variance, Tensor stats, bool "
+        "want_x) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "bernoulli_step_outputs_backward(Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z_pre, "
-        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor stats) -> (Tensor, Tensor, "
+        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor stats, bool want_x) -> (Tensor, "
+        "Tensor, "
         "Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "ln_convlstm(Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? weight, Tensor? weight_y, Tensor bias, Tensor? "
