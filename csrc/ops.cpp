@@ -1,6 +1,7 @@
 // Schemas, checks, allocation and dispatch of every op, on the stable ABI of torch. Arguments reach here through
 // ladderfast.ops, which has checked them for people; what is checked again here protects the kernels.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -42,6 +43,25 @@ void parallel_items(int64_t items, int64_t elements, const F& f) {
     torch::stable::parallel_for(0, items, (kGrain + per_item - 1) / per_item, f);
 }
 
+// torch::stable's functions look their op up by its name at each call; these do not, or only where they have to.
+Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype) {
+    int32_t layout, device_type, index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), (int64_t)sizes.size(), &dtype, &layout,
+                                                     &device_type, index, nullptr, &made));
+    return Tensor(made);
+}
+Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    int32_t dtype;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    return new_packed(like, sizes, dtype);
+}
+Tensor new_like(const Tensor& t) { return t.is_contiguous() ? new_packed(t, t.sizes()) : torch::stable::empty_like(t); }
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Whether the axes `order` of t, slowest first, lie packed in memory.
 template <class Order>
 bool packed(const Tensor& t, const Order& order) {
@@ -59,12 +79,6 @@ bool same_layout(const Tensor& a, const Tensor& b) {
     for (int64_t axis = 0; axis < a.dim(); ++axis)
         if (a.size(axis) != 1 && a.stride(axis) != b.stride(axis)) return false;
     return true;
-}
-
-// torch's own calls look contiguous and empty_like up by name each time, which takes 2 us.
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-Tensor new_like(const Tensor& t) {
-    return t.is_contiguous() ? torch::stable::new_empty(t, t.sizes()) : torch::stable::empty_like(t);
 }
 
 const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
@@ -1179,8 +1193,10 @@ struct TaggerCall {
     }
 
     int64_t elements() const { return shape.rows * shape.groups * shape.pixels; }
-    Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
-    Tensor like_groups() const { return torch::stable::new_empty(z, {shape.rows, shape.groups, shape.pixels}); }
+    Tensor like_pixels() const { return new_packed(z, {shape.rows, shape.pixels}); }
+    Tensor like_groups() const { return new_packed(z, {shape.rows, shape.groups, shape.pixels}); }
+    // Of x; empty where nobody wants it.
+    Tensor gradient_of_x(bool want_x) const { return want_x ? like_pixels() : new_packed(z, {0}); }
 
     // A gradient of the shape of z or, with two axes, of x.
     Tensor gradient(const char* op, const char* name, const Tensor& grad, int64_t axes) const {
@@ -1226,17 +1242,17 @@ struct TaggerGradients {
 };
 
 TaggerGradients tagger_backward_cpu(const char* op, bool gaussian, const TaggerCall& call, const Tensor& grad_a,
-                                    const Tensor* grad_b) {
+                                    const Tensor* grad_b, bool want_x) {
     const Tensor a = call.gradient(op, "grad", grad_a, grad_b == nullptr ? 2 : 3);
     const Tensor b = grad_b == nullptr ? a : call.gradient(op, "grad_likelihood", *grad_b, 3);
     const TaggerInput ga = tagger_input(a), gb = tagger_input(b);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     const int64_t items = ladderfast::cpu::tagger_items(call.shape);
     std::vector<double> partials(gaussian ? items : 0);
     if (gaussian) out.scalar = new_like(call.scalar);
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gm = (T*)out.m.data_ptr();
+        T *gx = want_x ? (T*)out.x.data_ptr() : nullptr, *gz = (T*)out.z.data_ptr(), *gm = (T*)out.m.data_ptr();
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
             if (grad_b == nullptr)
                 ladderfast::cpu::tagger_nll_backward<T>(gaussian, ga, call.in, gx, gz, gm, partials.data(), call.shape,
@@ -1284,13 +1300,13 @@ Tensor tagger_nll_cuda(const char* op, bool gaussian, const TaggerCall& call) {
 }
 
 TaggerGradients tagger_backward_cuda(const char* op, bool gaussian, const TaggerCall& call, const Tensor& grad_a,
-                                     const Tensor* grad_b) {
+                                     const Tensor* grad_b, bool want_x) {
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerLaunch to(op, call);
     const Tensor a = call.gradient(op, "grad", grad_a, grad_b == nullptr ? 2 : 3);
     const Tensor b = grad_b == nullptr ? a : call.gradient(op, "grad_likelihood", *grad_b, 3);
     const TaggerInput ga = tagger_input(a), gb = tagger_input(b);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     Tensor workspace;
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
@@ -1299,7 +1315,7 @@ TaggerGradients tagger_backward_cuda(const char* op, bool gaussian, const Tagger
         scalar = out.scalar.data_ptr();
         scratch = workspace.data_ptr();
     }
-    void *gx = out.x.data_ptr(), *gz = out.z.data_ptr(), *gm = out.m.data_ptr();
+    void *gx = want_x ? out.x.data_ptr() : nullptr, *gz = out.z.data_ptr(), *gm = out.m.data_ptr();
     const int error =
         grad_b == nullptr
             ? ladderfast_tagger_nll_backward_cuda(gaussian, &ga, &call.in, gx, gz, gm, scalar, scratch, to.dtype,
@@ -1334,27 +1350,30 @@ struct TaggerOps {
 
     static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_inputs_backward(Tensor grad_dz, Tensor grad_likelihood,
                                                                                Tensor x, Tensor z, Tensor m,
-                                                                               Tensor variance) {
+                                                                               Tensor variance, bool want_x) {
         const char* op = "gaussian_group_inputs_backward";
-        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad_dz, &grad_likelihood);
+        const TaggerGradients g =
+            backward(op, true, TaggerCall(op, x, z, m, &variance), grad_dz, &grad_likelihood, want_x);
         return {g.x, g.z, g.m, g.scalar};
     }
     static std::tuple<Tensor, Tensor, Tensor> bernoulli_inputs_backward(Tensor grad_dz, Tensor grad_likelihood,
-                                                                        Tensor x, Tensor z, Tensor m,
-                                                                        Tensor flip_prob) {
+                                                                        Tensor x, Tensor z, Tensor m, Tensor flip_prob,
+                                                                        bool want_x) {
         const char* op = "bernoulli_group_inputs_backward";
-        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, &flip_prob), grad_dz, &grad_likelihood);
+        const TaggerGradients g =
+            backward(op, false, TaggerCall(op, x, z, m, &flip_prob), grad_dz, &grad_likelihood, want_x);
         return {g.x, g.z, g.m};
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m,
-                                                                            Tensor variance) {
+                                                                            Tensor variance, bool want_x) {
         const char* op = "gaussian_mixture_nll_backward";
-        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad, nullptr);
+        const TaggerGradients g = backward(op, true, TaggerCall(op, x, z, m, &variance), grad, nullptr, want_x);
         return {g.x, g.z, g.m, g.scalar};
     }
-    static std::tuple<Tensor, Tensor, Tensor> bernoulli_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) {
+    static std::tuple<Tensor, Tensor, Tensor> bernoulli_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m,
+                                                                     bool want_x) {
         const char* op = "bernoulli_mixture_nll_backward";
-        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, nullptr), grad, nullptr);
+        const TaggerGradients g = backward(op, false, TaggerCall(op, x, z, m, nullptr), grad, nullptr, want_x);
         return {g.x, g.z, g.m};
     }
 };
@@ -1385,7 +1404,7 @@ void check_tagger_groups(const char* op, const TaggerShape& shape) {
 Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerCall& call) {
     const TaggerShape& s = call.shape;
     check_tagger_groups(op, s);
-    Tensor out = torch::stable::new_empty(call.z, {s.rows * s.groups, 4 * s.pixels});
+    Tensor out = new_packed(call.z, {s.rows * s.groups, 4 * s.pixels});
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T* to = (T*)out.data_ptr();
@@ -1397,17 +1416,17 @@ Tensor tagger_step_inputs_cpu(const char* op, bool gaussian, const TaggerCall& c
 }
 
 TaggerGradients tagger_step_inputs_backward_cpu(const char* op, bool gaussian, const TaggerCall& call,
-                                                const Tensor& grad) {
+                                                const Tensor& grad, bool want_x) {
     const TaggerShape& s = call.shape;
     check_tagger_groups(op, s);
     const TaggerStepGrad g(op, call, grad);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     const int64_t items = ladderfast::cpu::tagger_items(s);
     std::vector<double> partials(gaussian ? items : 0);
     if (gaussian) out.scalar = new_like(call.scalar);
     tagger_cpu_dispatch(op, call, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        T *gx = (T*)out.x.data_ptr(), *gz = (T*)out.z.data_ptr(), *gl = (T*)out.m.data_ptr();
+        T *gx = want_x ? (T*)out.x.data_ptr() : nullptr, *gz = (T*)out.z.data_ptr(), *gl = (T*)out.m.data_ptr();
         parallel_items(items, 2 * call.elements(), [&](int64_t begin, int64_t end) {
             ladderfast::cpu::tagger_step_inputs_backward<T>(gaussian, g.view, call.in, gx, gz, gl, partials.data(), s,
                                                             begin, end);
@@ -1457,8 +1476,8 @@ struct TaggerOutputsCall {
     }
 
     int64_t elements() const { return 2 * shape.rows * shape.groups * shape.pixels; }
-    Tensor like_pixels() const { return torch::stable::new_empty(z, {shape.rows, shape.pixels}); }
-    Tensor like_groups() const { return torch::stable::new_empty(z, {shape.rows, shape.groups, shape.pixels}); }
+    Tensor like_pixels() const { return new_packed(z, {shape.rows, shape.pixels}); }
+    Tensor like_groups() const { return new_packed(z, {shape.rows, shape.groups, shape.pixels}); }
 
     ScalarType wide() const { return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
@@ -1481,8 +1500,8 @@ TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, cons
     const TaggerShape& s = call.shape;
     check_tagger_outputs_cpu(op, call);
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
-    Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
+    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor workspace = new_packed(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
@@ -1530,8 +1549,8 @@ struct TaggerOutputsBackward {
     }
 };
 
-TaggerOutputsGrads like_arguments(bool gaussian, const TaggerOutputsCall& call) {
-    return {call.like_pixels(),
+TaggerOutputsGrads like_arguments(bool gaussian, const TaggerOutputsCall& call, bool want_x) {
+    return {want_x ? call.like_pixels() : new_packed(call.z, {0}),
             call.like_groups(),
             call.like_groups(),
             new_like(call.c1),
@@ -1541,22 +1560,29 @@ TaggerOutputsGrads like_arguments(bool gaussian, const TaggerOutputsCall& call) 
 }
 
 TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussian, const TaggerOutputsCall& call,
-                                                    const TaggerOutputsBackward& from) {
+                                                    const TaggerOutputsBackward& from, bool want_x) {
     const TaggerShape& s = call.shape;
     check_tagger_outputs_cpu(op, call);
-    const TaggerOutputsGrads out = like_arguments(gaussian, call);
+    const TaggerOutputsGrads out = like_arguments(gaussian, call, want_x);
     const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
     const int64_t merge_items = ladderfast::cpu::tagger_outputs_merge_items(s);
     std::vector<double> of_c2(merge_items), of_variance(gaussian ? items : 0);
-    Tensor workspace = torch::stable::new_empty(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
+    Tensor workspace = new_packed(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
     Tensor means = new_like(from.stats);
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *between = (T*)workspace.data_ptr(), *mean = (T*)means.data_ptr();
-        const TaggerOutputsGradients<T> grad = {
-            from.z_view,           from.logits_view,     from.nll_view,        (const T*)from.stats.data_ptr(),
-            (T*)out.x.data_ptr(),  (T*)out.z.data_ptr(), (T*)out.m.data_ptr(), (T*)out.c1.data_ptr(),
-            (T*)out.b1.data_ptr(), of_c2.data(),         of_variance.data()};
+        const TaggerOutputsGradients<T> grad = {from.z_view,
+                                                from.logits_view,
+                                                from.nll_view,
+                                                (const T*)from.stats.data_ptr(),
+                                                want_x ? (T*)out.x.data_ptr() : nullptr,
+                                                (T*)out.z.data_ptr(),
+                                                (T*)out.m.data_ptr(),
+                                                (T*)out.c1.data_ptr(),
+                                                (T*)out.b1.data_ptr(),
+                                                of_c2.data(),
+                                                of_variance.data()};
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
             ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, between, s, begin, end);
         });
@@ -1589,18 +1615,18 @@ Tensor tagger_step_inputs_cuda(const char* op, bool gaussian, const TaggerCall& 
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerLaunch to(op, call);
     const TaggerShape& s = call.shape;
-    Tensor out = torch::stable::new_empty(call.z, {s.rows * s.groups, 4 * s.pixels});
+    Tensor out = new_packed(call.z, {s.rows * s.groups, 4 * s.pixels});
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_inputs_cuda(gaussian, &call.in, out.data_ptr(), to.dtype,
                                                                    to.scalar_dtype, &s, to.stream));
     return out;
 }
 
 TaggerGradients tagger_step_inputs_backward_cuda(const char* op, bool gaussian, const TaggerCall& call,
-                                                 const Tensor& grad) {
+                                                 const Tensor& grad, bool want_x) {
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerLaunch to(op, call);
     const TaggerStepGrad g(op, call, grad);
-    TaggerGradients out{call.like_pixels(), call.like_groups(), call.like_groups(), Tensor()};
+    TaggerGradients out{call.gradient_of_x(want_x), call.like_groups(), call.like_groups(), Tensor()};
     Tensor workspace;
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
@@ -1610,8 +1636,8 @@ TaggerGradients tagger_step_inputs_backward_cuda(const char* op, bool gaussian, 
         scratch = workspace.data_ptr();
     }
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_inputs_backward_cuda(
-        gaussian, &g.view, &call.in, out.x.data_ptr(), out.z.data_ptr(), out.m.data_ptr(), scalar, scratch, to.dtype,
-        to.scalar_dtype, &call.shape, to.stream));
+        gaussian, &g.view, &call.in, want_x ? out.x.data_ptr() : nullptr, out.z.data_ptr(), out.m.data_ptr(), scalar,
+        scratch, to.dtype, to.scalar_dtype, &call.shape, to.stream));
     return out;
 }
 
@@ -1629,7 +1655,7 @@ TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, con
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerShape& s = call.shape;
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
     Tensor workspace = tagger_outputs_scratch(call);
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_cuda(
         gaussian, &call.in, z.data_ptr(), logits.data_ptr(), nll.data_ptr(), stats.data_ptr(), workspace.data_ptr(),
@@ -1638,15 +1664,15 @@ TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, con
 }
 
 TaggerOutputsGrads tagger_step_outputs_backward_cuda(const char* op, bool gaussian, const TaggerOutputsCall& call,
-                                                     const TaggerOutputsBackward& from) {
+                                                     const TaggerOutputsBackward& from, bool want_x) {
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
-    const TaggerOutputsGrads out = like_arguments(gaussian, call);
+    const TaggerOutputsGrads out = like_arguments(gaussian, call, want_x);
     Tensor workspace = tagger_outputs_scratch(call);
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_backward_cuda(
-        gaussian, &call.in, &from.z_view, &from.logits_view, &from.nll_view, from.stats.data_ptr(), out.x.data_ptr(),
-        out.z.data_ptr(), out.m.data_ptr(), out.c1.data_ptr(), out.b1.data_ptr(), out.c2.data_ptr(),
-        gaussian ? out.variance.data_ptr() : nullptr, workspace.data_ptr(), dtype_code(op, call.z.scalar_type()),
-        tagger_variance_code(op, call), &call.shape, current_stream(call.z)));
+        gaussian, &call.in, &from.z_view, &from.logits_view, &from.nll_view, from.stats.data_ptr(),
+        want_x ? out.x.data_ptr() : nullptr, out.z.data_ptr(), out.m.data_ptr(), out.c1.data_ptr(), out.b1.data_ptr(),
+        out.c2.data_ptr(), gaussian ? out.variance.data_ptr() : nullptr, workspace.data_ptr(),
+        dtype_code(op, call.z.scalar_type()), tagger_variance_code(op, call), &call.shape, current_stream(call.z)));
     return out;
 }
 
@@ -1664,15 +1690,16 @@ struct TaggerStepOps {
         return inputs(op, false, TaggerCall(op, x, z, logits, &flip_prob));
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_inputs_backward(Tensor grad, Tensor x, Tensor z,
-                                                                               Tensor logits, Tensor variance) {
+                                                                               Tensor logits, Tensor variance,
+                                                                               bool want_x) {
         const char* op = "gaussian_step_inputs_backward";
-        const auto g = inputs_backward(op, true, TaggerCall(op, x, z, logits, &variance), grad);
+        const auto g = inputs_backward(op, true, TaggerCall(op, x, z, logits, &variance), grad, want_x);
         return {g.x, g.z, g.m, g.scalar};
     }
     static std::tuple<Tensor, Tensor, Tensor> bernoulli_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor logits,
-                                                                        Tensor flip_prob) {
+                                                                        Tensor flip_prob, bool want_x) {
         const char* op = "bernoulli_step_inputs_backward";
-        const auto g = inputs_backward(op, false, TaggerCall(op, x, z, logits, &flip_prob), grad);
+        const auto g = inputs_backward(op, false, TaggerCall(op, x, z, logits, &flip_prob), grad, want_x);
         return {g.x, g.z, g.m};
     }
     static TaggerOutputsResults gaussian_outputs(Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1, Tensor c2,
@@ -1687,20 +1714,20 @@ struct TaggerStepOps {
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_outputs_backward(
         Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1,
-        Tensor c2, Tensor variance, Tensor stats) {
+        Tensor c2, Tensor variance, Tensor stats, bool want_x) {
         const char* op = "gaussian_step_outputs_backward";
         const TaggerOutputsCall call(op, x, z, m, c1, b1, c2, &variance);
         const TaggerOutputsBackward from(op, call, grad_z, grad_logits, grad_nll, stats);
-        const auto g = outputs_backward(op, true, call, from);
+        const auto g = outputs_backward(op, true, call, from, want_x);
         return {g.x, g.z, g.m, g.c1, g.b1, g.c2, g.variance};
     }
     static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bernoulli_outputs_backward(
         Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z, Tensor m, Tensor c1, Tensor b1,
-        Tensor c2, Tensor stats) {
+        Tensor c2, Tensor stats, bool want_x) {
         const char* op = "bernoulli_step_outputs_backward";
         const TaggerOutputsCall call(op, x, z, m, c1, b1, c2, nullptr);
         const TaggerOutputsBackward from(op, call, grad_z, grad_logits, grad_nll, stats);
-        const auto g = outputs_backward(op, false, call, from);
+        const auto g = outputs_backward(op, false, call, from, want_x);
         return {g.x, g.z, g.m, g.c1, g.b1, g.c2};
     }
 };
@@ -2117,24 +2144,29 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
     m.def("gaussian_group_inputs(Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor)");
     m.def(
         "gaussian_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
-        "variance) -> (Tensor, Tensor, Tensor, Tensor)");
+        "variance, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("bernoulli_group_inputs(Tensor x, Tensor z, Tensor m, Tensor flip_prob) -> (Tensor, Tensor)");
     m.def(
         "bernoulli_group_inputs_backward(Tensor grad_dz, Tensor grad_likelihood, Tensor x, Tensor z, Tensor m, Tensor "
-        "flip_prob) -> (Tensor, Tensor, Tensor)");
+        "flip_prob, bool want_x) -> (Tensor, Tensor, Tensor)");
     m.def("gaussian_mixture_nll(Tensor x, Tensor z, Tensor m, Tensor variance) -> Tensor");
     m.def(
-        "gaussian_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, Tensor variance) -> (Tensor, Tensor, "
+        "gaussian_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, Tensor variance, bool want_x) -> "
+        "(Tensor, Tensor, "
         "Tensor, Tensor)");
     m.def("bernoulli_mixture_nll(Tensor x, Tensor z, Tensor m) -> Tensor");
-    m.def("bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "bernoulli_mixture_nll_backward(Tensor grad, Tensor x, Tensor z, Tensor m, bool want_x) -> (Tensor, Tensor, "
+        "Tensor)");
     m.def("gaussian_step_inputs(Tensor x, Tensor z, Tensor mask_logits, Tensor variance) -> Tensor");
     m.def("bernoulli_step_inputs(Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob) -> Tensor");
     m.def(
-        "gaussian_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor variance) -> "
+        "gaussian_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor variance, bool "
+        "want_x) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "bernoulli_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob) -> "
+        "bernoulli_step_inputs_backward(Tensor grad, Tensor x, Tensor z, Tensor mask_logits, Tensor flip_prob, bool "
+        "want_x) -> "
         "(Tensor, Tensor, Tensor)");
     m.def(
         "gaussian_step_outputs(Tensor x, Tensor z_pre, Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor "
@@ -2144,11 +2176,13 @@ STABLE_TORCH_LIBRARY(ladderfast, m) {
         "mask_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "gaussian_step_outputs_backward(Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z_pre, "
-        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor variance, Tensor stats) -> "
+        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor variance, Tensor stats, bool "
+        "want_x) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "bernoulli_step_outputs_backward(Tensor grad_z, Tensor grad_logits, Tensor grad_nll, Tensor x, Tensor z_pre, "
-        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor stats) -> (Tensor, Tensor, "
+        "Tensor mask_pre, Tensor z_weight, Tensor z_bias, Tensor mask_weight, Tensor stats, bool want_x) -> (Tensor, "
+        "Tensor, "
         "Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "ln_convlstm(Tensor x, Tensor? y, Tensor rec, Tensor c, Tensor? weight, Tensor? weight_y, Tensor bias, Tensor? "

@@ -46,10 +46,56 @@ LF_HD Vec<T> smaller(Vec<T> a, Vec<T> b) {
     return {a.raw < b.raw ? a.raw : b.raw};
 }
 
+#if LF_VECTOR_BYTES == 64
+LF_HD Vec<float> larger(Vec<float> a, Vec<float> b) {
+    return {(Vec<float>::Raw)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a.raw, (__m512)b.raw)};
+}
+LF_HD Vec<float> smaller(Vec<float> a, Vec<float> b) {
+    return {(Vec<float>::Raw)_mm512_maskz_min_ps((__mmask16)-1, (__m512)a.raw, (__m512)b.raw)};
+}
+#endif
+
 // Where a < b, `then`; elsewhere, and where one of them is NaN, `otherwise`.
 template <class T>
 LF_HD Vec<T> if_less(Vec<T> a, Vec<T> b, Vec<T> then, Vec<T> otherwise) {
     return {a.raw < b.raw ? then.raw : otherwise.raw};
+}
+
+// Questions to the first n lanes. A set bit of `lanes` is a lane.
+LF_HD uint32_t lanes(VecTraits<float>::RawInt mask) {
+#if LF_VECTOR_BYTES == 64
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif LF_VECTOR_BYTES == 32
+    return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < Vec<float>::width; ++i) bits |= (uint32_t)(mask[i] != 0) << i;
+    return bits;
+#endif
+}
+LF_HD uint32_t lanes(VecTraits<double>::RawInt mask) {
+#if LF_VECTOR_BYTES == 64
+    return _mm512_movepi64_mask((__m512i)mask);
+#elif LF_VECTOR_BYTES == 32
+    return (uint32_t)_mm256_movemask_pd((__m256d)mask);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < Vec<double>::width; ++i) bits |= (uint32_t)(mask[i] != 0) << i;
+    return bits;
+#endif
+}
+
+// Whether one of them is less than `bound`.
+template <class T>
+LF_HD bool any_less(Vec<T> x, T bound, int64_t n) {
+    const uint32_t first = (uint32_t)(((uint64_t)1 << n) - 1);
+    return (lanes(x.raw < bound) & first) != 0;
+}
+// Whether all of them are 0 or 1.
+template <class T>
+LF_HD bool all_binary(Vec<T> x, int64_t n) {
+    const uint32_t first = (uint32_t)(((uint64_t)1 << n) - 1);
+    return (~lanes((x.raw == (T)0) | (x.raw == (T)1)) & first) == 0;
 }
 
 // exp(r) for |r| <= ln(2) / 2.
@@ -154,6 +200,12 @@ LF_HD Vec<T> logistic(Vec<T> x) {
     return sigmoid(x).value;
 }
 
+// Like sigmoid's value, but with `inverse`: there is one slow unit that divides.
+LF_HD Vec<float> logistic(Vec<float> x) {
+    const Vec<float> e = exp2_of(smaller(constant<Vec<float>>(125), x * -1.44269504f));
+    return inverse(constant<Vec<float>>(1) + e);
+}
+
 template <class T>
 LF_HD Pair<T> larger(Pair<T> x, Pair<T> y) {
     return {larger(x.a, y.a), larger(x.b, y.b)};
@@ -165,6 +217,14 @@ LF_HD Pair<T> smaller(Pair<T> x, Pair<T> y) {
 template <class T>
 LF_HD Pair<T> if_less(Pair<T> x, Pair<T> y, Pair<T> then, Pair<T> otherwise) {
     return {if_less(x.a, y.a, then.a, otherwise.a), if_less(x.b, y.b, then.b, otherwise.b)};
+}
+template <class T>
+LF_HD bool any_less(Pair<T> x, T bound, int64_t) {
+    return any_less(smaller(x.a, x.b), bound, Vec<T>::width);
+}
+template <class T>
+LF_HD bool all_binary(Pair<T> x, int64_t) {
+    return all_binary(x.a, Vec<T>::width) && all_binary(x.b, Vec<T>::width);
 }
 template <class T>
 LF_HD Pair<T> exp2_of(Pair<T> y) {

@@ -20,7 +20,7 @@ namespace LF_ISA {
 #include "../math/tagger.h"
 #include "tagger_pass.h"
 
-template <class T>
+template <class T, int fixed>
 struct GaussianInputs : TaggerPass<T> {
     T *dz, *likelihood;
     GaussianScalar<T> scalars;
@@ -29,36 +29,49 @@ struct GaussianInputs : TaggerPass<T> {
         : TaggerPass<T>(in, s), dz(dz), likelihood(likelihood) {}
     LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
 
-    template <class V, bool whole>
+    template <class V, bool whole, bool scaled = false>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto v = broadcast<V>(scalars);
-        V kept[kKept];
         const V x = this->x.template load<V, whole>(r, 0, d, n);
-        GaussianPixel<V> pixel;
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            pixel.compare(y);
-            if (k < kKept) kept[k] = y;
+        V e[kept<fixed>], w[kept<fixed>];
+        GaussianPixel<V, scaled> pixel;
+        if constexpr (scaled) {
+            GaussianPixel<V, false> unscaled;
+            LF_EACH_GROUP(k, this->groups) {
+                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+                unscaled.weigh(y);
+                pixel.compare(y);
+            }
+            pixel.unless_enough(unscaled.total);
         }
-        for (int64_t k = 0; k < this->groups; ++k) {
-            if (k < kKept)
-                kept[k] = pixel.weigh(kept[k]);
-            else
-                pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v));
+        LF_EACH_GROUP(k, this->groups) {
+            const V apart = x - this->z.template load<V, whole>(r, k, d, n);
+            const V weight = pixel.weigh(gaussian_exponent(apart, v));
+            if (fixed || k < kKept) {
+                e[k] = apart;
+                w[k] = weight;
+            }
+        }
+        if constexpr (!scaled) {
+            if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
+                *this = scaled_pixels<V, whole>(*this, r, d, n);
+                return;
+            }
         }
         pixel.finish(v);
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V e = x - this->z.template load<V, whole>(r, k, d, n);
-            const V w = k < kKept ? kept[k] : exp2_of(gaussian_exponent(e, v) - pixel.top);
+        LF_EACH_GROUP(k, this->groups) {
+            const bool held = fixed || k < kKept;
+            const V apart = held ? e[k] : x - this->z.template load<V, whole>(r, k, d, n);
+            const V weight = held ? w[k] : exp2_of(gaussian_exponent(apart, v) - pixel.top);
             V out_dz, out_likelihood;
-            pixel.forward(e, this->m.template load<V, whole>(r, k, d, n), w, out_dz, out_likelihood);
+            pixel.forward(apart, this->m.template load<V, whole>(r, k, d, n), weight, out_dz, out_likelihood);
             write<whole>(out_dz, dz + this->packed(r, k, d), n);
             write<whole>(out_likelihood, likelihood + this->packed(r, k, d), n);
         }
     }
 };
 
-template <class T>
+template <class T, int fixed>
 struct GaussianInputsBackward : TaggerPass<T> {
     TaggerView<T> grad_dz, grad_likelihood;
     T *grad_x, *grad_z, *grad_m;
@@ -78,42 +91,55 @@ struct GaussianInputsBackward : TaggerPass<T> {
     LF_HD void end_row() { sum.end_row(); }
     LF_HD void end_item(int64_t item) { sum.end_item(item); }
 
-    template <class V, bool whole>
+    template <class V, bool whole, bool scaled = false>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto v = broadcast<V>(scalars);
-        V kept[kKept];
         const V x = this->x.template load<V, whole>(r, 0, d, n);
-        GaussianPixel<V> pixel;
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            pixel.compare(y);
-            if (k < kKept) kept[k] = y;
+        V e[kept<fixed>], w[kept<fixed>];
+        GaussianPixel<V, scaled> pixel;
+        if constexpr (scaled) {
+            GaussianPixel<V, false> unscaled;
+            LF_EACH_GROUP(k, this->groups) {
+                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+                unscaled.weigh(y);
+                pixel.compare(y);
+            }
+            pixel.unless_enough(unscaled.total);
         }
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V h = grad_likelihood.template load<V, whole>(r, k, d, n);
-            if (k < kKept)
-                kept[k] = pixel.weigh(kept[k], h);
-            else
-                pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v), h);
+        LF_EACH_GROUP(k, this->groups) {
+            const V apart = x - this->z.template load<V, whole>(r, k, d, n);
+            const V weight =
+                pixel.weigh(gaussian_exponent(apart, v), grad_likelihood.template load<V, whole>(r, k, d, n));
+            if (fixed || k < kKept) {
+                e[k] = apart;
+                w[k] = weight;
+            }
+        }
+        if constexpr (!scaled) {
+            if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
+                *this = scaled_pixels<V, whole>(*this, r, d, n);
+                return;
+            }
         }
         pixel.finish(v);
         V sum_v = constant<V>(0);
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V e = x - this->z.template load<V, whole>(r, k, d, n);
-            const V w = k < kKept ? kept[k] : exp2_of(gaussian_exponent(e, v) - pixel.top);
+        LF_EACH_GROUP(k, this->groups) {
+            const bool held = fixed || k < kKept;
+            const V apart = held ? e[k] : x - this->z.template load<V, whole>(r, k, d, n);
+            const V weight = held ? w[k] : exp2_of(gaussian_exponent(apart, v) - pixel.top);
             V out_z, out_m;
             pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
-                           grad_likelihood.template load<V, whole>(r, k, d, n), e,
-                           this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
+                           grad_likelihood.template load<V, whole>(r, k, d, n), apart,
+                           this->m.template load<V, whole>(r, k, d, n), weight, v, out_z, out_m, sum_v);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
-        write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
+        if (grad_x != nullptr) write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
         sum.template add<whole>(sum_v, n);
     }
 };
 
-template <class T>
+template <class T, int fixed>
 struct BernoulliInputs : TaggerPass<T> {
     T *dz, *likelihood;
     BernoulliScalar<T> scalars;
@@ -125,22 +151,26 @@ struct BernoulliInputs : TaggerPass<T> {
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto b = broadcast<V>(scalars);
-        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
-        for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
-                         this->m.template load<V, whole>(r, k, d, n));
-        pixel.finish();
-        for (int64_t k = 0; k < this->groups; ++k) {
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
+        V density[kept<fixed>];
+        LF_EACH_GROUP(k, this->groups) {
+            const V found =
+                pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
+            if (fixed || k < kKept) density[k] = found;
+        }
+        pixel.finish(b);
+        LF_EACH_GROUP(k, this->groups) {
             V out_dz, out_likelihood;
-            pixel.forward(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
-                          this->m.template load<V, whole>(r, k, d, n), out_dz, out_likelihood);
+            pixel.forward(this->m.template load<V, whole>(r, k, d, n),
+                          fixed || k < kKept ? density[k] : pixel.density(this->z.template load<V, whole>(r, k, d, n)),
+                          out_dz, out_likelihood);
             write<whole>(out_dz, dz + this->packed(r, k, d), n);
             write<whole>(out_likelihood, likelihood + this->packed(r, k, d), n);
         }
     }
 };
 
-template <class T>
+template <class T, int fixed>
 struct BernoulliInputsBackward : TaggerPass<T> {
     TaggerView<T> grad_dz, grad_likelihood;
     T *grad_x, *grad_z, *grad_m;
@@ -159,26 +189,33 @@ struct BernoulliInputsBackward : TaggerPass<T> {
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto b = broadcast<V>(scalars);
-        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
-        for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
-                         this->m.template load<V, whole>(r, k, d, n), grad_dz.template load<V, whole>(r, k, d, n),
-                         grad_likelihood.template load<V, whole>(r, k, d, n));
-        pixel.finish_backward();
-        for (int64_t k = 0; k < this->groups; ++k) {
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
+        LF_EACH_GROUP(k, this->groups)
+        pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n),
+                     grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n));
+        pixel.finish_backward(b);
+        if (grad_x != nullptr) {
+            V sum_x = pixel.grad_t;
+            LF_EACH_GROUP(k, this->groups) {
+                const V z = this->z.template load<V, whole>(r, k, d, n);
+                sum_x =
+                    sum_x + pixel.grad_x(grad_likelihood.template load<V, whole>(r, k, d, n), z, pixel.density(z), b);
+            }
+            write<whole>(sum_x, grad_x + r * this->width + d, n);
+        }
+        LF_EACH_GROUP(k, this->groups) {
+            const V z = this->z.template load<V, whole>(r, k, d, n);
             V out_z, out_m;
             pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
-                           grad_likelihood.template load<V, whole>(r, k, d, n),
-                           pixel.xi(this->z.template load<V, whole>(r, k, d, n), b),
-                           this->m.template load<V, whole>(r, k, d, n), b, out_z, out_m);
+                           grad_likelihood.template load<V, whole>(r, k, d, n), z,
+                           this->m.template load<V, whole>(r, k, d, n), pixel.density(z), b, out_z, out_m);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
-        write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
     }
 };
 
-template <class T>
+template <class T, int fixed>
 struct GaussianNll : TaggerPass<T> {
     T* nll;
     GaussianScalar<T> scalars;
@@ -186,26 +223,35 @@ struct GaussianNll : TaggerPass<T> {
     LF_HD GaussianNll(const TaggerInputs& in, const TaggerShape& s, T* nll) : TaggerPass<T>(in, s), nll(nll) {}
     LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
 
-    template <class V, bool whole>
+    template <class V, bool whole, bool scaled = false>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto v = broadcast<V>(scalars);
-        V kept[kKept];
         const V x = this->x.template load<V, whole>(r, 0, d, n);
-        GaussianMixture<V> pixel;
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            pixel.compare(y, this->m.template load<V, whole>(r, k, d, n));
-            if (k < kKept) kept[k] = y;
+        GaussianMixture<V, scaled> pixel;
+        if constexpr (scaled) {
+            GaussianMixture<V, false> unscaled;
+            LF_EACH_GROUP(k, this->groups) {
+                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+                const V m = this->m.template load<V, whole>(r, k, d, n);
+                unscaled.weigh(y, m, v);
+                pixel.compare(y, m);
+            }
+            pixel.unless_enough(unscaled.total);
         }
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            pixel.weigh(y, this->m.template load<V, whole>(r, k, d, n), v);
+        LF_EACH_GROUP(k, this->groups)
+        pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v),
+                    this->m.template load<V, whole>(r, k, d, n), v);
+        if constexpr (!scaled) {
+            if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
+                *this = scaled_pixels<V, whole>(*this, r, d, n);
+                return;
+            }
         }
         write<whole>(pixel.nll(v), nll + r * this->width + d, n);
     }
 };
 
-template <class T>
+template <class T, int fixed>
 struct GaussianNllBackward : TaggerPass<T> {
     TaggerView<T> grad;
     T *grad_x, *grad_z, *grad_m;
@@ -219,38 +265,53 @@ struct GaussianNllBackward : TaggerPass<T> {
     LF_HD void end_row() { sum.end_row(); }
     LF_HD void end_item(int64_t item) { sum.end_item(item); }
 
-    template <class V, bool whole>
+    template <class V, bool whole, bool scaled = false>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto v = broadcast<V>(scalars);
-        V kept[kKept];
         const V x = this->x.template load<V, whole>(r, 0, d, n);
-        GaussianMixture<V> pixel;
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            pixel.compare(y, this->m.template load<V, whole>(r, k, d, n));
-            if (k < kKept) kept[k] = y;
+        V e[kept<fixed>], w[kept<fixed>];
+        GaussianMixture<V, scaled> pixel;
+        if constexpr (scaled) {
+            GaussianMixture<V, false> unscaled;
+            LF_EACH_GROUP(k, this->groups) {
+                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+                const V m = this->m.template load<V, whole>(r, k, d, n);
+                unscaled.weigh(y, m, v);
+                pixel.compare(y, m);
+            }
+            pixel.unless_enough(unscaled.total);
         }
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V y = k < kKept ? kept[k] : gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            const V w = pixel.weigh(y, this->m.template load<V, whole>(r, k, d, n), v);
-            if (k < kKept) kept[k] = w;
+        LF_EACH_GROUP(k, this->groups) {
+            const V apart = x - this->z.template load<V, whole>(r, k, d, n);
+            const V weight = pixel.weigh(gaussian_exponent(apart, v), this->m.template load<V, whole>(r, k, d, n), v);
+            if (fixed || k < kKept) {
+                e[k] = apart;
+                w[k] = weight;
+            }
+        }
+        if constexpr (!scaled) {
+            if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
+                *this = scaled_pixels<V, whole>(*this, r, d, n);
+                return;
+            }
         }
         V sum_v = grad.template load<V, whole>(r, 0, d, n);
         pixel.finish(sum_v);
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V e = x - this->z.template load<V, whole>(r, k, d, n);
-            const V w = k < kKept ? kept[k] : exp2_of(smaller(v.most, gaussian_exponent(e, v) - pixel.top));
+        LF_EACH_GROUP(k, this->groups) {
+            const bool held = fixed || k < kKept;
+            const V apart = held ? e[k] : x - this->z.template load<V, whole>(r, k, d, n);
+            const V weight = held ? w[k] : exp2_of(smaller(v.most, gaussian_exponent(apart, v) - pixel.top));
             V out_z, out_m;
-            pixel.backward(e, this->m.template load<V, whole>(r, k, d, n), w, v, out_z, out_m, sum_v);
+            pixel.backward(apart, this->m.template load<V, whole>(r, k, d, n), weight, v, out_z, out_m, sum_v);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
-        write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
+        if (grad_x != nullptr) write<whole>(pixel.sum_x, grad_x + r * this->width + d, n);
         sum.template add<whole>(sum_v, n);
     }
 };
 
-template <class T>
+template <class T, int fixed>
 struct BernoulliNll : TaggerPass<T> {
     T* nll;
 
@@ -259,13 +320,14 @@ struct BernoulliNll : TaggerPass<T> {
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         BernoulliMixture<V> pixel;
-        for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
-        write<whole>(pixel.nll(this->x.template load<V, whole>(r, 0, d, n)), nll + r * this->width + d, n);
+        LF_EACH_GROUP(k, this->groups)
+        pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
+        const V x = this->x.template load<V, whole>(r, 0, d, n);
+        write<whole>(all_binary(x, n) ? pixel.binary_nll(x) : pixel.nll(x), nll + r * this->width + d, n);
     }
 };
 
-template <class T>
+template <class T, int fixed>
 struct BernoulliNllBackward : TaggerPass<T> {
     TaggerView<T> grad;
     T *grad_x, *grad_z, *grad_m;
@@ -277,13 +339,12 @@ struct BernoulliNllBackward : TaggerPass<T> {
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         BernoulliMixture<V> pixel;
-        for (int64_t k = 0; k < this->groups; ++k)
-            pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
-        V out_x;
-        const V slope = pixel.backward(grad.template load<V, whole>(r, 0, d, n),
-                                       this->x.template load<V, whole>(r, 0, d, n), out_x);
-        write<whole>(out_x, grad_x + r * this->width + d, n);
-        for (int64_t k = 0; k < this->groups; ++k) {
+        LF_EACH_GROUP(k, this->groups)
+        pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
+        const V from = grad.template load<V, whole>(r, 0, d, n);
+        if (grad_x != nullptr) write<whole>(pixel.grad_x(from), grad_x + r * this->width + d, n);
+        const V slope = pixel.backward(from, this->x.template load<V, whole>(r, 0, d, n));
+        LF_EACH_GROUP(k, this->groups) {
             write<whole>(slope * this->m.template load<V, whole>(r, k, d, n), grad_z + this->packed(r, k, d), n);
             write<whole>(slope * this->z.template load<V, whole>(r, k, d, n), grad_m + this->packed(r, k, d), n);
         }
@@ -294,31 +355,31 @@ struct BernoulliNllBackward : TaggerPass<T> {
     static void inputs_##suffix(bool gaussian, const TaggerInputs& in, T* dz, T* likelihood, const TaggerShape& s, \
                                 int64_t begin, int64_t end) {                                                      \
         if (gaussian)                                                                                              \
-            over_items<T>(GaussianInputs<T>(in, s, dz, likelihood), s, begin, end);                                \
+            LF_BY_GROUPS(T, GaussianInputs, in, s, dz, likelihood)                                                 \
         else                                                                                                       \
-            over_items<T>(BernoulliInputs<T>(in, s, dz, likelihood), s, begin, end);                               \
+            LF_BY_GROUPS(T, BernoulliInputs, in, s, dz, likelihood)                                                \
     }                                                                                                              \
     static void inputs_backward_##suffix(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,              \
                                          const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,            \
                                          const TaggerShape& s, int64_t begin, int64_t end) {                       \
         if (gaussian)                                                                                              \
-            over_items<T>(GaussianInputsBackward<T>(gd, gl, in, s, gx, gz, gm, partials), s, begin, end);          \
+            LF_BY_GROUPS(T, GaussianInputsBackward, gd, gl, in, s, gx, gz, gm, partials)                           \
         else                                                                                                       \
-            over_items<T>(BernoulliInputsBackward<T>(gd, gl, in, s, gx, gz, gm), s, begin, end);                   \
+            LF_BY_GROUPS(T, BernoulliInputsBackward, gd, gl, in, s, gx, gz, gm)                                    \
     }                                                                                                              \
     static void nll_##suffix(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,   \
                              int64_t end) {                                                                        \
         if (gaussian)                                                                                              \
-            over_items<T>(GaussianNll<T>(in, s, nll), s, begin, end);                                              \
+            LF_BY_GROUPS(T, GaussianNll, in, s, nll)                                                               \
         else                                                                                                       \
-            over_items<T>(BernoulliNll<T>(in, s, nll), s, begin, end);                                             \
+            LF_BY_GROUPS(T, BernoulliNll, in, s, nll)                                                              \
     }                                                                                                              \
     static void nll_backward_##suffix(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,   \
                                       T* gm, double* partials, const TaggerShape& s, int64_t begin, int64_t end) { \
         if (gaussian)                                                                                              \
-            over_items<T>(GaussianNllBackward<T>(g, in, s, gx, gz, gm, partials), s, begin, end);                  \
+            LF_BY_GROUPS(T, GaussianNllBackward, g, in, s, gx, gz, gm, partials)                                   \
         else                                                                                                       \
-            over_items<T>(BernoulliNllBackward<T>(g, in, s, gx, gz, gm), s, begin, end);                           \
+            LF_BY_GROUPS(T, BernoulliNllBackward, g, in, s, gx, gz, gm)                                            \
     }
 
 LF_TAGGER_INSTANCES(float, f32)

@@ -3,6 +3,12 @@
 
 static const int64_t kKept = 64;  // groups whose intermediate results are kept
 
+// Groups whose number the compiler knows, else `fixed` is 0: their intermediate results then stay in registers.
+static const int kFew = 4;
+template <int fixed>
+static constexpr int64_t kept = fixed ? fixed : kKept;
+#define LF_EACH_GROUP(k, groups) _Pragma("GCC unroll 4") for (int64_t k = 0; k < (fixed ? fixed : groups); ++k)
+
 template <class T>
 struct TaggerView {
     const T* data;
@@ -99,6 +105,22 @@ struct ItemSum {
     }
 };
 
+// pixels<V, whole> of a pass whose powers are relative to their largest (math/tagger.h): seldom wanted.
+template <class V, bool whole, class Pass>
+static __attribute__((noinline, cold)) Pass scaled_pixels(Pass pass, int64_t r, int64_t d, int64_t n) {
+    pass.template pixels<V, whole, true>(r, d, n);
+    return pass;
+}
+
+// d, of which the compiler knows nothing: else it would count up a pointer into each group of each tensor, of which
+// there are more than registers.
+LF_HD int64_t opaque(int64_t d) {
+#if defined(__GNUC__)
+    __asm__("" : "+r"(d));
+#endif
+    return d;
+}
+
 template <class T, class Pass>
 static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int64_t end) {
     const TaggerPlan plan(s);
@@ -112,12 +134,21 @@ static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int
         for (int64_t r = seed * plan.rows + row; r < seed * plan.rows + row_end; ++r) {
             int64_t d = first;
             for (; d + Pair<T>::width <= last; d += Pair<T>::width)
-                pass.template pixels<Pair<T>, true>(r, d, Pair<T>::width);
+                pass.template pixels<Pair<T>, true>(r, opaque(d), Pair<T>::width);
             for (; d + Vec<T>::width <= last; d += Vec<T>::width)
-                pass.template pixels<Vec<T>, true>(r, d, Vec<T>::width);
+                pass.template pixels<Vec<T>, true>(r, opaque(d), Vec<T>::width);
             if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
             pass.end_row();
         }
         pass.end_item(item);
     }
 }
+
+// over_items of a pass, with the number of groups known where it is kFew.
+#define LF_BY_GROUPS(T, Pass, ...)                                    \
+    {                                                                 \
+        if (s.groups == kFew)                                         \
+            over_items<T>(Pass<T, kFew>(__VA_ARGS__), s, begin, end); \
+        else                                                          \
+            over_items<T>(Pass<T, 0>(__VA_ARGS__), s, begin, end);    \
+    }

@@ -65,21 +65,22 @@ namespace LF_ISA {
 #include "../math/tagger.h"
 #include "tagger_pass.h"
 
-template <class T>
+template <class T, int fixed>
 struct StepInputs : TaggerPass<T> {
     T* out;
 
     LF_HD StepInputs(const TaggerInputs& in, const TaggerShape& s, T* out) : TaggerPass<T>(in, s), out(out) {}
 
-    // The masks' exponentials in a[k]; finishes `masks`.
+    // The masks in a[k].
     template <class V, bool whole>
     LF_HD void softmax(MaskPixel<V>& masks, V* a, int64_t r, int64_t d, int64_t n) const {
-        for (int64_t k = 0; k < this->groups; ++k) {
+        LF_EACH_GROUP(k, this->groups) {
             a[k] = logit_exponent(this->m.template load<V, whole>(r, k, d, n));
             masks.compare(a[k]);
         }
-        for (int64_t k = 0; k < this->groups; ++k) a[k] = masks.weigh(a[k]);
+        LF_EACH_GROUP(k, this->groups) a[k] = masks.weigh(a[k]);
         masks.finish();
+        LF_EACH_GROUP(k, this->groups) a[k] = masks.mask(a[k]);
     }
     template <class V, bool whole>
     LF_HD void put(int64_t r, int64_t k, int64_t d, int64_t n, V z, V m, V dz, V likelihood) const {
@@ -91,74 +92,83 @@ struct StepInputs : TaggerPass<T> {
     }
 };
 
-template <class T>
-struct GaussianStepInputs : StepInputs<T> {
+template <class T, int fixed>
+struct GaussianStepInputs : StepInputs<T, fixed> {
     GaussianScalar<T> scalars;
 
-    LF_HD GaussianStepInputs(const TaggerInputs& in, const TaggerShape& s, T* out) : StepInputs<T>(in, s, out) {}
+    LF_HD GaussianStepInputs(const TaggerInputs& in, const TaggerShape& s, T* out) : StepInputs<T, fixed>(in, s, out) {}
     LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
 
-    template <class V, bool whole>
+    template <class V, bool whole, bool scaled = false>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto v = broadcast<V>(scalars);
-        V w[kKept], a[kKept];
+        V w[kept<fixed>], a[kept<fixed>];
         const V x = this->x.template load<V, whole>(r, 0, d, n);
-        GaussianPixel<V> pixel;
+        GaussianPixel<V, scaled> pixel;
         MaskPixel<V> masks;
-        for (int64_t k = 0; k < this->groups; ++k) {
+        GaussianPixel<V, false> unscaled;
+        LF_EACH_GROUP(k, this->groups) {
             w[k] = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            pixel.compare(w[k]);
+            if constexpr (scaled) {
+                unscaled.weigh(w[k]);
+                pixel.compare(w[k]);
+            }
         }
-        for (int64_t k = 0; k < this->groups; ++k) w[k] = pixel.weigh(w[k]);
+        if constexpr (scaled) pixel.unless_enough(unscaled.total);
+        LF_EACH_GROUP(k, this->groups) w[k] = pixel.weigh(w[k]);
+        if constexpr (!scaled) {
+            if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
+                *this = scaled_pixels<V, whole>(*this, r, d, n);
+                return;
+            }
+        }
         pixel.finish(v);
         this->template softmax<V, whole>(masks, a, r, d, n);
-        for (int64_t k = 0; k < this->groups; ++k) {
-            const V z = this->z.template load<V, whole>(r, k, d, n), m = masks.mask(a[k]);
-            V dz, likelihood;
-            pixel.forward(x - z, m, w[k], dz, likelihood);
-            this->template put<V, whole>(r, k, d, n, z, m, dz, likelihood);
-        }
-    }
-};
-
-template <class T>
-struct BernoulliStepInputs : StepInputs<T> {
-    BernoulliScalar<T> scalars;
-
-    LF_HD BernoulliStepInputs(const TaggerInputs& in, const TaggerShape& s, T* out) : StepInputs<T>(in, s, out) {}
-    LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
-
-    template <class V, bool whole>
-    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
-        const auto b = broadcast<V>(scalars);
-        V a[kKept];
-        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
-        MaskPixel<V> masks;
-        this->template softmax<V, whole>(masks, a, r, d, n);
-        for (int64_t k = 0; k < this->groups; ++k) {
-            a[k] = masks.mask(a[k]);
-            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b), a[k]);
-        }
-        pixel.finish();
-        for (int64_t k = 0; k < this->groups; ++k) {
+        LF_EACH_GROUP(k, this->groups) {
             const V z = this->z.template load<V, whole>(r, k, d, n);
             V dz, likelihood;
-            pixel.forward(pixel.xi(z, b), a[k], dz, likelihood);
+            pixel.forward(x - z, a[k], w[k], dz, likelihood);
             this->template put<V, whole>(r, k, d, n, z, a[k], dz, likelihood);
         }
     }
 };
 
+template <class T, int fixed>
+struct BernoulliStepInputs : StepInputs<T, fixed> {
+    BernoulliScalar<T> scalars;
+
+    LF_HD BernoulliStepInputs(const TaggerInputs& in, const TaggerShape& s, T* out)
+        : StepInputs<T, fixed>(in, s, out) {}
+    LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
+
+    template <class V, bool whole>
+    LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        V a[kept<fixed>], density[kept<fixed>];
+        const auto b = broadcast<V>(scalars);
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
+        MaskPixel<V> masks;
+        this->template softmax<V, whole>(masks, a, r, d, n);
+        LF_EACH_GROUP(k, this->groups)
+        density[k] = pixel.gather(this->z.template load<V, whole>(r, k, d, n), a[k]);
+        pixel.finish(b);
+        LF_EACH_GROUP(k, this->groups) {
+            V dz, likelihood;
+            pixel.forward(a[k], density[k], dz, likelihood);
+            this->template put<V, whole>(r, k, d, n, this->z.template load<V, whole>(r, k, d, n), a[k], dz, likelihood);
+        }
+    }
+};
+
 // grad: the four parts of a group's gradient are `width` apart.
-template <class T>
-struct StepInputsBackward : StepInputs<T> {
+template <class T, int fixed>
+struct StepInputsBackward : StepInputs<T, fixed> {
     TaggerView<T> grad;
     T *grad_x, *grad_z, *grad_logits;
     ItemSum<T> sum;
 
     LF_HD StepInputsBackward(const TaggerInput& grad, const TaggerInputs& in, const TaggerShape& s, T* grad_x,
                              T* grad_z, T* grad_logits, double* partials)
-        : StepInputs<T>(in, s, nullptr),
+        : StepInputs<T, fixed>(in, s, nullptr),
           grad(grad),
           grad_x(grad_x),
           grad_z(grad_z),
@@ -174,41 +184,51 @@ struct StepInputsBackward : StepInputs<T> {
     // From masks in m[k] and the gradients that reach them in g[k].
     template <class V, bool whole>
     LF_HD void finish_logits(MaskPixel<V>& masks, const V* m, const V* g, int64_t r, int64_t d, int64_t n) const {
-        for (int64_t k = 0; k < this->groups; ++k) masks.gather(m[k], g[k]);
-        for (int64_t k = 0; k < this->groups; ++k)
-            write<whole>(masks.backward(m[k], g[k]), grad_logits + this->packed(r, k, d), n);
+        LF_EACH_GROUP(k, this->groups) masks.gather(m[k], g[k]);
+        LF_EACH_GROUP(k, this->groups)
+        write<whole>(masks.backward(m[k], g[k]), grad_logits + this->packed(r, k, d), n);
     }
 };
 
-template <class T>
-struct GaussianStepInputsBackward : StepInputsBackward<T> {
+template <class T, int fixed>
+struct GaussianStepInputsBackward : StepInputsBackward<T, fixed> {
     GaussianScalar<T> scalars;
 
     LF_HD GaussianStepInputsBackward(const TaggerInput& grad, const TaggerInputs& in, const TaggerShape& s, T* grad_x,
                                      T* grad_z, T* grad_logits, double* partials)
-        : StepInputsBackward<T>(grad, in, s, grad_x, grad_z, grad_logits, partials) {}
+        : StepInputsBackward<T, fixed>(grad, in, s, grad_x, grad_z, grad_logits, partials) {}
     LF_HD void start(int64_t seed) { scalars = gaussian_scalar<T>(this->scalar, seed); }
     LF_HD void end_row() { this->sum.end_row(); }
     LF_HD void end_item(int64_t item) { this->sum.end_item(item); }
 
-    template <class V, bool whole>
+    template <class V, bool whole, bool scaled = false>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto v = broadcast<V>(scalars);
-        V w[kKept], m[kKept], g[kKept];
+        V w[kept<fixed>], m[kept<fixed>], g[kept<fixed>];
         const V x = this->x.template load<V, whole>(r, 0, d, n);
-        GaussianPixel<V> pixel;
+        GaussianPixel<V, scaled> pixel;
         MaskPixel<V> masks;
-        for (int64_t k = 0; k < this->groups; ++k) {
+        GaussianPixel<V, false> unscaled;
+        LF_EACH_GROUP(k, this->groups) {
             w[k] = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-            pixel.compare(w[k]);
+            if constexpr (scaled) {
+                unscaled.weigh(w[k]);
+                pixel.compare(w[k]);
+            }
         }
-        for (int64_t k = 0; k < this->groups; ++k)
-            w[k] = pixel.weigh(w[k], this->template of<V, whole>(this->kLikelihood, r, k, d, n));
+        if constexpr (scaled) pixel.unless_enough(unscaled.total);
+        LF_EACH_GROUP(k, this->groups)
+        w[k] = pixel.weigh(w[k], this->template of<V, whole>(this->kLikelihood, r, k, d, n));
+        if constexpr (!scaled) {
+            if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
+                *this = scaled_pixels<V, whole>(*this, r, d, n);
+                return;
+            }
+        }
         pixel.finish(v);
         this->template softmax<V, whole>(masks, m, r, d, n);
         V sum_v = constant<V>(0);
-        for (int64_t k = 0; k < this->groups; ++k) {
-            m[k] = masks.mask(m[k]);
+        LF_EACH_GROUP(k, this->groups) {
             V out_z;
             pixel.backward(this->template of<V, whole>(this->kDz, r, k, d, n),
                            this->template of<V, whole>(this->kLikelihood, r, k, d, n),
@@ -218,45 +238,49 @@ struct GaussianStepInputsBackward : StepInputsBackward<T> {
                          this->grad_z + this->packed(r, k, d), n);
         }
         this->template finish_logits<V, whole>(masks, m, g, r, d, n);
-        write<whole>(pixel.sum_x, this->grad_x + r * this->width + d, n);
+        if (this->grad_x != nullptr) write<whole>(pixel.sum_x, this->grad_x + r * this->width + d, n);
         this->sum.template add<whole>(sum_v, n);
     }
 };
 
-template <class T>
-struct BernoulliStepInputsBackward : StepInputsBackward<T> {
+template <class T, int fixed>
+struct BernoulliStepInputsBackward : StepInputsBackward<T, fixed> {
     BernoulliScalar<T> scalars;
 
     LF_HD BernoulliStepInputsBackward(const TaggerInput& grad, const TaggerInputs& in, const TaggerShape& s, T* grad_x,
                                       T* grad_z, T* grad_logits, double* partials)
-        : StepInputsBackward<T>(grad, in, s, grad_x, grad_z, grad_logits, partials) {}
+        : StepInputsBackward<T, fixed>(grad, in, s, grad_x, grad_z, grad_logits, partials) {}
     LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
 
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
+        V m[kept<fixed>], g[kept<fixed>], density[kept<fixed>];
         const auto b = broadcast<V>(scalars);
-        V m[kKept], g[kKept];
-        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n));
+        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
         MaskPixel<V> masks;
         this->template softmax<V, whole>(masks, m, r, d, n);
-        for (int64_t k = 0; k < this->groups; ++k) {
-            m[k] = masks.mask(m[k]);
-            pixel.gather(pixel.xi(this->z.template load<V, whole>(r, k, d, n), b), m[k],
-                         this->template of<V, whole>(this->kDz, r, k, d, n),
-                         this->template of<V, whole>(this->kLikelihood, r, k, d, n));
+        LF_EACH_GROUP(k, this->groups)
+        density[k] = pixel.gather(this->z.template load<V, whole>(r, k, d, n), m[k],
+                                  this->template of<V, whole>(this->kDz, r, k, d, n),
+                                  this->template of<V, whole>(this->kLikelihood, r, k, d, n));
+        pixel.finish_backward(b);
+        if (this->grad_x != nullptr) {
+            V sum_x = pixel.grad_t;
+            LF_EACH_GROUP(k, this->groups)
+            sum_x = sum_x + pixel.grad_x(this->template of<V, whole>(this->kLikelihood, r, k, d, n),
+                                         this->z.template load<V, whole>(r, k, d, n), density[k], b);
+            write<whole>(sum_x, this->grad_x + r * this->width + d, n);
         }
-        pixel.finish_backward();
-        for (int64_t k = 0; k < this->groups; ++k) {
+        LF_EACH_GROUP(k, this->groups) {
             V out_z;
             pixel.backward(this->template of<V, whole>(this->kDz, r, k, d, n),
                            this->template of<V, whole>(this->kLikelihood, r, k, d, n),
-                           pixel.xi(this->z.template load<V, whole>(r, k, d, n), b), m[k], b, out_z, g[k]);
+                           this->z.template load<V, whole>(r, k, d, n), m[k], density[k], b, out_z, g[k]);
             g[k] = g[k] + this->template of<V, whole>(this->kM, r, k, d, n);
             write<whole>(out_z + this->template of<V, whole>(this->kZ, r, k, d, n),
                          this->grad_z + this->packed(r, k, d), n);
         }
         this->template finish_logits<V, whole>(masks, m, g, r, d, n);
-        write<whole>(pixel.sum_x, this->grad_x + r * this->width + d, n);
     }
 };
 
@@ -267,12 +291,6 @@ static LF_HD V read(const T* from, int64_t n) {
     else
         return V::load(from, n);
 }
-
-// Groups whose number the compiler knows, else `fixed` is 0: their intermediate results then stay in registers.
-static const int kFew = 4;
-template <int fixed>
-static constexpr int64_t kept = fixed ? fixed : kKept;
-#define LF_EACH_GROUP(k, groups) _Pragma("GCC unroll 4") for (int64_t k = 0; k < (fixed ? fixed : groups); ++k)
 
 // What pixels need of their columns: z before any squashing is (z_pre - mean_z) scale_z + b1, and the logit is
 // (m_pre - mean_m) scale_m.
@@ -458,7 +476,8 @@ struct OutputsPass {
         } else {
             BernoulliMixture<V> mixture;
             mixture.p = V::load(sum + at) / V::load(masks_sum + at);
-            out = mixture.nll(item.x.template load<V, whole>(r, 0, d, n));
+            const V x = item.x.template load<V, whole>(r, 0, d, n);
+            out = all_binary(x, whole ? V::width : n) ? mixture.binary_nll(x) : mixture.nll(x);
         }
         write<whole>(out, nll + r * item.width + d, n);
     }
@@ -554,9 +573,8 @@ struct OutputsBackward {
             BernoulliMixture<V> mixture;
             mixture.p = V::load(joint_at + at) * share;
             mixture.p.store(joint_at + at);
-            V grad_x;
-            mixture.backward(grad, x, grad_x).store(slope_at + at);
-            write<whole>(grad_x, to.x + r * item.width + d, n);
+            mixture.backward(grad, x).store(slope_at + at);
+            if (to.x != nullptr) write<whole>(mixture.grad_x(grad), to.x + r * item.width + d, n);
         }
     }
 
@@ -603,7 +621,7 @@ struct OutputsBackward {
             (V::load(sum_at) + sum[j]).store(sum_at);
         }
         if constexpr (gaussian) {
-            write<whole>(grad_x, to.x + r * item.width + d, n);
+            if (to.x != nullptr) write<whole>(grad_x, to.x + r * item.width + d, n);
             if constexpr (!whole)
                 for (int64_t j = n; j < V::width; ++j) sum_v.raw[j] = 0;
             of_variance = of_variance + sum_v;
@@ -702,16 +720,16 @@ static inline void outputs_backward_finish(const TaggerOutputs& in, const Tagger
     static void inputs_##suffix(bool gaussian, const TaggerInputs& in, T* out, const TaggerShape& s, int64_t begin,   \
                                 int64_t end) {                                                                        \
         if (gaussian)                                                                                                 \
-            over_items<T>(GaussianStepInputs<T>(in, s, out), s, begin, end);                                          \
+            LF_BY_GROUPS(T, GaussianStepInputs, in, s, out)                                                           \
         else                                                                                                          \
-            over_items<T>(BernoulliStepInputs<T>(in, s, out), s, begin, end);                                         \
+            LF_BY_GROUPS(T, BernoulliStepInputs, in, s, out)                                                          \
     }                                                                                                                 \
     static void inputs_backward_##suffix(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,   \
                                          T* gl, double* partials, const TaggerShape& s, int64_t begin, int64_t end) { \
         if (gaussian)                                                                                                 \
-            over_items<T>(GaussianStepInputsBackward<T>(g, in, s, gx, gz, gl, partials), s, begin, end);              \
+            LF_BY_GROUPS(T, GaussianStepInputsBackward, g, in, s, gx, gz, gl, partials)                               \
         else                                                                                                          \
-            over_items<T>(BernoulliStepInputsBackward<T>(g, in, s, gx, gz, gl, nullptr), s, begin, end);              \
+            LF_BY_GROUPS(T, BernoulliStepInputsBackward, g, in, s, gx, gz, gl, nullptr)                               \
     }                                                                                                                 \
     static void outputs_moments_##suffix(const TaggerOutputs& in, T* workspace, const TaggerShape& s, int64_t begin,  \
                                          int64_t end) {                                                               \

@@ -84,7 +84,7 @@ struct GaussianInputsBackward {
             write<whole>(grad_z, p, r * plan.groups + k, plan.pixels, out_z);
             write<whole>(grad_m, p, r * plan.groups + k, plan.pixels, out_m);
         }
-        write<whole>(grad_x, p, r, plan.pixels, pixel.sum_x);
+        if (grad_x != nullptr) write<whole>(grad_x, p, r, plan.pixels, pixel.sum_x);
 #pragma unroll
         for (int i = 0; i < N; ++i) sum += i < p.count ? sum_v.at[i] : Compute<T>(0);
     }
@@ -101,20 +101,20 @@ struct BernoulliInputs {
     template <int held, bool whole>
     __device__ __forceinline__ void row(const Plan& plan, const Place& p, const Scalar& b, int64_t r,
                                         Compute<T>&) const {
-        Kept<V, held> xi, m;
-        BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0));
+        Kept<V, held> density, m;
+        BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0), b);
         LF_EACH_GROUP(k) {
-            const V probability = pixel.xi(in.z.template load<whole>(p, r, k), b);
             const V mask = in.m.template load<whole>(p, r, k);
-            pixel.gather(probability, mask);
-            if (held) xi.at[k] = probability;
+            const V found = pixel.gather(in.z.template load<whole>(p, r, k), mask);
+            if (held) density.at[k] = found;
             if (held) m.at[k] = mask;
         }
-        pixel.finish();
+        pixel.finish(b);
         LF_EACH_GROUP(k) {
             V out_dz, out_likelihood;
-            pixel.forward(held ? xi.at[k] : pixel.xi(in.z.template load<whole>(p, r, k), b),
-                          held ? m.at[k] : in.m.template load<whole>(p, r, k), out_dz, out_likelihood);
+            pixel.forward(held ? m.at[k] : in.m.template load<whole>(p, r, k),
+                          held ? density.at[k] : pixel.density(in.z.template load<whole>(p, r, k)), out_dz,
+                          out_likelihood);
             write<whole>(dz, p, r * plan.groups + k, plan.pixels, out_dz);
             write<whole>(likelihood, p, r * plan.groups + k, plan.pixels, out_likelihood);
         }
@@ -134,20 +134,23 @@ struct BernoulliInputsBackward {
     template <int held, bool whole>
     __device__ __forceinline__ void row(const Plan& plan, const Place& p, const Scalar& b, int64_t r,
                                         Compute<T>&) const {
-        BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0));
+        BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0), b);
         LF_EACH_GROUP(k)
-        pixel.gather(pixel.xi(in.z.template load<whole>(p, r, k), b), in.m.template load<whole>(p, r, k),
+        pixel.gather(in.z.template load<whole>(p, r, k), in.m.template load<whole>(p, r, k),
                      grad_dz.template load<whole>(p, r, k), grad_likelihood.template load<whole>(p, r, k));
-        pixel.finish_backward();
+        pixel.finish_backward(b);
+        V sum_x = pixel.grad_t;
         LF_EACH_GROUP(k) {
+            const V z = in.z.template load<whole>(p, r, k), density = pixel.density(z);
+            const V from_likelihood = grad_likelihood.template load<whole>(p, r, k);
             V out_z, out_m;
-            pixel.backward(grad_dz.template load<whole>(p, r, k), grad_likelihood.template load<whole>(p, r, k),
-                           pixel.xi(in.z.template load<whole>(p, r, k), b), in.m.template load<whole>(p, r, k), b,
-                           out_z, out_m);
+            pixel.backward(grad_dz.template load<whole>(p, r, k), from_likelihood, z,
+                           in.m.template load<whole>(p, r, k), density, b, out_z, out_m);
+            sum_x = sum_x + pixel.grad_x(from_likelihood, z, density, b);
             write<whole>(grad_z, p, r * plan.groups + k, plan.pixels, out_z);
             write<whole>(grad_m, p, r * plan.groups + k, plan.pixels, out_m);
         }
-        write<whole>(grad_x, p, r, plan.pixels, pixel.sum_x);
+        if (grad_x != nullptr) write<whole>(grad_x, p, r, plan.pixels, sum_x);
     }
 };
 
@@ -216,7 +219,7 @@ struct GaussianNllBackward {
             write<whole>(grad_z, p, r * plan.groups + k, plan.pixels, out_z);
             write<whole>(grad_m, p, r * plan.groups + k, plan.pixels, out_m);
         }
-        write<whole>(grad_x, p, r, plan.pixels, pixel.sum_x);
+        if (grad_x != nullptr) write<whole>(grad_x, p, r, plan.pixels, pixel.sum_x);
 #pragma unroll
         for (int i = 0; i < N; ++i) sum += i < p.count ? sum_v.at[i] : Compute<T>(0);
     }
@@ -260,9 +263,9 @@ struct BernoulliNllBackward {
             if (held) z.at[k] = probability;
             if (held) m.at[k] = mask;
         }
-        V out_x;
-        const V slope = pixel.backward(grad.template load<whole>(p, r, 0), in.x.template load<whole>(p, r, 0), out_x);
-        write<whole>(grad_x, p, r, plan.pixels, out_x);
+        const V from = grad.template load<whole>(p, r, 0);
+        const V slope = pixel.backward(from, in.x.template load<whole>(p, r, 0));
+        if (grad_x != nullptr) write<whole>(grad_x, p, r, plan.pixels, pixel.grad_x(from));
         LF_EACH_GROUP(k) {
             write<whole>(grad_z, p, r * plan.groups + k, plan.pixels,
                          slope * (held ? m.at[k] : in.m.template load<whole>(p, r, k)));

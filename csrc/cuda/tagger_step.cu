@@ -100,18 +100,17 @@ struct BernoulliStepInputs : StepInputs<T, N> {
     __device__ __forceinline__ void row(const Plan& plan, const Place& p, const Scalar& b, int64_t r,
                                         Compute<T>&) const {
         Kept<V, held> a;
-        BernoulliPixel<V> pixel(this->in.x.template load<whole>(p, r, 0));
+        BernoulliPixel<V> pixel(this->in.x.template load<whole>(p, r, 0), b);
         MaskPixel<V> masks;
         this->template softmax<held, whole>(plan, p, r, masks, a);
         LF_EACH_GROUP(k)
-        pixel.gather(pixel.xi(this->in.z.template load<whole>(p, r, k), b),
-                     this->template mask<held, whole>(p, r, k, masks, a));
-        pixel.finish();
+        pixel.gather(this->in.z.template load<whole>(p, r, k), this->template mask<held, whole>(p, r, k, masks, a));
+        pixel.finish(b);
         LF_EACH_GROUP(k) {
             const V z = this->in.z.template load<whole>(p, r, k);
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
             V dz, likelihood;
-            pixel.forward(pixel.xi(z, b), m, dz, likelihood);
+            pixel.forward(m, pixel.density(z), dz, likelihood);
             this->template put<whole>(out, plan, p, r, k, z, m, dz, likelihood);
         }
     }
@@ -179,7 +178,7 @@ struct GaussianStepInputsBackward : StepInputsBackward<T, N> {
             write<whole>(this->grad_z, p, r * plan.groups + k, plan.pixels,
                          out_z + this->template of<whole>(Base::kZ, plan, p, r, k));
         }
-        write<whole>(this->grad_x, p, r, plan.pixels, pixel.sum_x);
+        if (this->grad_x != nullptr) write<whole>(this->grad_x, p, r, plan.pixels, pixel.sum_x);
         LF_EACH_GROUP(k) {
             const V e = x - in.z.template load<whole>(p, r, k);
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
@@ -208,32 +207,35 @@ struct BernoulliStepInputsBackward : StepInputsBackward<T, N> {
                                         Compute<T>&) const {
         const auto& in = this->in;
         Kept<V, held> a;
-        BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0));
+        BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0), b);
         MaskPixel<V> masks;
         this->template softmax<held, whole>(plan, p, r, masks, a);
         LF_EACH_GROUP(k)
-        pixel.gather(pixel.xi(in.z.template load<whole>(p, r, k), b),
-                     this->template mask<held, whole>(p, r, k, masks, a),
+        pixel.gather(in.z.template load<whole>(p, r, k), this->template mask<held, whole>(p, r, k, masks, a),
                      this->template of<whole>(Base::kDz, plan, p, r, k),
                      this->template of<whole>(Base::kLikelihood, plan, p, r, k));
-        pixel.finish_backward();
+        pixel.finish_backward(b);
+        V sum_x = pixel.grad_t;
         LF_EACH_GROUP(k) {
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
+            const V z = in.z.template load<whole>(p, r, k), density = pixel.density(z);
+            const V from_likelihood = this->template of<whole>(Base::kLikelihood, plan, p, r, k);
             V out_z, out_m;
-            pixel.backward(this->template of<whole>(Base::kDz, plan, p, r, k),
-                           this->template of<whole>(Base::kLikelihood, plan, p, r, k),
-                           pixel.xi(in.z.template load<whole>(p, r, k), b), m, b, out_z, out_m);
+            pixel.backward(this->template of<whole>(Base::kDz, plan, p, r, k), from_likelihood, z, m, density, b, out_z,
+                           out_m);
+            sum_x = sum_x + pixel.grad_x(from_likelihood, z, density, b);
             masks.gather(m, out_m + this->template of<whole>(Base::kM, plan, p, r, k));
             write<whole>(this->grad_z, p, r * plan.groups + k, plan.pixels,
                          out_z + this->template of<whole>(Base::kZ, plan, p, r, k));
         }
-        write<whole>(this->grad_x, p, r, plan.pixels, pixel.sum_x);
+        if (this->grad_x != nullptr) write<whole>(this->grad_x, p, r, plan.pixels, sum_x);
         LF_EACH_GROUP(k) {
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
+            const V z = in.z.template load<whole>(p, r, k);
             V none, out_m;
             pixel.backward(this->template of<whole>(Base::kDz, plan, p, r, k),
-                           this->template of<whole>(Base::kLikelihood, plan, p, r, k),
-                           pixel.xi(in.z.template load<whole>(p, r, k), b), m, b, none, out_m);
+                           this->template of<whole>(Base::kLikelihood, plan, p, r, k), z, m, pixel.density(z), b, none,
+                           out_m);
             write<whole>(this->grad_logits, p, r * plan.groups + k, plan.pixels,
                          masks.backward(m, out_m + this->template of<whole>(Base::kM, plan, p, r, k)));
         }
@@ -463,7 +465,8 @@ struct OutputsBackward {
             joint.finish();
         } else {
             mixture.p = mixture.p * masks.share;
-            slope = mixture.backward(grad, x, grad_x);
+            slope = mixture.backward(grad, x);
+            if (finish && to_x != nullptr) grad_x = mixture.grad_x(grad);
         }
         LF_EACH_GROUP(k) {
             const V exponent = logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
@@ -497,7 +500,7 @@ struct OutputsBackward {
             }
         }
         if constexpr (finish) {
-            write<whole>(to_x, p, r, plan.pixels, grad_x);
+            if (to_x != nullptr) write<whole>(to_x, p, r, plan.pixels, grad_x);
         } else if constexpr (gaussian) {
 #pragma unroll
             for (int i = 0; i < N; ++i) s.sum_v += i < p.count ? sum_v.at[i] : C(0);

@@ -12,6 +12,11 @@
 // A kernel goes over the groups of a pixel a few times: to gather, then to write. What a pixel gathers is a struct
 // here. Exponents are to the base 2: y_k = -(x - z_k)^2 / (2 v ln 2).
 //
+// Powers are relative to a `top` near the largest one, which holds where all of them underflow. A struct that is not
+// `scaled` spares looking for it and takes top = 0: right where its total is LF_TAGGER_ENOUGH at least, beside which
+// little is lost by underflow, in float 2^-62 of it. Who goes on with a scaled one for the sake of some lanes calls
+// `unless_enough` after comparing: the others then get what they would have got.
+//
 // Textual header without an include guard: it is included inside the namespace that uses it, on the CPU once per
 // instruction set. V is a scalar or a vector type. Declared before: LF_HD (host_device.h) and, for V,
 //   constant<V>(double)
@@ -27,6 +32,8 @@
 #define LF_TAGGER_POLE 0.5e-4
 #define LF_TAGGER_FLOOR 1e-30
 
+#define LF_TAGGER_ENOUGH 0x1p-64
+
 template <class V>
 struct GaussianScalar {
     V scale;      // -1 / (2 v ln 2)
@@ -41,14 +48,21 @@ LF_HD V gaussian_exponent(V e, const GaussianScalar<V>& s) {
     return (e * s.scale) * e;
 }
 
-// 1. top = max_k y_k. 2. of w_k = 2^(y_k - top): total, and in backward dot = sum_k w_k grad_likelihood_k.
 template <class V>
+LF_HD V top_unless_enough(V unscaled_total, V top) {
+    return if_less(unscaled_total, constant<V>(LF_TAGGER_ENOUGH), top, constant<V>(0));
+}
+
+// 1. where scaled, top = max_k y_k. 2. of w_k = 2^(y_k - top): total, and in backward
+// dot = sum_k w_k grad_likelihood_k.
+template <class V, bool scaled = true>
 struct GaussianPixel {
     V top, total, dot;
     V share, peak, sum_x;
 
-    LF_HD GaussianPixel() : top(constant<V>(-1e37)), total(constant<V>(0)), dot(total) {}
+    LF_HD GaussianPixel() : top(constant<V>(scaled ? -1e37 : 0)), total(constant<V>(0)), dot(total) {}
     LF_HD void compare(V y) { top = larger(y, top); }
+    LF_HD void unless_enough(V unscaled_total) { top = top_unless_enough(unscaled_total, top); }
     LF_HD V weigh(V y) {
         const V w = exp2_of(y - top);
         total = total + w;
@@ -61,7 +75,7 @@ struct GaussianPixel {
     }
     LF_HD void finish(const GaussianScalar<V>& s) {
         share = constant<V>(1) / total;
-        peak = exp2_of(top) * s.norm;
+        peak = scaled ? exp2_of(top) * s.norm : s.norm;
         dot = dot * share;
         sum_x = constant<V>(0);
     }
@@ -72,30 +86,31 @@ struct GaussianPixel {
     // Adds to sum_v the group's part of 2 v grad_variance. It is e times grad_z: a scale of e is one of sqrt(v).
     LF_HD void backward(V grad_dz, V grad_likelihood, V e, V m, V w, const GaussianScalar<V>& s, V& grad_z, V& grad_m,
                         V& sum_v) {
-        const V scaled = e * s.precision;
+        const V over_v = e * s.precision;
         const V density = grad_dz * (w * peak);
         const V a = (w * share) * (grad_likelihood - dot);
         grad_m = density * e;
-        grad_z = a * scaled - (density * m) * (constant<V>(1) - scaled * e);
+        grad_z = a * over_v - (density * m) * (constant<V>(1) - over_v * e);
         sum_x = sum_x - grad_z;
         sum_v = sum_v + e * grad_z;
     }
 };
 
-// 1. top: close above or below the largest of log2 m_k + y_k, within a factor of two of its power. 2. of
+// 1. where scaled, top: close above or below the largest of log2 m_k + y_k, within a factor of two of its power. 2. of
 // w_k = 2^(y_k - top), total = sum_k m_k w_k.
 // A group of mask 0 may lie above top by any amount, and the gradient of its mask grows alike: it is held at `most`.
-template <class V>
+template <class V, bool scaled = true>
 struct GaussianMixture {
     V top, total;
     V share, sum_x;
 
-    LF_HD GaussianMixture() : top(constant<V>(-1e37)), total(constant<V>(0)) {}
+    LF_HD GaussianMixture() : top(constant<V>(scaled ? -1e37 : 0)), total(constant<V>(0)) {}
     LF_HD void compare(V y, V m) {
         top = larger(if_less(constant<V>(0), m, y + exponent_of(m), constant<V>(-1e37)), top);
     }
+    LF_HD void unless_enough(V unscaled_total) { top = top_unless_enough(unscaled_total, top); }
     LF_HD V weigh(V y, V m, const GaussianScalar<V>& s) {
-        const V w = exp2_of(smaller(s.most, y - top));
+        const V w = exp2_of(scaled ? smaller(s.most, y - top) : y);
         total = total + m * w;
         return w;
     }
@@ -120,65 +135,77 @@ struct BernoulliScalar {
     V flip, keep;  // b, 1 - 2 b
 };
 
-// Mixture s = sum_k xi_k m_k and total = sum_k density_k; in backward also dot = sum_k density_k grad_likelihood_k and
-// sum_m = sum_k grad_dz_k m_k.
+// Mixture s = sum_k xi_k m_k = keep sum_k z_k m_k + flip sum_k m_k, and total = sum_k density_k; in backward also
+// dot = sum_k density_k grad_likelihood_k and sum_m = sum_k grad_dz_k m_k.
 template <class V>
 struct BernoulliPixel {
-    V x, sign;
-    V mixture, total, dot, sum_m;
-    V pole, share, grad_s, sum_x;  // 1 / denominator of dz, 1 / total, gradient of the mixture, grad_x
+    V x, offset, slope;  // density_k = offset + slope z_k
+    V seen, masks, total, dot, sum_m;
+    V pole, share;     // 1 / denominator of dz, 1 / total
+    V grad_t, grad_s;  // gradients of the denominator and of the mixture
 
-    LF_HD explicit BernoulliPixel(V x)
-        : x(x), sign(x + x - constant<V>(1)), mixture(constant<V>(0)), total(mixture), dot(mixture), sum_m(mixture) {}
-    LF_HD static V xi(V z, const BernoulliScalar<V>& s) { return z * s.keep + s.flip; }
-    LF_HD V density(V xi) const { return (constant<V>(1) - x) + xi * sign; }
-    LF_HD static V floored(V density) { return larger(constant<V>(LF_TAGGER_FLOOR), density); }
-
-    LF_HD void gather(V xi, V m) {
-        mixture = mixture + xi * m;
-        total = total + floored(density(xi));
+    LF_HD BernoulliPixel(V x, const BernoulliScalar<V>& s)
+        : x(x), seen(constant<V>(0)), masks(seen), total(seen), dot(seen), sum_m(seen) {
+        const V one = constant<V>(1), sign = x + x - one;
+        offset = (one - x) + sign * s.flip;
+        slope = sign * s.keep;
     }
-    LF_HD void gather(V xi, V m, V grad_dz, V grad_likelihood) {
-        const V d = floored(density(xi));
-        mixture = mixture + xi * m;
+    // Of a group; LF_TAGGER_FLOOR at least.
+    LF_HD V density(V z) const { return larger(constant<V>(LF_TAGGER_FLOOR), z * slope + offset); }
+
+    LF_HD V gather(V z, V m) {
+        const V d = density(z);
+        seen = seen + z * m;
+        masks = masks + m;
         total = total + d;
+        return d;
+    }
+    LF_HD V gather(V z, V m, V grad_dz, V grad_likelihood) {
+        const V d = gather(z, m);
         dot = dot + d * grad_likelihood;
         sum_m = sum_m + grad_dz * m;
+        return d;
     }
-    LF_HD V denominator() const {
+    LF_HD V mixture(const BernoulliScalar<V>& s) const { return s.keep * seen + s.flip * masks; }
+    LF_HD V denominator(V mixture) const {
         const V low = constant<V>(LF_TAGGER_CLIP), high = constant<V>(1 - LF_TAGGER_CLIP);
         return (x - constant<V>(1)) + smaller(high, larger(low, mixture));
     }
     // The same, never nearer to 0 than the pole allows.
     LF_HD static V off_pole(V t) {
         const V near = constant<V>(LF_TAGGER_POLE), zero = constant<V>(0);
-        const V far = if_less(t, zero, zero - near, near);
-        return if_less(t, near, if_less(zero - near, t, far, t), t);
+        return if_less(t, zero, smaller(zero - near, t), larger(near, t));
     }
-    LF_HD void finish() {
-        pole = constant<V>(1) / off_pole(denominator());
+    LF_HD void finish(const BernoulliScalar<V>& s) {
+        pole = constant<V>(1) / off_pole(denominator(mixture(s)));
         share = constant<V>(1) / total;
     }
-    LF_HD void forward(V xi, V m, V& dz, V& likelihood) const {
+    LF_HD void forward(V m, V density, V& dz, V& likelihood) const {
         dz = m * pole;
-        likelihood = floored(density(xi)) * share;
+        likelihood = density * share;
     }
-    LF_HD void finish_backward() {
-        finish();
+    LF_HD void finish_backward(const BernoulliScalar<V>& s) {
+        finish(s);
         dot = dot * share;
-        const V t = denominator(), near = constant<V>(LF_TAGGER_POLE), zero = constant<V>(0);
-        const V slope = zero - (sum_m * pole) * pole;
-        const V grad_t = if_less(t, near, if_less(zero - near, t, zero, slope), slope);
+        const V mixed = mixture(s), t = denominator(mixed);
+        const V near = constant<V>(LF_TAGGER_POLE), zero = constant<V>(0);
+        const V pull = zero - (sum_m * pole) * pole;
+        grad_t = if_less(t, near, if_less(zero - near, t, zero, pull), pull);
         const V low = constant<V>(LF_TAGGER_CLIP), high = constant<V>(1 - LF_TAGGER_CLIP);
-        grad_s = if_less(mixture, low, zero, if_less(high, mixture, zero, grad_t));
-        sum_x = grad_t;
+        grad_s = if_less(mixed, low, zero, if_less(high, mixed, zero, grad_t));
     }
-    LF_HD void backward(V grad_dz, V grad_likelihood, V xi, V m, const BernoulliScalar<V>& s, V& grad_z, V& grad_m) {
-        const V d = density(xi);
-        const V grad_d = if_less(constant<V>(LF_TAGGER_FLOOR), d, (grad_likelihood - dot) * share, constant<V>(0));
-        grad_m = grad_dz * pole + grad_s * xi;
-        grad_z = (grad_s * m + grad_d * sign) * s.keep;
-        sum_x = sum_x + grad_d * (xi + xi - constant<V>(1));
+    LF_HD V grad_density(V density, V grad_likelihood) const {
+        return if_less(constant<V>(LF_TAGGER_FLOOR), density, (grad_likelihood - dot) * share, constant<V>(0));
+    }
+    LF_HD void backward(V grad_dz, V grad_likelihood, V z, V m, V density, const BernoulliScalar<V>& s, V& grad_z,
+                        V& grad_m) const {
+        grad_m = grad_dz * pole + grad_s * (z * s.keep + s.flip);
+        grad_z = m * (grad_s * s.keep) + grad_density(density, grad_likelihood) * slope;
+    }
+    // A group's part of grad_x, to which grad_t is added once.
+    LF_HD V grad_x(V grad_likelihood, V z, V density, const BernoulliScalar<V>& s) const {
+        const V xi = z * s.keep + s.flip;
+        return grad_density(density, grad_likelihood) * (xi + xi - constant<V>(1));
     }
 };
 
@@ -194,14 +221,21 @@ struct BernoulliMixture {
         const V one = constant<V>(1), c = clipped();
         return (constant<V>(0) - x * log_of(c)) - (one - x) * log_of(one - c);
     }
-    // Returns the gradient of p: that of z_k is m_k times it, that of m_k is z_k times it.
-    LF_HD V backward(V grad, V x, V& grad_x) const {
-        const V one = constant<V>(1), zero = constant<V>(0), c = clipped();
-        const V inverse = one / c;
-        grad_x = grad * log_of((one - c) * inverse);
-        const V slope = grad * ((one - x) / (one - c) - x * inverse);
+    // The same of x that are 0 or 1.
+    LF_HD V binary_nll(V x) const {
+        const V c = clipped();
+        return constant<V>(0) - log_of(if_less(constant<V>(0), x, c, constant<V>(1) - c));
+    }
+    // The gradient of p: that of z_k is m_k times it, that of m_k is z_k times it.
+    LF_HD V backward(V grad, V x) const {
+        const V zero = constant<V>(0), c = clipped();
+        const V slope = grad * ((c - x) / (c * (constant<V>(1) - c)));
         const V low = constant<V>(LF_TAGGER_CLIP), high = constant<V>(1 - LF_TAGGER_CLIP);
         return if_less(p, low, zero, if_less(high, p, zero, slope));
+    }
+    LF_HD V grad_x(V grad) const {
+        const V c = clipped();
+        return grad * log_of((constant<V>(1) - c) / c);
     }
 };
 

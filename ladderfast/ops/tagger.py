@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import FLOATS, autocast_float32, check_dtype, shape_text
+from ladderfast.ops.checks import autocast_float32, check_dtype, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, readable
 from ladderfast.reference import tagger as reference
 
@@ -22,8 +22,8 @@ def _like_groups(z: Tensor) -> Tensor:
     return z.new_empty(z.shape)
 
 
-def _gradients_like(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return z.new_empty(x.shape), z.new_empty(z.shape), z.new_empty(z.shape)
+def _gradients_like(x: Tensor, z: Tensor, want_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return z.new_empty(x.shape if want_x else (0,)), z.new_empty(z.shape), z.new_empty(z.shape)
 
 
 if _extension.module is not None:
@@ -49,35 +49,54 @@ if _extension.module is not None:
 
     @_extension.register_fake("gaussian_group_inputs_backward")
     def _gaussian_inputs_backward_fake(
-        grad_dz: Tensor, grad_likelihood: Tensor, x: Tensor, z: Tensor, m: Tensor, variance: Tensor
+        grad_dz: Tensor,
+        grad_likelihood: Tensor,
+        x: Tensor,
+        z: Tensor,
+        m: Tensor,
+        variance: Tensor,
+        want_x: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *_gradients_like(x, z), variance.new_empty(variance.shape)
+        return *_gradients_like(x, z, want_x), variance.new_empty(variance.shape)
 
     @_extension.register_fake("bernoulli_group_inputs_backward")
     def _bernoulli_inputs_backward_fake(
-        grad_dz: Tensor, grad_likelihood: Tensor, x: Tensor, z: Tensor, m: Tensor, flip_prob: Tensor
+        grad_dz: Tensor,
+        grad_likelihood: Tensor,
+        x: Tensor,
+        z: Tensor,
+        m: Tensor,
+        flip_prob: Tensor,
+        want_x: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _gradients_like(x, z)
+        return _gradients_like(x, z, want_x)
 
     @_extension.register_fake("gaussian_mixture_nll_backward")
     def _gaussian_nll_backward_fake(
-        grad: Tensor, x: Tensor, z: Tensor, m: Tensor, variance: Tensor
+        grad: Tensor, x: Tensor, z: Tensor, m: Tensor, variance: Tensor, want_x: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *_gradients_like(x, z), variance.new_empty(variance.shape)
+        return *_gradients_like(x, z, want_x), variance.new_empty(variance.shape)
 
     @_extension.register_fake("bernoulli_mixture_nll_backward")
     def _bernoulli_nll_backward_fake(
-        grad: Tensor, x: Tensor, z: Tensor, m: Tensor
+        grad: Tensor, x: Tensor, z: Tensor, m: Tensor, want_x: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _gradients_like(x, z)
+        return _gradients_like(x, z, want_x)
 
 
-def _run(op: str, name: str, *tensors: Tensor) -> Any:
+def _run(op: str, name: str, tensors: list[Tensor]) -> Any:
     if name == "triton":
         from ladderfast.triton import tagger
 
         return getattr(tagger, op + "_triton")(*tensors)
     return _kernels[op](*tensors)
+
+
+def _run_backward(op: str, name: str, tensors: list[Tensor], want_x: bool) -> Any:
+    """The gradients; without want_x those but x's, which the kernels then neither compute nor write."""
+    op += "_backward"
+    found = _run(op, name, tensors) if name == "triton" else _kernels[op](*tensors, want_x)
+    return found if want_x else found[1:]
 
 
 # vmap's batch becomes part of the axis of rows, and the scalar gets an axis of seeds, (S,).
@@ -102,7 +121,7 @@ def _split(size: int, t: Tensor) -> Tensor:
 class _Tagger(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, z: Tensor, m: Tensor, scalar: Tensor | None, op: str, name: str) -> Any:
-        return _run(op, name, x, z, m) if scalar is None else _run(op, name, x, z, m, scalar)
+        return _run(op, name, [x, z, m] if scalar is None else [x, z, m, scalar])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -111,8 +130,12 @@ class _Tagger(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, z, m, scalar = ctx.saved_tensors
-        grads = apply_in_backward(_TaggerBackward, grad_a, grad_b, x, z, m, scalar, ctx.op, ctx.name)
+        want_x = ctx.needs_input_grad[0]
+        grads = apply_in_backward(
+            _TaggerBackward, grad_a, grad_b, *ctx.saved_tensors, ctx.op, ctx.name, want_x
+        )
+        if not want_x:
+            grads = (None, *grads)
         return (*grads, None, None) if len(grads) == 4 else (*grads, None, None, None)
 
     @staticmethod
@@ -136,43 +159,55 @@ class _TaggerBackward(torch.autograd.Function):
         scalar: Tensor | None,
         op: str,
         name: str,
+        want_x: bool,
     ) -> Any:
         given = [t for t in (grad_a, grad_b, x, z, m, scalar) if t is not None]
-        return _run(op + "_backward", name, *given)
+        return _run_backward(op, name, given, want_x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.op = inputs[6]
+        ctx.op, ctx.skipped = inputs[6], 0 if inputs[8] else 1
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Gradients of gradients come from the reference's backward pass, which is differentiable any number of times.
         saved = ctx.saved_tensors
         given = [k for k, t in enumerate(saved) if t is not None]
-        pullback = torch.func.vjp(getattr(reference, ctx.op + "_backward"), *(saved[k] for k in given))[1]
+
+        def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return getattr(reference, ctx.op + "_backward")(*tensors)[ctx.skipped :]
+
+        pullback = torch.func.vjp(formula, *(saved[k] for k in given))[1]
         found = dict(zip(given, pullback(grads), strict=True))
-        return *(found.get(k) for k in range(6)), None, None
+        return *(found.get(k) for k in range(6)), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         size, scalar = info.batch_size, inputs[5]
         out = list(_TaggerBackward.apply(*_merged(size, in_dims[:6], inputs[:6]), *inputs[6:]))
+        with_rows = 3 if inputs[8] else 2
         for k, t in enumerate(out):
-            if k < 3 or scalar.dim() - (in_dims[5] is not None) > 0:
+            if k < with_rows or scalar.dim() - (in_dims[5] is not None) > 0:
                 out[k] = _split(size, t)
         return tuple(out), (0,) * len(out)
 
 
+WIDE = (torch.float32, torch.float64)  # what autocast leaves as it is
+
+
 def _fits(x: Tensor, z: Tensor, m: Tensor) -> bool:
-    """Whether x, z and m are as they must be: the common case, found in a third of the time that _check takes."""
+    """Whether x, z and m are as they must be, of a wide dtype: the common case, found in a fifth of the time that
+    _check takes."""
+    if not (isinstance(x, Tensor) and isinstance(z, Tensor) and isinstance(m, Tensor)):
+        return False
     shape, dtype, device = z.shape, z.dtype, z.device
     return (
         m.shape == shape
         and len(shape) == 3
         and shape[1] > 0
         and x.shape == (shape[0], shape[2])
-        and dtype in FLOATS
+        and dtype in WIDE
         and x.dtype == dtype == m.dtype
         and x.device == device == m.device
     )
@@ -203,13 +238,12 @@ def prepare(
     op: str, x: Tensor, z: Tensor, m: Tensor, z_name: str = "z", m_name: str = "m"
 ) -> tuple[Tensor, ...]:
     """x, z and m, checked and under autocast widened; the names are those of the op's arguments."""
-    if not (isinstance(x, Tensor) and isinstance(z, Tensor) and isinstance(m, Tensor) and _fits(x, z, m)):
+    if not _fits(x, z, m):
         for name, t in (("x", x), (z_name, z), (m_name, m)):
             check_dtype(op, name, t)
         x, z, m = autocast_float32(x, z, m)
         _check(op, x, z, m, z_name, m_name)
-        return x, z, m
-    return autocast_float32(x, z, m)
+    return x, z, m
 
 
 def _known_value(scalar: Tensor | float) -> float | None:
@@ -221,6 +255,14 @@ def _known_value(scalar: Tensor | float) -> float | None:
 
 def _prepare_scalar(op: str, name: str, scalar: Tensor | float, z: Tensor) -> Tensor:
     """The scalar as a tensor without axes."""
+    if (
+        isinstance(scalar, Tensor)
+        and scalar.dim() == 0
+        and scalar.dtype == z.dtype
+        and z.dtype in WIDE
+        and scalar.device == z.device
+    ):
+        return scalar
     half = z.dtype in (torch.bfloat16, torch.float16)
     if not isinstance(scalar, Tensor):
         if isinstance(scalar, bool) or not isinstance(scalar, (int, float)):

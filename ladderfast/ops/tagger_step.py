@@ -13,7 +13,7 @@ from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import autocast_float32, check_dtype, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
-from ladderfast.ops.tagger import prepare, prepare_flip_prob, prepare_variance
+from ladderfast.ops.tagger import WIDE, prepare, prepare_flip_prob, prepare_variance
 from ladderfast.reference import tagger_step as reference
 
 GROUPS = 64  # at most, of the kernels
@@ -25,9 +25,14 @@ _kernels: dict[str, Any] = {}
 _WITH_ROWS = 3
 
 
+_NOTHING: dict[str, str] = {}
+
+
 def _lacking(groups: int) -> dict[str, str]:
     """Backends that do not take so many groups, and why."""
-    return {} if groups <= GROUPS else {"cpu": f"its kernel takes at most {GROUPS} groups, not {groups}"}
+    return (
+        _NOTHING if groups <= GROUPS else {"cpu": f"its kernel takes at most {GROUPS} groups, not {groups}"}
+    )
 
 
 def _inputs_like(z: Tensor) -> Tensor:
@@ -36,6 +41,12 @@ def _inputs_like(z: Tensor) -> Tensor:
 
 def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+def _gradients_like(inputs: tuple[Tensor, ...], want_x: bool) -> tuple[Tensor, ...]:
+    """One for each input, of which x is the first."""
+    x = inputs[0]
+    return x.new_empty(x.shape if want_x else (0,)), *_same(*inputs[1:])
 
 
 def _outputs_like(x: Tensor, z: Tensor, mask_weight: Tensor) -> tuple[Tensor, ...]:
@@ -58,12 +69,12 @@ if _extension.module is not None:
         return _inputs_like(z)
 
     @_extension.register_fake("gaussian_step_inputs_backward")
-    def _gaussian_inputs_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return _same(*inputs)
+    def _gaussian_inputs_backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return _gradients_like(inputs[:-1], inputs[-1])
 
     @_extension.register_fake("bernoulli_step_inputs_backward")
-    def _bernoulli_inputs_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return _same(*inputs[:_WITH_ROWS])
+    def _bernoulli_inputs_backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return _gradients_like(inputs[:_WITH_ROWS], inputs[-1])
 
     @_extension.register_fake("gaussian_step_outputs")
     def _gaussian_outputs_fake(
@@ -91,20 +102,27 @@ if _extension.module is not None:
         return _outputs_like(x, z_pre, mask_weight)
 
     def _outputs_backward_fake(
-        grad_z: Tensor, grad_logits: Tensor, grad_nll: Tensor, *inputs: Tensor
+        grad_z: Tensor, grad_logits: Tensor, grad_nll: Tensor, *inputs: Any
     ) -> tuple[Tensor, ...]:
-        return _same(*inputs[:-1])
+        return _gradients_like(inputs[:-2], inputs[-1])
 
     for _name in _NAMES[1::2]:
         _extension.register_fake(f"{_name}_backward")(_outputs_backward_fake)
 
 
-def _run(op: str, name: str, *arguments: Any) -> Any:
+def _run(op: str, name: str, arguments: list[Any]) -> Any:
     if name == "triton":
         from ladderfast.triton import tagger_step
 
         return getattr(tagger_step, op + "_triton")(*arguments)
     return _kernels[op](*arguments)
+
+
+def _run_backward(op: str, name: str, tensors: list[Tensor], want_x: bool) -> Any:
+    """The gradients; without want_x those but x's, which the kernels then neither compute nor write."""
+    op += "_backward"
+    found = _run(op, name, tensors) if name == "triton" else _kernels[op](*tensors, want_x)
+    return found if want_x else found[1:]
 
 
 # vmap's batch becomes part of the axis of rows, and scalars and vectors get an axis of seeds. (N K, 4 D), which only
@@ -146,7 +164,7 @@ class _Step(torch.autograd.Function):
         name: str,
     ) -> Any:
         given: list[Any] = [t for t in (x, z, m, p1, p2, p3, p4, eps) if t is not None]
-        return _run(op, name, *given)
+        return _run(op, name, given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -160,9 +178,12 @@ class _Step(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor, grad_m: Tensor | None = None, grad_nll: Tensor | None = None, _: Any = None
     ) -> tuple[Tensor | None, ...]:
+        want_x = ctx.needs_input_grad[0]
         out = apply_in_backward(
-            _StepBackward, grad, grad_m, grad_nll, *ctx.saved_tensors, ctx.op, ctx.eps, ctx.name
+            _StepBackward, grad, grad_m, grad_nll, *ctx.saved_tensors, ctx.op, ctx.eps, ctx.name, want_x
         )
+        if not want_x:
+            out = (None, *out)
         return *out, *(None,) * (_TENSORS + 3 - len(out))
 
     @staticmethod
@@ -193,14 +214,16 @@ class _StepBackward(torch.autograd.Function):
         op: str,
         eps: float | None,
         name: str,
+        want_x: bool,
     ) -> tuple[Tensor, ...]:
         given = [t for t in (grad, grad_m, grad_nll, x, z, m, p1, p2, p3, p4, stats) if t is not None]
-        return _run(op + "_backward", name, *given)
+        return _run_backward(op, name, given, want_x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[: 3 + _TENSORS])
-        ctx.op, ctx.eps = inputs[-3:-1]
+        ctx.op, ctx.eps = inputs[-4:-2]
+        ctx.skipped = 0 if inputs[-1] else 1
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -213,11 +236,11 @@ class _StepBackward(torch.autograd.Function):
             function = partial(function, eps=ctx.eps)
 
         def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return reference.backward(function, tensors[grads:], tensors[:grads])[: len(outer)]
+            return reference.backward(function, tensors[grads:], tensors[:grads])[ctx.skipped :][: len(outer)]
 
         pullback = torch.func.vjp(formula, *(saved[k] for k in given))[1]
         found = dict(zip(given, pullback(outer), strict=True))
-        return *(found.get(k) for k in range(3 + _TENSORS)), None, None, None, None
+        return *(found.get(k) for k in range(3 + _TENSORS)), None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -229,7 +252,8 @@ class _StepBackward(torch.autograd.Function):
         scalar = max(k for k in range(tensors) if inputs[k] is not None)
         nested = inputs[scalar].dim() - (in_dims[scalar] is not None) == 1
         out = _StepBackward.apply(*merged, stats, *inputs[tensors + 1 :])
-        split = tuple(_split(size, t) if k < _WITH_ROWS or nested else t for k, t in enumerate(out))
+        with_rows = _WITH_ROWS if inputs[-1] else _WITH_ROWS - 1
+        split = tuple(_split(size, t) if k < with_rows or nested else t for k, t in enumerate(out))
         return split, (0,) * len(out)
 
 
@@ -307,18 +331,26 @@ def bernoulli_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, flip_prob: 
     return _inputs(op, x, z, mask_logits, prepare_flip_prob(op, flip_prob, z))
 
 
-def _outputs(
-    op: str,
-    x: Tensor,
-    z_pre: Tensor,
-    mask_pre: Tensor,
-    z_weight: Tensor,
-    z_bias: Tensor,
-    mask_weight: Tensor,
-    variance: Tensor | float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, z_pre, mask_pre = prepare(op, x, z_pre, mask_pre, "z_pre", "mask_pre")
+def _parameters_fit(z_pre: Tensor, z_weight: Tensor, z_bias: Tensor, mask_weight: Tensor) -> bool:
+    """Whether they are as they must be, of a wide dtype: the common case, found in little time."""
+    if not (isinstance(z_weight, Tensor) and isinstance(z_bias, Tensor) and isinstance(mask_weight, Tensor)):
+        return False
+    dtype, device = z_pre.dtype, z_pre.device
+    return (
+        z_weight.shape == (z_pre.shape[2],) == z_bias.shape
+        and mask_weight.dim() == 0
+        and dtype in WIDE
+        and z_weight.dtype == dtype == z_bias.dtype
+        and mask_weight.dtype == dtype
+        and z_weight.device == device == z_bias.device
+        and mask_weight.device == device
+    )
+
+
+def _prepared_parameters(
+    op: str, z_pre: Tensor, z_weight: Tensor, z_bias: Tensor, mask_weight: Tensor
+) -> list[Tensor]:
+    """Them, checked and under autocast widened."""
     vectors = [("z_weight", z_weight, z_pre.shape[2:]), ("z_bias", z_bias, z_pre.shape[2:])]
     parameters = []
     for name, t, shape in (*vectors, ("mask_weight", mask_weight, torch.Size([]))):
@@ -331,6 +363,24 @@ def _outputs(
         if t.device != z_pre.device:
             raise ValueError(f"{op}: {name} must be on the device of z_pre, {z_pre.device}; got {t.device}")
         parameters.append(t)
+    return parameters
+
+
+def _outputs(
+    op: str,
+    x: Tensor,
+    z_pre: Tensor,
+    mask_pre: Tensor,
+    z_weight: Tensor,
+    z_bias: Tensor,
+    mask_weight: Tensor,
+    variance: Tensor | float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, z_pre, mask_pre = prepare(op, x, z_pre, mask_pre, "z_pre", "mask_pre")
+    parameters = [z_weight, z_bias, mask_weight]
+    if not _parameters_fit(z_pre, *parameters):
+        parameters = _prepared_parameters(op, z_pre, *parameters)
     if variance is not None:
         parameters.append(prepare_variance(op, variance, z_pre))
     if not eps > 0:

@@ -251,6 +251,26 @@ def test_gradcheck_and_gradgradcheck(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("poisoned")
+def test_without_the_gradient_of_x(target, name):
+    """Which is data in training: the other gradients, and the second ones, are the same."""
+    inputs, grads = make(name, (3, 4, 21), dtype=torch.float32, device=target.device)
+    others = range(1, wanted(name, inputs))
+
+    def first_and_second(with_x: bool) -> list[Tensor]:
+        given = [t.detach().requires_grad_(k in others or (k == 0 and with_x)) for k, t in enumerate(inputs)]
+        out = ours(name)(*given)
+        leaves = [given[k] for k in others]
+        first = torch.autograd.grad(out, leaves, grads, create_graph=True)
+        if (target.backend, target.device) == ("triton", "cpu"):
+            return list(first)
+        return [*first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)]
+
+    for a, b in zip(first_and_second(True), first_and_second(False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_backward_keeps_inputs_and_statistics(target, name):
     if target.backend == "reference":
         pytest.skip("the reference keeps what autograd keeps")
@@ -330,9 +350,10 @@ def test_opcheck(name):
     forward = getattr(torch.ops.ladderfast, name).default
     torch.library.opcheck(forward, (*inputs, *eps))
     stats = forward(*inputs, *eps)[3:] if eps else ()
-    torch.library.opcheck(
-        getattr(torch.ops.ladderfast, name + "_backward").default, (*grads, *inputs, *stats)
-    )
+    for want_x in (True, False):
+        torch.library.opcheck(
+            getattr(torch.ops.ladderfast, name + "_backward").default, (*grads, *inputs, *stats, want_x)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
