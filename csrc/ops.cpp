@@ -44,8 +44,9 @@ void parallel_items(int64_t items, int64_t elements, const F& f) {
 }
 
 // torch::stable's functions look their op up by its name at each call; these do not, or only where they have to.
-Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype) {
-    int32_t layout, device_type, index;
+Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    int32_t dtype, layout, device_type, index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
@@ -53,11 +54,6 @@ Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef s
     TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), (int64_t)sizes.size(), &dtype, &layout,
                                                      &device_type, index, nullptr, &made));
     return Tensor(made);
-}
-Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-    int32_t dtype;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-    return new_packed(like, sizes, dtype);
 }
 Tensor new_like(const Tensor& t) { return t.is_contiguous() ? new_packed(t, t.sizes()) : torch::stable::empty_like(t); }
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -1500,7 +1496,7 @@ TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, cons
     const TaggerShape& s = call.shape;
     check_tagger_outputs_cpu(op, call);
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
     Tensor workspace = new_packed(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -1655,7 +1651,7 @@ TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, con
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerShape& s = call.shape;
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
     Tensor workspace = tagger_outputs_scratch(call);
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_cuda(
         gaussian, &call.in, z.data_ptr(), logits.data_ptr(), nll.data_ptr(), stats.data_ptr(), workspace.data_ptr(),
