@@ -14,7 +14,7 @@
 //
 // Powers are relative to a `top` near the largest one, which holds where all of them underflow. A struct that is not
 // `scaled` spares looking for it and takes top = 0: right where its total is LF_TAGGER_ENOUGH at least, beside which
-// little is lost by underflow, in float 2^-62 of it. Who goes on with a scaled one for the sake of some lanes calls
+// little is lost by underflow, in float 2^-94 of it. Who goes on with a scaled one for the sake of some lanes calls
 // `unless_enough` after comparing: the others then get what they would have got.
 //
 // Textual header without an include guard: it is included inside the namespace that uses it, on the CPU once per
@@ -32,7 +32,7 @@
 #define LF_TAGGER_POLE 0.5e-4
 #define LF_TAGGER_FLOOR 1e-30
 
-#define LF_TAGGER_ENOUGH 0x1p-64
+#define LF_TAGGER_ENOUGH 0x1p-32
 
 template <class V>
 struct GaussianScalar {

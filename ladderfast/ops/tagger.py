@@ -319,7 +319,7 @@ def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | fl
     Returns:
         dz and likelihood, (N, K, D) each, contiguous, of the dtype of z. Differentiable any number of times in x, z, m
         and variance; only these are kept for backward. The likelihood is a softmax of log-densities: it holds where
-        every density underflows; one below 2^-62 may come out as 0.
+        every density underflows; one below 2^-94 may come out as 0.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
     and returns float32.
