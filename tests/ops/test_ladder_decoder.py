@@ -514,6 +514,22 @@ def test_half_in_the_reference_is_rounded_once():
     assert out.cost.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_on_the_cpu_is_float32_rounded_once(shape):
+    if backend.unavailable("cpu", "cpu", torch.bfloat16, "ladder_decoder"):
+        pytest.skip("without the extension there is the reference")
+    inputs, grads = make(shape, dtype=torch.bfloat16)
+    inputs[2] = inputs[2].float()
+    ours = run(ladder_decoder, inputs, grads)
+    wide = run(ladder_decoder, [t.float() for t in inputs], [t.float() for t in grads])
+    assert ours["z_hat"].dtype == torch.bfloat16
+    for name, t in ours.items():
+        if t.dtype == torch.float32:  # compilers may contract the scalar rest of a sum in another way
+            torch.testing.assert_close(t, wide[name], rtol=1e-5, atol=1e-5, msg=name)
+        else:  # and so tip the rounding of few elements
+            assert (t == wide[name].to(t.dtype)).float().mean() > 0.99, name
+
+
 def test_bfloat16_on_the_cpu_over_seeds_and_threads(two_threads):
     if backend.unavailable("cpu", "cpu", torch.bfloat16, "ladder_decoder"):
         pytest.skip("without the extension there is the reference")
