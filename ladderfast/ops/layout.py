@@ -50,8 +50,10 @@ class _WithGradient(torch.autograd.Function):
 
 
 def with_gradient_channels_last(t: Tensor) -> Tensor:
-    """t (N, C, H, W) itself, to whose users no transform of torch.func may belong; the gradient that they give is laid
-    out with the channels last when backward comes to it, not before."""
+    """t (N, C, H, W) itself, whose gradient gets the channels last when backward comes to it, and not before.
+
+    Differentiable any number of times; not for transforms of torch.func.
+    """
     return apply(_WithGradient, t)
 
 
@@ -78,5 +80,5 @@ class _Stack(torch.autograd.Function):
 
 
 def stack_contiguous(tensors: list[Tensor], dim: int) -> Tensor:
-    """torch.stack, contiguous whatever the layout of the parts; not within a transform of torch.func."""
+    """torch.stack, contiguous whatever the layout of the tensors; not for transforms of torch.func."""
     return apply(_Stack, dim, *tensors)
