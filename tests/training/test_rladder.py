@@ -197,6 +197,21 @@ def test_what_is_compared_differs_in_nothing_else(group):
         assert changed == expected
 
 
+@pytest.mark.parametrize("group", ["occluded_mnist_", "occluded_small_"])
+def test_the_gold_standard_is_the_encoder_without_states(group):
+    full, gold = read_recipe(f"{group}rladder"), read_recipe(f"{group}optimal")
+    stateless = {"convlstm": "conv", "lstm": "linear"}
+    expected = [
+        {**level, "encoder": stateless.get(level["encoder"], level["encoder"]), "decoder": None}
+        for level in full.model.init_args["levels"]
+    ]
+    assert gold.model.init_args["levels"] == expected
+    assert gold.data.init_args == {**full.data.init_args, "optimal": True}
+    words = ("name", "title", "row", "published", "data.optimal", "objective.prediction_weight")
+    changed = {k for k, v in gold.flat().items() if k not in words and v != full.flat()[k]}
+    assert all(k.startswith("model.") for k in changed)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
