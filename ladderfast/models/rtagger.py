@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladderfast.nn.recurrent_ladder import averaged_statistics
+from ladderfast.nn.recurrent_ladder import StepBatchNorm, averaged_statistics
 from ladderfast.ops import bernoulli_mixture_nll, gaussian_mixture_nll
 
 from .recurrent_ladder import Level, RLadder
@@ -26,8 +26,8 @@ class RTagger(Grouping):
 
     The groups are folded into the batch. `x` (N, D) are images, seen in every iteration; or (N, T, D) sequences, whose
     next frame each step predicts. Cells with a state and gates have batch normalisation where an RLadder has layer
-    normalisation, with statistics for evaluation by step; that of a and b is over batch, groups and positions, with
-    the statistics of the batch at hand in either mode.
+    normalisation, and so have a and b, over batch, groups and positions: with statistics for evaluation by step, so
+    that in evaluation the answer to an image does not depend on what else is in the batch.
 
     Args:
         image_shape: (height, width); D is their product.
@@ -90,7 +90,8 @@ class RTagger(Grouping):
         )
         assert self.engine.readout is not None
         self.engine.readout.map.register_parameter("bias", None)  # what it puts out is normalised
-        self.scale = nn.Parameter(torch.ones(2, device=device, dtype=dtype))
+        # Statistics of the batch here beside the engine's fixed ones would scale z by what those of the batch are off.
+        self.norm = StepBatchNorm(2, norm_steps, bias=False, eps=EPS, device=device, dtype=dtype)
         self.shift = nn.Parameter(
             torch.zeros(1, device=device, dtype=dtype)
         )  # the masks' would change nothing
@@ -109,30 +110,27 @@ class RTagger(Grouping):
         Those that have followed the training are of weights that are gone; see `RLadder.recompute_statistics`. They are
         of corrupted input, as in training, or with corrupted=False of input as it is, for the answers to such input.
         """
-        with averaged_statistics(self.engine):
+        with averaged_statistics(self):
             for x in batches:
                 seen = None if corrupted else x
                 self(x, num_groups, num_iterations, corrupted=seen, generator=generator)
 
     def _iterate(self, told: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
+        """As `Grouping`'s, but what it returns is normalised: the step is known here."""
         x = told.unflatten(1, (4, *self.image_shape))
-        out, state = self.engine.step(x.to(self.scale.dtype), state)
+        step = 0 if state is None else state.step
+        out, state = self.engine.step(x.to(self.shift.dtype), state)
         assert out.prediction is not None
-        return out.prediction.flatten(1), out.logits, state
-
-    # Its normalisation is over positions as well, which the ops for a Tagger's outputs have not.
-    def _normalised(self, pre: Tensor) -> Tensor:
-        maps = pre.unflatten(2, (2, self.num_pixels)).flatten(0, 1)
-        shift = F.pad(self.shift, (0, 1))
-        maps = F.batch_norm(maps, None, None, self.scale, shift, training=True, eps=EPS)
-        return maps.view(pre.shape)
+        maps = self.norm(out.prediction.to(self.shift.dtype), step)
+        shift = F.pad(self.shift, (0, 1)).view(2, 1, 1)
+        return (maps + shift).flatten(1), out.logits, state
 
     def _outputs(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, logits = self._normalised(pre).chunk(2, 2)
+        z, logits = pre.chunk(2, 2)
         if not self.binary:
             return z, logits, gaussian_mixture_nll(x, z, logits.softmax(1), self.variance)
         z = torch.sigmoid(z)
         return z, logits, bernoulli_mixture_nll(x, z, logits.softmax(1))
 
     def _unsquashed(self, pre: Tensor) -> Tensor:
-        return self._normalised(pre)[..., : self.num_pixels]
+        return pre[..., : self.num_pixels]

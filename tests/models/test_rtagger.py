@@ -67,10 +67,10 @@ def test_iterations_written_out(sequences, options):
         p = step.prediction
         mean, var = p.mean((0, 2, 3), keepdim=True), p.var((0, 2, 3), correction=0, keepdim=True)
         p = ((p - mean) / torch.sqrt(var + 1e-10)).reshape(N, K, 2, D)
-        unsquashed = model.scale[0] * p[:, :, 0] + model.shift
+        unsquashed = model.norm.weight[0] * p[:, :, 0] + model.shift
         z = torch.sigmoid(unsquashed) if model.binary else unsquashed
         fed = unsquashed if model.feed_logits else z
-        m = torch.softmax(model.scale[1] * p[:, :, 1], 1)
+        m = torch.softmax(model.norm.weight[1] * p[:, :, 1], 1)
         torch.testing.assert_close(out.z[t], z)
         torch.testing.assert_close(out.m[t], m)
         torch.testing.assert_close(out.cost[t], -(m * density(z, wanted, v)).sum(1).log().sum(1))
@@ -127,6 +127,19 @@ def test_statistics_for_evaluation_are_computed_anew():
     assert not model.training
     # The variance of the statistics is the unbiased one, which is all that differs.
     torch.testing.assert_close(model(x, K, 2, **drawn()).z[-1], expected.z[-1], atol=0.1, rtol=0)
+
+
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch():
+    model = make(num_classes=2)
+    x, m = data(N), masks()
+    model.recompute_statistics([data(N) for _ in range(3)], K, 2)
+    model.eval()
+    whole, alone = (model(x[:n], K, 2, corrupted=x[:n], mask=m[:n]) for n in (N, 1))
+    for name in ("z", "m"):
+        for t in range(2):
+            torch.testing.assert_close(getattr(whole, name)[t][:1], getattr(alone, name)[t])
+    torch.testing.assert_close(whole.cost[:, :1], alone.cost)
+    torch.testing.assert_close(whole.log_classes[:, :1], alone.log_classes)
 
 
 def test_clean_input_has_statistics_of_its_own():

@@ -317,6 +317,16 @@ def test_the_published_runs(name):
         assert built.metric.name == "test_error"
 
 
+def test_the_small_recipes_of_textured_mnist_are_comparable():
+    tagger, rtagger = (read_recipe(f"textured_small_{kind}") for kind in ("tagger", "rtagger"))
+    assert tagger.data == rtagger.data
+    assert tagger.objective == rtagger.objective
+    shared = ("noise", "input_mean", "variance_start", "num_classes")
+    assert len({tuple(r.model.init_args[key] for key in shared) for r in (tagger, rtagger)}) == 1
+    # Each iteration has statistics for evaluation of its own.
+    assert rtagger.model.init_args["norm_steps"] == rtagger.objective.init_args["iterations"]
+
+
 @pytest.mark.parametrize("labels", ["all", "1000"])
 def test_the_rows_of_textured_mnist(labels):
     tagger, rtagger, baseline = (
