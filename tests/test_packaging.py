@@ -30,7 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = run(sys.executable, "-c", code, str(folder), cwd=ROOT)
     assert made.returncode == 0, made.stderr[-2000:]
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return next(p for p in folder.iterdir() if p.is_dir())
 
 

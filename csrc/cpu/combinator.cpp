@@ -347,13 +347,11 @@ static inline void reduce(const T* workspace, const T* params, T* grad_params, c
             }
         }
         for (int64_t c = 0; c < count; ++c) {
-            double channel[10], a[10];
+            double channel[10];
+            for (int j = 0; j < 10; ++j) channel[j] = sums[j][c];
             const int64_t at = seed * 10 * s.channels;
-            for (int j = 0; j < 10; ++j) {
-                channel[j] = sums[j][c];
-                a[j] = params[at + j * s.channels + first + c];
-            }
-            finish_channel(channel, a, grad_params + at, s.channels, first + c);
+            finish_channel(channel, load_channel(params + at, s.channels, first + c), grad_params + at, s.channels,
+                           first + c);
         }
     }
 }

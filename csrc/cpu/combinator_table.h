@@ -32,10 +32,19 @@ static LF_HD Combinator<Vec<T>> broadcast_channel(const T* params, int64_t chann
     return p;
 }
 
-// The gradients of one channel's parameters a, from its finished sums.
+// Of one channel, for the final sums.
 template <class T>
-static inline void finish_channel(double (&sums)[10], const double (&a)[10], T* grad_params, int64_t channels,
+static inline Combinator<double> load_channel(const T* params, int64_t channels, int64_t channel) {
+    Combinator<double> p;
+    for (int j = 0; j < 10; ++j) p.a[j] = params[j * channels + channel];
+    for (int k = 0; k < 4; ++k) p.arguments[k] = sigmoid_argument(p.a[combinator_argument(k)]);
+    return p;
+}
+
+// The gradients of one channel's parameters, from its finished sums.
+template <class T>
+static inline void finish_channel(double (&sums)[10], const Combinator<double>& p, T* grad_params, int64_t channels,
                                   int64_t channel) {
-    combinator_finish(sums, a);
+    combinator_finish(sums, p);
     for (int j = 0; j < 10; ++j) grad_params[j * channels + channel] = (T)sums[j];
 }

@@ -368,14 +368,12 @@ static inline void reduce(const DecoderBackward<S>& d, T* means, T* grad_params,
         sum_slots(sums, d.partial + seed * plan.slots() * kSums * plan.slot_width(), kSums, wanted, plan, first, count);
         for (int64_t c = 0; c < count; ++c) {
             const int64_t channel = first + c, at = seed * plan.channels + channel;
-            double channel_sums[10], a[10], at_mean, slope;
+            double channel_sums[10], at_mean, slope;
+            for (int j = 0; j < 10; ++j) channel_sums[j] = sums[j][c];
             const int64_t from = seed * 10 * plan.channels;
-            for (int j = 0; j < 10; ++j) {
-                channel_sums[j] = sums[j][c];
-                a[j] = d.params[from + j * plan.channels + channel];
-            }
-            decoder_finish_normal(channel_sums, a, inverse_n, at_mean, slope);
-            finish_channel(channel_sums, a, grad_params + from, plan.channels, channel);
+            const auto p = load_channel(d.params + from, plan.channels, channel);
+            decoder_finish_normal(channel_sums, p.a, inverse_n, at_mean, slope);
+            finish_channel(channel_sums, p, grad_params + from, plan.channels, channel);
             means[at + seed * plan.channels] = (T)at_mean;
             means[at + (seed + 1) * plan.channels] = (T)slope;
             if (grad_mean != nullptr) {

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads)
     Compute<T> sums[kSums];
 #pragma unroll
     for (int k = 0; k < kSums; ++k) sums[k] = static_cast<Compute<T>>(shared[threadIdx.x]);
-    combinator_finish(sums, load_combinator<T>(params, float_params, seed, channels, channel).a);
+    combinator_finish(sums, load_combinator<T>(params, float_params, seed, channels, channel));
     Compute<T> value = sums[0];
 #pragma unroll
     for (int k = 1; k < kSums; ++k) value = k == row ? sums[k] : value;

@@ -353,7 +353,7 @@ __device__ __forceinline__ void finish_channel(DecoderSums<Compute<T>> sums, con
                                                void* __restrict__ grad_params, Compute<T>* __restrict__ grad_mean,
                                                Compute<T>* __restrict__ grad_var) {
     Compute<T> for_mean, for_var;
-    combinator_finish(sums.params, c.p.a);
+    combinator_finish(sums.params, c.p);
     decoder_finish_cost(sums.mean, sums.var, c.column.rstd, for_mean, for_var);
 #pragma unroll
     for (int k = 0; k < kCombinatorParams; ++k)

@@ -87,9 +87,9 @@ LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, V& grad
 
 // Sums over a channel's elements -> gradients of a1 .. a10.
 template <class V>
-LF_HD void combinator_finish(V (&sums)[10], const V (&a)[10]) {
-    sums[1] = sums[1] * a[0];
-    sums[2] = sums[2] * a[0];
-    sums[6] = sums[6] * a[5];
-    sums[7] = sums[7] * a[5];
+LF_HD void combinator_finish(V (&sums)[10], const Combinator<V>& p) {
+    sums[1] = sums[1] * p.a[0];
+    sums[2] = sums[2] * p.a[0];
+    sums[6] = sums[6] * p.a[5];
+    sums[7] = sums[7] * p.a[5];
 }
