@@ -2,7 +2,7 @@
 //
 // Floor: forward reads z, u and writes z_hat (12 bytes an element in float32), backward reads grad, z, u and writes
 // grad_z, grad_u (20 bytes). Within the second-level cache one AVX-512 core of the machine in bench/results takes 0.22
-// and 0.45 ns an element (0.38 within the first), where its units for products limit it: 13 and 34 of them to a vector,
+// and 0.45 ns an element (0.38 within the first), where its units for products limit it: 11 and 32 of them to a vector,
 // and two divisions. From memory it is the latency of loads, hence the prefetches, and the bytes: lines to be written
 // are not read first (kCached), which takes a fifth to a third of the time away.
 //
