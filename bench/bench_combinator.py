@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, time_it
+from measuring import DEVICES, bytes_kept, record, time_it
 
 import ladderfast
 from ladderfast.ops import backend, gaussian_combinator

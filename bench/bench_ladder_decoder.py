@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, time_it
+from measuring import DEVICES, bytes_kept, record, time_it
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-from conftest import DEVICES, record, time_it
+from measuring import DEVICES, record, time_it
 
 import ladderfast
 from ladderfast.ops import backend, ladder_encoder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, sync_timer, time_it
+from measuring import DEVICES, bytes_kept, record, sync_timer, time_it
 from torch import nn
 
 import ladderfast

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, record, time_it
+from measuring import DEVICES, record, time_it
 
 import ladderfast
 from ladderfast import ops

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_tagger import CASES, PHASES, VARIANTS, bytes_kept
-from conftest import record, time_it
+from measuring import record, time_it
 
 import ladderfast
 from ladderfast import ops

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 from bench_training_step import VARIANTS, Floor, record_step, stepping
-from conftest import DEVICES, sync_timer
+from measuring import DEVICES, sync_timer
 
 import ladderfast
 

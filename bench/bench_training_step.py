@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import DEVICES, peak_memory, sync_timer
+from measuring import DEVICES, peak_memory, sync_timer
 from torch import Tensor
 
 import ladderfast

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, bytes_kept, record, time_it
+from measuring import DEVICES, bytes_kept, record, time_it
 from torch.nn import functional
 
 import ladderfast

@@ -10,12 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from conftest import GPU
 
 from ladderfast.reference.ladder_encoder import ACTIVATIONS, ladder_encoder
 from ladderfast.reference.noise import normal_noise
 from ladderfast.triton import ladder_encoder as kernels
 
+GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 # Shape, rows of the labelled and of the clean part. Held in a tile unless the tests make tiles small.

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import RECIPE
+from small_recipe import RECIPE
 
 from ladderfast.training import Run, checkpoint
 
@@ -49,7 +49,7 @@ def test_what_they_trained_serves_one(trained):
 SCRIPT = f"""
 import sys, torch
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from conftest import RECIPE
+from small_recipe import RECIPE
 from ladderfast.training import Run
 
 run = Run(RECIPE, folder="again", progress=False, resume=True, checkpoint_steps=3, **{FIELDS!r})

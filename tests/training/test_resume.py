@@ -52,7 +52,7 @@ def stop_at(run, step):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    from conftest import RECIPE
+    from small_recipe import RECIPE
 
     folder = tmp_path_factory.mktemp("reference")
     Run(RECIPE, folder=folder, progress=False, epochs=4).fit()
@@ -121,7 +121,7 @@ DRIVER = """
     import os, sys, time, random, signal
     sys.path.insert(0, {tests!r})
     import sklearn.datasets, torch
-    from conftest import RECIPE
+    from small_recipe import RECIPE
     from ladderfast.training import Run, report
 
     # Every part of the run is a fork of this process, which has imported everything and computed nothing.
