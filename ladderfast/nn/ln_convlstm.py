@@ -17,11 +17,17 @@ from ladderfast.ops.layout import channels_last, stack_contiguous, with_gradient
 from ladderfast.ops.linear import linear
 
 State = tuple[Tensor, Tensor]
+Weights = tuple[Tensor, Tensor]  # of the input and of the hidden state
 NORMS = ("layer", "batch", "none")
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
 # Gates of a time step from which on sequences have the channels last: they are then faster by a sixteenth to an eighth,
 # by nothing with half as many, and slower where there are few.
 _LARGE = 1 << 21
+# Gates of a time step that are computed at once where the channels are last: backward reads again what it has just
+# written, 8 bytes a gate, which should still lie in a cache. It is faster by a fiftieth to a twentieth; where a weight
+# is larger than this part of the gates, it is slower, as each convolution has to read and write it anew.
+_AT_ONCE = 1 << 20
+_WEIGHT_PART = 1 / 16
 _BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 
@@ -121,23 +127,27 @@ class _Cell(nn.Module):
         """
         return None
 
-    def prefers_channels_last(self, x: Tensor) -> bool:
-        """Whether a sequence x (T, N, ...), contiguous as it is, is faster with the channels last."""
-        return False
-
     @abstractmethod
-    def project_state(self, h: Tensor) -> Tensor:
-        """The gates of the hidden state."""
+    def project_state(self, h: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The gates of the hidden state. A weight stands for the cell's own."""
 
     def zero_cells(self, gates: Tensor) -> Tensor:
         """Zeros (N, C, *) laid out as the gates (N, 4C, *) are."""
         return torch.zeros_like(gates.narrow(1, 0, self.hidden))
 
-    def step(self, gates: Sequence[Tensor | None], state: State | None, *, of_batch: bool = True) -> State:
+    def step(
+        self,
+        gates: Sequence[Tensor | None],
+        state: State | None,
+        *,
+        of_batch: bool = True,
+        recurrent: Tensor | None = None,
+    ) -> State:
         """(h, c) from the inputs' gates and the state before; None is a state of zeros, which needs no convolution.
 
         An input whose gates are None adds nothing, and its statistics stay as they are. of_batch: whether batch norm
-        in training takes the batch's statistics, or the running ones, as in evaluation.
+        in training takes the batch's statistics, or the running ones, as in evaluation. recurrent: a weight of the
+        hidden state in the place of the cell's own.
         """
         there = [i for i, g in enumerate(gates) if g is not None]
         given = [cast(Tensor, gates[i]) for i in there]
@@ -146,7 +156,7 @@ class _Cell(nn.Module):
             rec = torch.zeros_like(first)
             c = self.zero_cells(first)
         else:
-            rec, c = self.project_state(state[0]), state[1]
+            rec, c = self.project_state(state[0], recurrent), state[1]
         eps, cell_weight, cell_bias = self.eps, self.cell_weight, self.cell_bias
         modules = [] if self.batch_norm is None else [cast(nn.BatchNorm1d, self.batch_norm[i]) for i in there]
         if not modules or not (self.training and of_batch):
@@ -212,8 +222,8 @@ class _DenseCell(_Cell):
             )
         return linear(x, self.weight_ih)
 
-    def project_state(self, h: Tensor) -> Tensor:
-        return linear(h, self.weight_hh)
+    def project_state(self, h: Tensor, weight: Tensor | None = None) -> Tensor:
+        return linear(h, self.weight_hh if weight is None else weight)
 
 
 def _sizes(name: str, value: int | Sequence[int], spatial: int, least: int) -> tuple[int, ...]:
@@ -337,7 +347,10 @@ class LayerNormConvLSTMCell(_Cell):
             return t
         return t.unflatten(1, (self.groups, 4, -1)).transpose(1, 2).flatten(1, 3)
 
-    def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def project(
+        self, inputs: Sequence[Tensor | None], weight: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Of the base class; a weight stands for that of the first input."""
         if len(inputs) != self.inputs:
             raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
         first, *others = inputs
@@ -348,15 +361,15 @@ class LayerNormConvLSTMCell(_Cell):
                 axes = ", H, W" if self.spatial == 2 else ", L"
                 raise ValueError(f"an input must have shape (N, {channels}{axes}), got {tuple(t.shape)}")
         convolve = _CONVOLUTIONS[self.spatial]
-        gates = convolve(
-            first, self.weight_ih[0], None, self.stride, self.padding, self.dilation, self.groups
-        )
+        weight = self.weight_ih[0] if weight is None else weight
+        gates = convolve(first, weight, None, self.stride, self.padding, self.dilation, self.groups)
         return self._by_gate(gates), *(
             None if t is None else self._convolve_state(t, w)
             for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
         )
 
     def prefers_channels_last(self, x: Tensor) -> bool:
+        """Whether a sequence x (T, N, ...), contiguous as it is, is faster with the channels last."""
         # oneDNN's convolutions would copy gates into a layout of their own and back.
         return (
             plain()
@@ -372,8 +385,31 @@ class LayerNormConvLSTMCell(_Cell):
             and not torch.is_autocast_enabled("cpu")
         )
 
-    def project_state(self, h: Tensor) -> Tensor:
-        return self._convolve_state(h, self.weight_hh)
+    def samples_at_once(self, x: Tensor) -> int:
+        """How many samples of such a sequence are faster by themselves than together with others."""
+        largest = max(w.numel() for w in (*self.weight_ih, self.weight_hh))
+        if self.norm == "batch":  # its statistics are of all samples
+            return x.shape[1]
+        if largest > _WEIGHT_PART * _AT_ONCE:
+            return x.shape[1]
+        return max(1, _AT_ONCE // (4 * math.prod(self.state_shape(x)[1:])))
+
+    def channels_last_weights(self) -> Weights:
+        """The weights for such a sequence, laid out once for all its steps."""
+        return channels_last(self.weight_ih[0]), channels_last(self.weight_hh)
+
+    def state_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of h and c, without the axis of layers, for a sequence x (T, N, ...)."""
+        after = (
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip(
+                x.shape[3:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        return x.shape[1], self.hidden, *after
+
+    def project_state(self, h: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self._convolve_state(h, self.weight_hh if weight is None else weight)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
         gates = self.project((x,) if isinstance(x, Tensor) else x)
@@ -422,45 +458,76 @@ class _Sequence(nn.Module):
         if x.shape[0] == 0:
             raise ValueError("x must have at least one time step")
 
+        dim = 1 if self.batch_first else 0
+        cell = self.cell
+        if not isinstance(cell, LayerNormConvLSTMCell) or not cell.prefers_channels_last(x):
+            outputs, (h, c) = self._steps(x, state, mask)
+            return torch.stack(outputs, dim), (h[None], c[None])
+        if state is not None:  # before it is cut
+            cell.check_state(state, (1, *cell.state_shape(x)))
+        samples, at_once, weights = x.shape[1], cell.samples_at_once(x), cell.channels_last_weights()
+        parts, last = [], []
+        for first in range(0, samples, at_once):
+            own = slice(first, first + at_once)
+            outputs, now = self._steps(
+                x[:, own],
+                None if state is None else (state[0][:, own], state[1][:, own]),
+                None if mask is None else mask[:, own],
+                weights,
+            )
+            parts.append(outputs)
+            last.append(now)
+        h, c = (torch.cat(t).contiguous() for t in zip(*last, strict=True))
+        return stack_contiguous(parts, dim), (h[None], c[None])
+
+    def _steps(
+        self, x: Tensor, state: State | None, mask: Tensor | None, weights: Weights | None = None
+    ) -> tuple[list[Tensor], State]:
+        """The output of each step of x (T, N, ...), and the last state without the axis of layers.
+
+        With weights, those of a convolutional cell with the channels last, all is computed in that layout.
+        """
         outputs: list[Tensor] = []
         now: State | None = None
         projected = self.cell.project_all(x)
         by_rows = mask is not None and self.cell.norm == "batch" and self.cell.training
-        relaid = self.cell.prefers_channels_last(x)
         for t, step in enumerate((x if projected is None else projected).unbind()):
             gates: Tensor | None = step
-            if projected is None:
-                gates = self.cell.project((channels_last(step) if relaid else step,))[0]
+            if weights is not None:
+                assert isinstance(self.cell, LayerNormConvLSTMCell)
+                gates = self.cell.project((channels_last(step),), weights[0])[0]
+            elif projected is None:
+                gates = self.cell.project((step,))[0]
             assert gates is not None  # its input is there
             if t == 0 and state is not None:
                 shape = (gates.shape[0], self.cell.hidden, *gates.shape[2:])
                 self.cell.check_state(state, (1, *shape))
                 now = (state[0][0], state[1][0])
-                if relaid:
+                if weights is not None:
                     now = (channels_last(now[0]), channels_last(now[1]))
-            if mask is None:
-                now = self.cell.step((gates,), now)
-                outputs.append(with_gradient_channels_last(now[0]) if relaid else now[0])
-                continue
-            if now is None:
+            if now is None and mask is not None:
                 zeros = self.cell.zero_cells(gates)
                 now = (zeros, zeros)
-            if by_rows:
-                now, output = self._step_of_rows(gates, now, mask[t].nonzero()[:, 0])
+            recurrent = None if weights is None else weights[1]
+            if mask is None:
+                now = self.cell.step((gates,), now, recurrent=recurrent)
+                output = now[0]
+            elif by_rows:
+                assert now is not None
+                now, output = self._step_of_rows(gates, now, mask[t].nonzero()[:, 0], recurrent)
             else:
-                new = self.cell.step((gates,), now)
+                assert now is not None
+                new = self.cell.step((gates,), now, recurrent=recurrent)
                 here = mask[t].view(-1, *[1] * (gates.dim() - 1))
                 now = (torch.where(here, new[0], now[0]), torch.where(here, new[1], now[1]))
                 output = torch.where(here, new[0], 0)
-            outputs.append(with_gradient_channels_last(output) if relaid else output)
+            outputs.append(output if weights is None else with_gradient_channels_last(output))
         assert now is not None  # there is a time step
-        h, c = now
-        dim = 1 if self.batch_first else 0
-        if relaid:
-            return stack_contiguous(outputs, dim), (h.contiguous()[None], c.contiguous()[None])
-        return torch.stack(outputs, dim), (h[None], c[None])
+        return outputs, now
 
-    def _step_of_rows(self, gates: Tensor, state: State, rows: Tensor) -> tuple[State, Tensor]:
+    def _step_of_rows(
+        self, gates: Tensor, state: State, rows: Tensor, recurrent: Tensor | None
+    ) -> tuple[State, Tensor]:
         """The state and the output after a step of these samples alone, whose statistics leave the others out.
 
         Too few values to have any take the running statistics.
@@ -468,7 +535,9 @@ class _Sequence(nn.Module):
         if len(rows) == 0:
             return state, torch.zeros_like(state[0])
         own = gates[rows]
-        new = self.cell.step((own,), (state[0][rows], state[1][rows]), of_batch=_values(own) > 1)
+        new = self.cell.step(
+            (own,), (state[0][rows], state[1][rows]), of_batch=_values(own) > 1, recurrent=recurrent
+        )
         h, c = (before.index_copy(0, rows, after) for before, after in zip(state, new, strict=True))
         return (h, c), torch.zeros_like(h).index_copy(0, rows, new[0])
 
@@ -647,8 +716,8 @@ class LayerNormLSTMCell(_Cell):
             None if t is None else linear(t, w) for t, w in zip(others, list(self.weight_ih)[1:], strict=True)
         )
 
-    def project_state(self, h: Tensor) -> Tensor:
-        return linear(h, self.weight_hh)
+    def project_state(self, h: Tensor, weight: Tensor | None = None) -> Tensor:
+        return linear(h, self.weight_hh if weight is None else weight)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
         gates = self.project((x,) if isinstance(x, Tensor) else x)

@@ -59,26 +59,36 @@ def with_gradient_channels_last(t: Tensor) -> Tensor:
 
 class _Stack(torch.autograd.Function):
     @staticmethod
-    def forward(dim: int, *tensors: Tensor) -> Tensor:
-        shape = list(tensors[0].shape)
-        shape.insert(dim, len(tensors))
+    def forward(dim: int, parts: int, *tensors: Tensor) -> Tensor:
+        steps = len(tensors) // parts
+        sizes = [t.shape[0] for t in tensors[::steps]]
+        shape = [sum(sizes), *tensors[0].shape[1:]]
+        shape.insert(dim, steps)
         out = tensors[0].new_empty(shape)
-        for part, t in zip(out.unbind(dim), tensors, strict=True):
+        places = (place for part in out.split(sizes, 1 - dim) for place in part.unbind(dim))
+        for place, t in zip(places, tensors, strict=True):
             if _fast(t):
-                torch.ops.ladderfast.lay_out.default(part, t)
+                torch.ops.ladderfast.lay_out.default(place, t)
             else:
-                part.copy_(t)
+                place.copy_(t)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dim = inputs[0]
+        ctx.dim, parts = inputs[:2]
+        ctx.sizes = [t.shape[0] for t in inputs[2 :: (len(inputs) - 2) // parts]]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grad.unbind(ctx.dim)
+        parts = grad.split(ctx.sizes, 1 - ctx.dim)
+        return None, None, *(g for part in parts for g in part.unbind(ctx.dim))
 
 
-def stack_contiguous(tensors: list[Tensor], dim: int) -> Tensor:
-    """torch.stack, contiguous whatever the layout of the tensors; not for transforms of torch.func."""
-    return apply(_Stack, dim, *tensors)
+def stack_contiguous(parts: list[list[Tensor]], dim: int) -> Tensor:
+    """Time steps stacked, contiguous whatever the layout of the tensors; not for transforms of torch.func.
+
+    Args:
+        parts: of the samples, one after the other; each has all T steps, (N_part, ...).
+        dim: 0 for (T, N, ...), 1 for (N, T, ...).
+    """
+    return apply(_Stack, dim, len(parts), *(t for part in parts for t in part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -345,13 +346,22 @@ def every_size_is_large(monkeypatch):
     monkeypatch.setattr("ladderfast.nn.ln_convlstm._LARGE", 0)
 
 
+@pytest.fixture
+def two_samples_at_once(monkeypatch):
+    monkeypatch.setattr("ladderfast.nn.ln_convlstm._AT_ONCE", 2 * 4 * 5 * 6 * 7)
+    monkeypatch.setattr("ladderfast.nn.ln_convlstm._WEIGHT_PART", 1)
+
+
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("given", [False, True])
-def test_the_layout_within_a_sequence_does_not_show(given, masked, channels, norm, every_size_is_large):
-    """In float32 a sequence runs with the channels last; in float64, which it is compared with, as it comes."""
+@pytest.mark.usefixtures("every_size_is_large", "two_samples_at_once")
+def test_the_layout_within_a_sequence_does_not_show(given, masked, channels, norm):
+    """In float32 a sequence runs with the channels last and two samples at once; in float64, with which it is compared,
+    as it comes."""
     module = LayerNormConvLSTM(channels, 5, 3, norm=norm, batch_first=True)
+    assert module.cell.samples_at_once(torch.empty(4, 3, channels, 6, 7)) == (3 if norm == "batch" else 2)
     x = torch.randn(3, 4, channels, 6, 7, requires_grad=True)
     state = tuple(torch.randn(1, 3, 5, 6, 7, requires_grad=True) for _ in range(2)) if given else None
     mask = torch.rand(3, 4) < 0.7 if masked else None
@@ -379,6 +389,31 @@ def test_few_gates_stay_as_they_are():
     assert cell.prefers_channels_last(torch.empty(10, 16, 3, 32, 32))
     assert not cell.prefers_channels_last(torch.empty(10, 8, 3, 32, 32))
     assert not LayerNormConvLSTM(3, 32, 3, stride=2).cell.prefers_channels_last(torch.empty(1, 16, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "hidden", "samples", "size", "at_once"),
+    [(3, 32, 16, 32, 8), (3, 32, 64, 32, 8), (3, 32, 16, 128, 1), (3, 64, 16, 32, 16), (64, 32, 16, 32, 16)],
+)
+def test_samples_are_taken_at_once_by_the_size_of_their_gates(inputs, hidden, samples, size, at_once):
+    cell = LayerNormConvLSTM(inputs, hidden, 3).cell
+    assert cell.samples_at_once(torch.empty(2, samples, inputs, size, size, device="meta")) == at_once
+    assert LayerNormConvLSTM(3, 32, 3, norm="batch").cell.samples_at_once(torch.empty(2, 16, 3, 32, 32)) == 16
+
+
+@pytest.mark.usefixtures("every_size_is_large", "two_samples_at_once")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_state_is_checked_before_it_is_cut(stride):
+    module = LayerNormConvLSTM(3, 5, 3, stride=stride)
+    x = torch.randn(2, 5, 3, 6, 7)
+    h = torch.zeros(1, 3, 5, 6, 7)
+    size = (6, 7) if stride == 1 else (3, 4)
+    with pytest.raises(
+        ValueError, match=re.escape(f"h must have shape {(1, 5, 5, *size)}, got (1, 3, 5, 6, 7)")
+    ):
+        module(x, (h, h))
+    with pytest.raises(TypeError, match="state must be a pair"):
+        module(x, h)
 
 
 def test_a_sequence_that_comes_channels_last_is_the_same(every_size_is_large):

@@ -36,10 +36,22 @@ def test_there_and_back(shape):
     last = channels_last(x)
     assert is_channels_last(last)
     assert torch.equal(last, x)
-    for dim in (0, 1, 2):
-        stacked = stack_contiguous([last, x, last + 1], dim)
+    for dim in (0, 1):
+        stacked = stack_contiguous([[last, x, last + 1]], dim)
         assert stacked.is_contiguous()
         assert torch.equal(stacked, torch.stack([x, x, x + 1], dim))
+        parts = stack_contiguous([[last, x + 1], [last[:1] + 2, x[:1] + 3]], dim)
+        assert parts.is_contiguous()
+        assert torch.equal(
+            parts,
+            torch.cat(
+                [
+                    torch.stack([x, x + 1], dim),
+                    torch.stack([x + 2, x + 3], dim)[(slice(None),) * (1 - dim) + (slice(0, 1),)],
+                ],
+                1 - dim,
+            ),
+        )
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
@@ -50,7 +62,7 @@ def test_every_instruction_set(isa):
         "for shape in SHAPES:\n"
         "    x = torch.randn(shape)\n"
         "    assert torch.equal(channels_last(x), x)\n"
-        "    assert torch.equal(stack_contiguous([channels_last(x)], 0)[0], x)\n"
+        "    assert torch.equal(stack_contiguous([[channels_last(x)]], 0)[0], x)\n"
     )
     env = {**os.environ, "LADDERFAST_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
@@ -69,7 +81,7 @@ def test_any_strides():
     for t in (x[:, :, 0], x[:, :, 1, ::2], x[:1, :1, 0].expand(4, 17, 20, 16), channels_last(x[:, :, 0])):
         assert is_channels_last(channels_last(t))
         assert torch.equal(channels_last(t), t)
-        assert torch.equal(stack_contiguous([t], 1)[:, 0], t)
+        assert torch.equal(stack_contiguous([[t]], 1)[:, 0], t)
 
 
 @pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
@@ -86,7 +98,8 @@ def test_gradients():
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def call(x):
-        return stack_contiguous([with_gradient_channels_last(channels_last(x).square()), x], 1)
+        steps = [with_gradient_channels_last(channels_last(x).square()), x]
+        return stack_contiguous([steps, [t[:1] for t in reversed(steps)]], 1)
 
     assert torch.autograd.gradcheck(call, (x,))
     assert torch.autograd.gradgradcheck(call, (x,))
