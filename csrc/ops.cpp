@@ -1462,7 +1462,7 @@ struct TaggerOutputsCall {
         for (const Tensor& t : {c1, b1, c2})
             STD_TORCH_CHECK(t.scalar_type() == z.scalar_type() && t.device() == z.device(), op,
                             ": c1, b1 and c2 must have the dtype and device of z");
-        in = {tagger_input(x), tagger_input(z), tagger_input(m), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
+        in = {tagger_input(x), even_input(z), even_input(m), c1.data_ptr(), b1.data_ptr(), c2.data_ptr(), nullptr};
         if (variance_ == nullptr) return;
         variance = as_contiguous(*variance_);
         STD_TORCH_CHECK(
@@ -1479,8 +1479,14 @@ struct TaggerOutputsCall {
 
     // With one stride from group to group and from row to row.
     static Tensor even_stride(const Tensor& t) {
-        const bool even = t.dim() == 3 && (t.size(0) <= 1 || t.stride(0) == t.size(1) * t.stride(1));
+        const bool even = t.dim() == 3 && (t.size(0) <= 1 || t.size(1) <= 1 || t.stride(0) == t.size(1) * t.stride(1));
         return even ? unit_stride(t) : as_contiguous(t);
+    }
+    // Of a single group, whose own stride may be anything, that of the rows.
+    static TaggerInput even_input(const Tensor& t) {
+        TaggerInput in = tagger_input(t);
+        if (t.size(1) == 1) in.group = in.row;
+        return in;
     }
 };
 
@@ -1497,21 +1503,12 @@ TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, cons
     check_tagger_outputs_cpu(op, call);
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
     Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
-    Tensor workspace = new_packed(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
-        T *to_stats = (T*)stats.data_ptr(), *between = (T*)workspace.data_ptr();
-        const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
-        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs_moments<T>(call.in, between, s, begin, end);
-        });
-        parallel_items(
-            ladderfast::cpu::tagger_outputs_merge_items(s), workspace.numel(), [&](int64_t begin, int64_t end) {
-                ladderfast::cpu::tagger_step_outputs_merge<T>(call.in, between, to_stats, eps, s, begin, end);
-            });
-        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, s, begin, end);
+        T* to_stats = (T*)stats.data_ptr();
+        parallel_items(ladderfast::cpu::tagger_outputs_items(s), call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, eps, s, begin, end);
         });
     });
     return {z, logits, nll, stats};
@@ -1561,13 +1558,9 @@ TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussia
     check_tagger_outputs_cpu(op, call);
     const TaggerOutputsGrads out = like_arguments(gaussian, call, want_x);
     const int64_t items = ladderfast::cpu::tagger_outputs_items(s);
-    const int64_t merge_items = ladderfast::cpu::tagger_outputs_merge_items(s);
-    std::vector<double> of_c2(merge_items), of_variance(gaussian ? items : 0);
-    Tensor workspace = new_packed(call.z, {ladderfast::cpu::tagger_outputs_workspace(s)});
-    Tensor means = new_like(from.stats);
+    std::vector<double> of_c2(items), of_variance(gaussian ? items : 0);
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        T *between = (T*)workspace.data_ptr(), *mean = (T*)means.data_ptr();
         const TaggerOutputsGradients<T> grad = {from.z_view,
                                                 from.logits_view,
                                                 from.nll_view,
@@ -1580,13 +1573,7 @@ TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussia
                                                 of_c2.data(),
                                                 of_variance.data()};
         parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, between, s, begin, end);
-        });
-        parallel_items(merge_items, workspace.numel(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs_backward_merge<T>(grad, between, mean, s, begin, end);
-        });
-        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs_backward_finish<T>(call.in, grad, mean, s, begin, end);
+            ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, s, begin, end);
         });
         // In the order of the items.
         const auto sum_of_seed = [&](const std::vector<double>& parts, int64_t seed) {

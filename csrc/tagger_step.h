@@ -22,13 +22,12 @@ struct TaggerOutputsGradients {
     T* x;                        // (rows, pixels)
     T *z_pre, *m_pre;            // (rows, groups, pixels)
     T *c1, *b1;                  // (seeds, pixels)
-    double* c2;                  // (tagger_outputs_merge_items): an item's part of the gradient
-    double* variance;            // (tagger_outputs_items): of 2 v times the gradient; null for Bernoulli
+    double* c2;                  // (tagger_outputs_items): an item's part of the gradient
+    double* variance;            // the same of 2 v times the gradient; null for Bernoulli
 };
 
-// T is float or double. Items as in tagger.h. The inputs have [0, tagger_items). The outputs take three passes in
-// either direction, one after the other: the first and the last have [0, tagger_outputs_items), the one that merges, by
-// columns, [0, tagger_outputs_merge_items); those of a seed are beside each other.
+// T is float or double. Items as in tagger.h: the inputs have [0, tagger_items), the outputs [0, tagger_outputs_items),
+// of which those of a seed are beside each other.
 namespace ladderfast::cpu {
 
 static const int64_t kTaggerGroups = 64;
@@ -49,37 +48,18 @@ void tagger_step_inputs_backward(bool gaussian,
                                  const TaggerShape& shape, int64_t begin, int64_t end);
 
 int64_t tagger_outputs_items(const TaggerShape& shape);
-int64_t tagger_outputs_merge_items(const TaggerShape& shape);
-int64_t tagger_outputs_workspace(const TaggerShape& shape);  // elements of T
-
-template <class T>
-void tagger_step_outputs_moments(const TaggerOutputs& in, T* workspace, const TaggerShape& shape, int64_t begin,
-                                 int64_t end);
-
-template <class T>
-void tagger_step_outputs_merge(const TaggerOutputs& in, const T* workspace,
-                               T* stats,  // (seeds, 4, pixels): mean and 1 / sqrt(variance + eps) of z, then of m
-                               double eps, const TaggerShape& shape, int64_t begin, int64_t end);
 
 template <class T>
 void tagger_step_outputs(bool gaussian, const TaggerOutputs& in,
                          T* z,       // (rows, groups, pixels)
                          T* logits,  // (rows, groups, pixels)
                          T* nll,     // (rows, pixels)
-                         const T* stats, const TaggerShape& shape, int64_t begin, int64_t end);
+                         T* stats,   // (seeds, 4, pixels): mean and 1 / sqrt(variance + eps) of z, then of m
+                         double eps, const TaggerShape& shape, int64_t begin, int64_t end);
 
 template <class T>
 void tagger_step_outputs_backward(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& grad,
-                                  T* workspace, const TaggerShape& shape, int64_t begin, int64_t end);
-
-template <class T>
-void tagger_step_outputs_backward_merge(const TaggerOutputsGradients<T>& grad, const T* workspace,
-                                        T* means,  // (seeds, 4, pixels), for the last pass
-                                        const TaggerShape& shape, int64_t begin, int64_t end);
-
-template <class T>
-void tagger_step_outputs_backward_finish(const TaggerOutputs& in, const TaggerOutputsGradients<T>& grad, const T* means,
-                                         const TaggerShape& shape, int64_t begin, int64_t end);
+                                  const TaggerShape& shape, int64_t begin, int64_t end);
 
 }  // namespace ladderfast::cpu
 

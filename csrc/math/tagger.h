@@ -33,6 +33,7 @@
 #define LF_TAGGER_FLOOR 1e-30
 
 #define LF_TAGGER_ENOUGH 0x1p-32
+#define LF_TAGGER_LOWEST (-3.4e38)  // no finite exponent of float is less
 
 template <class V>
 struct GaussianScalar {
@@ -60,7 +61,7 @@ struct GaussianPixel {
     V top, total, dot;
     V share, peak, sum_x;
 
-    LF_HD GaussianPixel() : top(constant<V>(scaled ? -1e37 : 0)), total(constant<V>(0)), dot(total) {}
+    LF_HD GaussianPixel() : top(constant<V>(scaled ? LF_TAGGER_LOWEST : 0)), total(constant<V>(0)), dot(total) {}
     LF_HD void compare(V y) { top = larger(y, top); }
     LF_HD void unless_enough(V unscaled_total) { top = top_unless_enough(unscaled_total, top); }
     LF_HD V weigh(V y) {
@@ -104,9 +105,9 @@ struct GaussianMixture {
     V top, total;
     V share, sum_x;
 
-    LF_HD GaussianMixture() : top(constant<V>(scaled ? -1e37 : 0)), total(constant<V>(0)) {}
+    LF_HD GaussianMixture() : top(constant<V>(scaled ? LF_TAGGER_LOWEST : 0)), total(constant<V>(0)) {}
     LF_HD void compare(V y, V m) {
-        top = larger(if_less(constant<V>(0), m, y + exponent_of(m), constant<V>(-1e37)), top);
+        top = larger(if_less(constant<V>(0), m, y + exponent_of(m), constant<V>(LF_TAGGER_LOWEST)), top);
     }
     LF_HD void unless_enough(V unscaled_total) { top = top_unless_enough(unscaled_total, top); }
     LF_HD V weigh(V y, V m, const GaussianScalar<V>& s) {
@@ -251,7 +252,7 @@ struct MaskPixel {
     V top, total, share;
     V dot;  // in backward sum_k m_k grad_m_k
 
-    LF_HD MaskPixel() : top(constant<V>(-1e37)), total(constant<V>(0)), dot(total) {}
+    LF_HD MaskPixel() : top(constant<V>(LF_TAGGER_LOWEST)), total(constant<V>(0)), dot(total) {}
     LF_HD void compare(V l) { top = larger(l, top); }
     LF_HD V weigh(V l) {
         const V a = exp2_of(l - top);
@@ -283,3 +284,4 @@ LF_HD void gaussian_logits_backward(V grad, V e, V m, V share, const GaussianSca
 #undef LF_TAGGER_CLIP
 #undef LF_TAGGER_POLE
 #undef LF_TAGGER_FLOOR
+#undef LF_TAGGER_LOWEST

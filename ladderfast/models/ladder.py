@@ -405,6 +405,10 @@ def _check_input(name: str, x: Tensor, shape: tuple[int, ...], *, at_least: int)
 
 
 def _check_noise_std(noise_std: float | Sequence[float], depth: int) -> tuple[float, ...]:
+    if not isinstance(noise_std, (int, float)) and (
+        isinstance(noise_std, str) or not isinstance(noise_std, Sequence)
+    ):
+        raise TypeError(f"noise_std must be a number or a sequence of them, got {noise_std!r}")
     stds = [noise_std] * depth if isinstance(noise_std, (int, float)) else list(noise_std)
     if len(stds) != depth:
         raise ValueError(f"noise_std must be a number or {depth} of them, one a layer 0..L, got {len(stds)}")

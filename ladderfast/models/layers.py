@@ -42,8 +42,10 @@ def parse_layers(layers: Sequence[int | str]) -> tuple[Layer, ...]:
 
     Raises TypeError or ValueError that names the entry.
     """
-    numbers_and_texts = not isinstance(layers, str) and all(
-        isinstance(entry, (int, str)) and not isinstance(entry, bool) for entry in layers
+    numbers_and_texts = (
+        isinstance(layers, Sequence)
+        and not isinstance(layers, str)
+        and all(isinstance(entry, (int, str)) and not isinstance(entry, bool) for entry in layers)
     )
     if not numbers_and_texts:
         raise TypeError(

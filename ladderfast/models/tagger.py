@@ -394,6 +394,8 @@ class Tagger(Grouping):
             dtype=dtype,
         )
         widths = list(layers)
+        if not all(isinstance(size, int) for size in (num_pixels, *widths)):
+            raise TypeError(f"num_pixels and layers must be whole numbers, got {num_pixels!r} and {layers!r}")
         if num_pixels < 1 or not widths or min(widths) < 1:
             raise ValueError(f"num_pixels and layers must be positive, got {num_pixels} and {widths}")
         if inner is not None and len(widths) > 1:

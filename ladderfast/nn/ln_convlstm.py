@@ -32,6 +32,8 @@ _BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 
 def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
@@ -189,8 +191,19 @@ class _Cell(nn.Module):
         if not isinstance(state, tuple) or len(state) != 2:
             raise TypeError(f"state must be a pair (h, c), got {type(state).__name__}")
         for name, t in zip(("h", "c"), state, strict=True):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
             if tuple(t.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+            self.check_dtype(name, t)
+
+    def check_dtype(self, name: str, t: Tensor) -> None:
+        """That of the weights; under autocast any."""
+        dtype, device = next(self.parameters()).dtype, t.device.type
+        if t.dtype != dtype and not (
+            torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        ):
+            raise TypeError(f"{name} must have the dtype of the weights, {dtype}, got {t.dtype}")
 
 
 class _DenseCell(_Cell):
@@ -227,10 +240,12 @@ class _DenseCell(_Cell):
 
 
 def _sizes(name: str, value: int | Sequence[int], spatial: int, least: int) -> tuple[int, ...]:
-    sizes = (value,) * spatial if isinstance(value, int) else tuple(value)
+    sizes = (value,) * spatial if isinstance(value, int) else value
+    if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+        raise TypeError(f"{name} must be one whole number or {spatial} of them, got {value!r}")
     if len(sizes) != spatial or any(size < least for size in sizes):
         raise ValueError(f"{name} must be one number or {spatial}, each at least {least}; got {value}")
-    return sizes
+    return tuple(sizes)
 
 
 class LayerNormConvLSTMCell(_Cell):
@@ -262,6 +277,7 @@ class LayerNormConvLSTMCell(_Cell):
 
     Raises:
         ValueError: sizes, channels or shapes that do not fit.
+        TypeError: a size that is no whole number; what is no tensor, or of another dtype than the weights.
 
     Source: Shi et al., "Convolutional LSTM Network", 2015; Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017.
     """
@@ -311,7 +327,7 @@ class LayerNormConvLSTMCell(_Cell):
             ("in_channels", channels[-1]),
             ("hidden_channels", hidden_channels),
         ):
-            if count < 1 or count % _positive("groups", groups) != 0:
+            if _positive(name, count) % _positive("groups", groups) != 0:
                 raise ValueError(f"{name} must be a positive multiple of groups, {groups}; got {count}")
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         if any(r % 2 for r in reach):
@@ -392,7 +408,10 @@ class LayerNormConvLSTMCell(_Cell):
             return x.shape[1]
         if largest > _WEIGHT_PART * _AT_ONCE:
             return x.shape[1]
-        return max(1, _AT_ONCE // (4 * math.prod(self.state_shape(x)[1:])))
+        gates = 4 * math.prod(
+            self.state_shape(x)[1:]
+        )  # none where the kernel is wider than x: the convolution says so
+        return max(1, _AT_ONCE // max(1, gates))
 
     def channels_last_weights(self) -> Weights:
         """The weights for such a sequence, laid out once for all its steps."""
@@ -445,9 +464,14 @@ class _Sequence(nn.Module):
 
     def _run(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
         axes = "(N, T, C, *)" if self.batch_first else "(T, N, C, *)"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor {axes}, got {type(x).__name__}")
         if x.dim() != 3 + self.cell.spatial:
             raise ValueError(f"x must have {3 + self.cell.spatial} axes, {axes}; got shape {tuple(x.shape)}")
+        self.cell.check_dtype("x", x)
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
                 raise ValueError(
                     f"mask must be bool of shape {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}"
@@ -559,6 +583,7 @@ class LayerNormConvLSTM(_Sequence):
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: as the cell.
     """
 
     def __init__(
@@ -622,6 +647,7 @@ class LayerNormLSTM(_Sequence):
 
     Raises:
         ValueError: sizes or shapes that do not fit.
+        TypeError: a size that is no whole number; what is no tensor, or of another dtype than the weights.
 
     Source: Ba et al., "Layer Normalization", 2016; Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, for
     normalising the input alone.

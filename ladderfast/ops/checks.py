@@ -20,6 +20,12 @@ def check_dtype(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
 
 
+def check_number(op: str, name: str, value: object) -> None:
+    """A number of Python's, or a TypeError."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number; got {value!r}")
+
+
 def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the tensors in the widest of their dtypes; otherwise as they are."""
     first = tensors[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
+from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed, readable
 from ladderfast.reference import ladder_decoder as reference
 
@@ -271,8 +271,8 @@ def ladder_decoder(
     """
     if not _fit(u, z, params, clean_z, mean, var, eps):
         for name, t in (("u", u), ("z", z), ("params", params), ("clean_z", clean_z)):
-            if t is not None:
-                check_dtype("ladder_decoder", name, t)
+            if t is not None or name != "clean_z":
+                check_dtype("ladder_decoder", name, t)  # type: ignore[arg-type]  # None is what it refuses
         if clean_z is None:
             u, z = autocast_promote(u, z)
         else:
@@ -357,7 +357,6 @@ def _check(
             raise TypeError(f"{op}: {name} must be {names} for u of {u.dtype}; got {t.dtype}")
         if t.device != u.device:
             raise ValueError(f"{op}: {name} must be on the device of u, {u.device}; got {t.device}")
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
-        raise TypeError(f"{op}: eps must be a number; got {eps!r}")
+    check_number(op, "eps", eps)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"{op}: eps must be finite and not negative; got {eps}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
+from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ln_convlstm as reference
 
@@ -317,6 +317,7 @@ def _check(
     for name, t in others + every:
         if t.device != device:
             raise ValueError(f"{OP}: {name} must be on the device of gates_in, {device}; got {t.device}")
+    check_number(OP, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{OP}: eps must not be negative; got {eps}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_float32, check_dtype, shape_text
+from ladderfast.ops.checks import autocast_float32, check_dtype, check_number, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
 from ladderfast.ops.tagger import WIDE, prepare, prepare_flip_prob, prepare_variance
 from ladderfast.reference import tagger_step as reference
@@ -383,6 +383,7 @@ def _outputs(
         parameters = _prepared_parameters(op, z_pre, *parameters)
     if variance is not None:
         parameters.append(prepare_variance(op, variance, z_pre))
+    check_number(op, "eps", eps)
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0; got {eps}")
     name = backend.choose(op, z_pre.device.type, z_pre.dtype, _lacking(z_pre.shape[1]))

@@ -20,7 +20,7 @@ from ladderfast.reference.tagger import CLIP, FLOOR, POLE
 
 LN2 = tl.constexpr(0.6931471805599453)
 TWO_PI = tl.constexpr(6.283185307179586)
-LOWEST = tl.constexpr(-1e37)
+LOWEST = tl.constexpr(-3.4e38)
 MOST = tl.constexpr(126.0)
 LOW = tl.constexpr(CLIP)
 HIGH = tl.constexpr(1 - CLIP)

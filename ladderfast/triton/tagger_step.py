@@ -630,11 +630,12 @@ class OutputsPlan:
         return torch.empty((self.seeds, self.chunks, 4, self.pixels), dtype=torch.float32, device=z.device)
 
 
-def _even(t: Tensor) -> Tensor:
-    """t if one stride leads from group to group and from row to row, and neighbouring pixels are neighbours."""
+def _even(t: Tensor) -> tuple[Tensor, int]:
+    """t with neighbouring pixels neighbours, and the one stride that leads from group to group and from row to row."""
     n, k, d = t.shape
-    even = (d <= 1 or t.stride(2) == 1) and (n <= 1 or t.stride(0) == k * t.stride(1))
-    return t if even else t.contiguous()
+    even = (d <= 1 or t.stride(2) == 1) and (n <= 1 or k == 1 or t.stride(0) == k * t.stride(1))
+    t = t if even else t.contiguous()
+    return t, t.stride(0 if k == 1 else 1)  # of a single group its own may be anything
 
 
 def _outputs(
@@ -652,8 +653,8 @@ def _outputs(
     stats = torch.empty((seeds, 4, z.shape[2]), dtype=torch.float32, device=z.device)
     if z.numel() > 0:
         plan = OutputsPlan(z, seeds)
-        z_pre, m_pre = _even(z_pre), _even(m_pre)
-        strides = (z_pre.stride(1), m_pre.stride(1))
+        (z_pre, z_stride), (m_pre, m_stride) = _even(z_pre), _even(m_pre)
+        strides = (z_stride, m_stride)
         partial = plan.partial(z)
         cut = (plan.per_seed, plan.chunk_rows, plan.chunks, *plan.shape)
         given = (c1.contiguous(), b1.contiguous(), c2.contiguous())
@@ -698,7 +699,7 @@ def _outputs_backward(
         zeros = (torch.zeros_like(t) for t in (to_c1, to_b1, to_c2, *to_variance))
         return to_x, to_z, to_m, *zeros
     plan = OutputsPlan(z_pre, c2.numel())
-    z_pre, m_pre = _even(z_pre), _even(m_pre)
+    (z_pre, z_stride), (m_pre, m_stride) = _even(z_pre), _even(m_pre)
     partial, means = plan.partial(to_z), torch.empty_like(stats)
     of_c2 = torch.empty(plan.merges, dtype=torch.float32, device=c2.device)
     of_variance = torch.empty(plan.sums, dtype=torch.float32, device=c2.device)
@@ -713,8 +714,8 @@ def _outputs_backward(
         to_x,
         to_z,
         to_m,
-        z_pre.stride(1),
-        m_pre.stride(1),
+        z_stride,
+        m_stride,
         plan.per_seed,
     )
     options = {"GAUSSIAN": int(variance is not None), "BLOCK": plan.block}

@@ -503,6 +503,41 @@ def test_wrong_arguments(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LayerNormConvLSTM(3, 4, 3.0), "kernel_size must be one whole number or 2 of them, got 3.0"),
+        (lambda: LayerNormConvLSTM(3, 4, "3"), "kernel_size must be one whole number or 2 of them, got '3'"),
+        (lambda: LayerNormConvLSTM(3, None, 3), "hidden size must be a whole number, got None"),
+        (lambda: LayerNormConvLSTM("3", 4, 3), "in_channels must be a whole number, got '3'"),
+        (lambda: LayerNormLSTM(3.0, 4), "input_size must be a whole number, got 3.0"),
+        (lambda: LayerNormLSTM(3, 4)(None), r"x must be a tensor \(T, N, C, \*\), got NoneType"),
+        (
+            lambda: LayerNormLSTM(3, 4)(torch.zeros(2, 2, 3, dtype=torch.float64)),
+            "x must have the dtype of the weights, torch.float32, got torch.float64",
+        ),
+        (
+            lambda: LayerNormLSTM(3, 4)(torch.zeros(2, 2, 3), (torch.zeros(1, 2, 4).double(),) * 2),
+            "h must have the dtype of the weights, torch.float32, got torch.float64",
+        ),
+        (lambda: LayerNormLSTM(3, 4)(torch.zeros(2, 2, 3), (None, None)), "h must be a tensor, got NoneType"),
+        (
+            lambda: LayerNormLSTM(3, 4)(torch.zeros(2, 2, 3), None, [[True]]),
+            "mask must be a tensor, got list",
+        ),
+    ],
+)
+def test_wrong_types(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.usefixtures("every_size_is_large")
+def test_a_kernel_wider_than_the_image_is_the_convolutions_to_refuse():
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        LayerNormConvLSTM(1, 4, 3, padding=0)(torch.zeros(2, 3, 1, 2, 9))
+
+
 def test_wrong_inputs():
     module, cell = LayerNormConvLSTM(3, 4, 3), LayerNormConvLSTMCell(3, 4, 3)
     x = torch.zeros(2, 2, 3, 5, 5)

@@ -553,6 +553,10 @@ BAD = [
     (lambda a: {**a, "u": a["u"].int()}, TypeError, r"u must be float32.*got torch.int32"),
     (lambda a: {**a, "z": a["z"].tolist()}, TypeError, r"z must be a tensor; got list"),
     (lambda a: {**a, "mean": 0.0}, TypeError, r"mean must be a tensor; got float"),
+    *[
+        (lambda a, n=n: {**a, n: None}, TypeError, f"{n} must be a tensor; got NoneType")
+        for n in ("u", "z", "params")
+    ],
     (lambda a: {**a, "z": a["z"].double()}, TypeError, r"z must be torch.float32.*got torch.float64"),
     (lambda a: {**a, "params": a["params"].double()}, TypeError, r"params must be torch.float32.*float64"),
     (lambda a: {**a, "clean_z": a["clean_z"].half()}, TypeError, r"clean_z must be torch.float32.*float16"),

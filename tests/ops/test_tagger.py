@@ -415,6 +415,13 @@ def test_a_mask_of_zero_may_hide_the_best_group(target):
     assert grad_m[0, 0, 1].item() < -1e37
 
 
+def test_a_variance_near_the_least_number(target):
+    """Exponents near the largest number, of which the larger one still decides."""
+    x, z, m, v = tensors(target.device, [[0.0]], [[[1.0], [1.5]]], [[[0.5], [0.5]]], 1e-38)
+    assert ops.gaussian_group_inputs(x, z, m, v)[1].flatten().tolist() == [1, 0]
+    assert ops.gaussian_mixture_nll(x, z, m, v).item() == pytest.approx(5e37, rel=1e-5)
+
+
 def test_a_tiny_mask_counts(target):
     """A subnormal mask, or one below the rest by more than an exponential spans, is not rounded away."""
     x, z, m, v = tensors(

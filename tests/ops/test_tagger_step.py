@@ -25,6 +25,8 @@ SHAPES = [
     (40, 2, 3),  # fewer pixels than a vector, several tiles of rows
     (3, 5, 131),  # prime everywhere, three blocks of pixels
     (2, 64, 19),  # the most groups
+    (37, 4, 200),  # several chunks of rows, each of several tiles
+    (2, 64, 512),  # the most groups in whole blocks of pixels
 ]
 EMPTY = [(0, 3, 4), (3, 2, 0)]
 
@@ -215,6 +217,17 @@ def test_strides(target, name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     grads = [torch.ones((), device=target.device).expand_as(g) for g in grads]
     assert all(t.isfinite().all() for t in run(ours(name), name, inputs, grads))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("poisoned")
+def test_the_stride_of_a_single_group_says_nothing(target, name):
+    inputs, grads = make(name, (5, 1, 20), dtype=torch.float32, device=target.device)
+    expected = run(ours(name), name, inputs, grads)
+    inputs[1:3] = [torch.empty(1, 5, 20, device=target.device).transpose(0, 1).copy_(t) for t in inputs[1:3]]
+    assert inputs[1].stride(1) == 100
+    for a, b in zip(run(ours(name), name, inputs, grads), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -466,6 +479,8 @@ def test_an_eps_that_is_not_above_zero_is_refused():
     inputs, _ = make("bernoulli_step_outputs", (2, 3, 5), dtype=torch.float32)
     with pytest.raises(ValueError, match="eps must be above 0; got 0"):
         ops.bernoulli_step_outputs(*inputs, eps=0)
+    with pytest.raises(TypeError, match="eps must be a number; got None"):
+        ops.bernoulli_step_outputs(*inputs, eps=None)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
