@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ladderfast.ops import ln_convlstm_step
+from ladderfast.nn.convlstm_sequence import Geometry, sequence
+from ladderfast.ops import backend, ln_convlstm_step
 from ladderfast.ops.function import plain
 from ladderfast.ops.layout import channels_last, stack_contiguous, with_gradient_channels_last
 from ladderfast.ops.linear import linear
@@ -413,6 +414,26 @@ class LayerNormConvLSTMCell(_Cell):
         )  # none where the kernel is wider than x: the convolution says so
         return max(1, _AT_ONCE // max(1, gates))
 
+    def is_one_node(self, x: Tensor, state: State | None) -> bool:
+        """Whether such a sequence, with gradients and kernels that allow it, is one node of autograd."""
+        return (
+            self.norm != "batch"
+            and self.cell_weight is None
+            and torch.is_grad_enabled()
+            and any(t.requires_grad for t in (x, *(state or ()), *self.parameters()))
+            and backend.choose("ln_convlstm_step", "cpu", x.dtype) == "cpu"
+        )
+
+    def sequence(self, x: Tensor, state: State | None, *, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """All h of it, contiguous, and the last h and c, without the axis of layers."""
+        how = (self.stride, self.padding, self.state_padding, self.dilation)
+        geometry = Geometry(*how, self.eps, self.samples_at_once(x))
+        start = None if state is None else (state[0][0], state[1][0])
+        norm_weight = None if self.norm_weight is None else self.norm_weight[0]
+        return sequence(
+            geometry, batch_first, x, start, self.weight_ih[0], self.weight_hh, norm_weight, self.bias
+        )
+
     def channels_last_weights(self) -> Weights:
         """The weights for such a sequence, laid out once for all its steps."""
         return channels_last(self.weight_ih[0]), channels_last(self.weight_hh)
@@ -489,6 +510,9 @@ class _Sequence(nn.Module):
             return torch.stack(outputs, dim), (h[None], c[None])
         if state is not None:  # before it is cut
             cell.check_state(state, (1, *cell.state_shape(x)))
+        if mask is None and cell.is_one_node(x, state):
+            out, h, c = cell.sequence(x, state, batch_first=self.batch_first)
+            return out, (h[None], c[None])
         samples, at_once, weights = x.shape[1], cell.samples_at_once(x), cell.channels_last_weights()
         parts, last = [], []
         for first in range(0, samples, at_once):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import ladderfast
 from ladderfast.nn import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM, LayerNormLSTMCell
 
 OPTIONS = [
@@ -382,6 +383,51 @@ def test_the_layout_within_a_sequence_does_not_show(given, masked, channels, nor
     assert all(t.is_contiguous() for t in found[:3])
     with torch.no_grad():
         torch.testing.assert_close(module(x, state, mask)[0], found[0].detach())
+
+
+@pytest.mark.parametrize("norm", ["layer", "none"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("h",), ("c",), ("weight_ih", "bias"), ("x", "h", "c", "weight_hh", "norm")]
+)
+@pytest.mark.usefixtures("every_size_is_large", "two_samples_at_once")
+def test_one_node_makes_the_gradients_that_are_wanted(norm, bias, wanted):
+    module = LayerNormConvLSTM(3, 5, (3, 5), stride=(1, 2), padding=(1, 1), norm=norm, bias=bias)
+    cell = module.cell
+    x, h, c = torch.randn(4, 5, 3, 6, 7), torch.randn(1, 5, 5, 6, 3), torch.randn(1, 5, 5, 6, 3)
+    tensors = {"x": x, "h": h, "c": c, "weight_ih": cell.weight_ih[0], "weight_hh": cell.weight_hh}
+    if norm == "layer":
+        tensors["norm"] = cell.norm_weight[0]
+    if bias:
+        tensors["bias"] = cell.bias
+    module.requires_grad_(False)
+    of = [tensors[name].requires_grad_() for name in wanted if name in tensors]
+    assert cell.is_one_node(x, (h, c))
+
+    def run(dtype):
+        copied = copy.deepcopy(module).to(dtype)
+        own = [p for p in copied.parameters() if p.requires_grad]
+        inputs = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (x, h, c)]
+        output, (_, last_c) = copied(inputs[0], (inputs[1], inputs[2]))
+        own = [t for t in inputs if t.requires_grad] + own
+        # Only one of the states: the other has no gradient that comes in.
+        return torch.autograd.grad(output.square().sum() + last_c.sum(), own)
+
+    assert len(of) > 0
+    for a, b in zip(run(torch.float32), run(torch.float64), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.usefixtures("every_size_is_large")
+def test_what_is_not_one_node():
+    x = torch.zeros(2, 3, 3, 6, 7)
+    with torch.no_grad():
+        assert not LayerNormConvLSTM(3, 5, 3).cell.is_one_node(x, None)
+    assert not LayerNormConvLSTM(3, 5, 3).requires_grad_(False).cell.is_one_node(x, None)
+    assert not LayerNormConvLSTM(3, 5, 3, norm="batch").cell.is_one_node(x, None)
+    assert not LayerNormConvLSTM(3, 5, 3, normalise_cell=True).cell.is_one_node(x, None)
+    with ladderfast.use_backend("reference"):
+        assert not LayerNormConvLSTM(3, 5, 3).cell.is_one_node(x, None)
 
 
 def test_few_gates_stay_as_they_are():
