@@ -135,7 +135,8 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         geometry, wanted = ctx.geometry, ctx.needs_input_grad[2:]
-        inputs, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        saved = ctx.saved_tensors  # once: a checkpoint computes them anew at each question
+        inputs, kept = saved[: len(wanted)], saved[len(wanted) :]
         if torch.is_grad_enabled() or not plain():
             return None, None, *_differentiable(geometry, ctx.batch_first, inputs, wanted, grads)
         x, _, _, weight_ih, weight_hh, norm_weight, bias = inputs

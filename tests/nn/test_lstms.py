@@ -419,6 +419,15 @@ def test_one_node_makes_the_gradients_that_are_wanted(norm, bias, wanted):
 
 
 @pytest.mark.usefixtures("every_size_is_large")
+def test_one_node_within_a_checkpoint():
+    module, x = LayerNormConvLSTM(3, 5, 3), torch.randn(2, 3, 3, 6, 7)
+    wanted = list(module.parameters())
+    output = torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=False)
+    found = torch.autograd.grad(output.square().sum(), wanted)
+    torch.testing.assert_close(found, torch.autograd.grad(module(x)[0].square().sum(), wanted))
+
+
+@pytest.mark.usefixtures("every_size_is_large")
 def test_what_is_not_one_node():
     x = torch.zeros(2, 3, 3, 6, 7)
     with torch.no_grad():
