@@ -21,7 +21,6 @@ namespace ladderfast::cpu {
 static const int64_t kOutputsBlock = 64;   // pixels of an item of the outputs, at most
 static const int64_t kOutputsLanes = 16;   // its pixels are a multiple of these but for the last
 static const int64_t kOutputsTile = 2048;  // pixels and groups of a tile of rows
-static const int64_t kOutputsGroups = 64;  // at most
 
 // Items of a seed: their number is a multiple of eight where there are pixels enough, so that threads have equal
 // shares. Sums over a chunk of about 64 rows and groups are made in T and added up in double.
@@ -481,7 +480,7 @@ struct OutputsBackward {
     alignas(64) double totals[4][kOutputsBlock];
     // Of a tile, by row and group: the masks' weights, and Gaussian the joint ones, Bernoulli z.
     static constexpr int64_t kMost =
-        kOutputsGroups * kOutputsBlock > kOutputsTile ? kOutputsGroups * kOutputsBlock : kOutputsTile;
+        kTaggerGroups * kOutputsBlock > kOutputsTile ? kTaggerGroups * kOutputsBlock : kOutputsTile;
     alignas(64) T masks_at[kMost], other_at[kMost];
     // By pixel: share of the masks' weights; Gaussian that of the joint ones, Bernoulli p and then the gradient of p.
     alignas(64) T share_at[kOutputsTile], joint_at[kOutputsTile], slope_at[kOutputsTile];

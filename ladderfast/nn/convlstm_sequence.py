@@ -208,7 +208,7 @@ def _differentiable(
     """The gradients, by way of the differentiable ops: for gradients of gradients, and for many gradients at once."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        results = _step_by_step(geometry, batch_first, *inputs)  # type: ignore[arg-type]
+        results = _step_by_step(geometry, batch_first, *inputs)  # type: ignore[arg-type]  # not all may be None, which a tuple cannot say
     there = [k for k, g in enumerate(grads) if g is not None]
     of = [t for t, w in zip(inputs, wanted, strict=True) if w and t is not None]
     found = iter(

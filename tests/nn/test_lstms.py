@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import ladderfast
+from ladderfast import _extension
 from ladderfast.nn import LayerNormConvLSTM, LayerNormConvLSTMCell, LayerNormLSTM, LayerNormLSTMCell
 
 OPTIONS = [
@@ -347,6 +348,9 @@ def every_size_is_large(monkeypatch):
     monkeypatch.setattr("ladderfast.nn.ln_convlstm._LARGE", 0)
 
 
+needs_kernels = pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
+
+
 @pytest.fixture
 def two_samples_at_once(monkeypatch):
     monkeypatch.setattr("ladderfast.nn.ln_convlstm._AT_ONCE", 2 * 4 * 5 * 6 * 7)
@@ -391,6 +395,7 @@ def test_the_layout_within_a_sequence_does_not_show(given, masked, channels, nor
     "wanted", [("x",), ("h",), ("c",), ("weight_ih", "bias"), ("x", "h", "c", "weight_hh", "norm")]
 )
 @pytest.mark.usefixtures("every_size_is_large", "two_samples_at_once")
+@needs_kernels
 def test_one_node_makes_the_gradients_that_are_wanted(norm, bias, wanted):
     module = LayerNormConvLSTM(3, 5, (3, 5), stride=(1, 2), padding=(1, 1), norm=norm, bias=bias)
     cell = module.cell
@@ -419,8 +424,10 @@ def test_one_node_makes_the_gradients_that_are_wanted(norm, bias, wanted):
 
 
 @pytest.mark.usefixtures("every_size_is_large")
+@needs_kernels
 def test_one_node_within_a_checkpoint():
     module, x = LayerNormConvLSTM(3, 5, 3), torch.randn(2, 3, 3, 6, 7)
+    assert module.cell.is_one_node(x, None)
     wanted = list(module.parameters())
     output = torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=False)
     found = torch.autograd.grad(output.square().sum(), wanted)
