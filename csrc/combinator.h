@@ -40,7 +40,8 @@ void combinator_backward(const T* grad,    // as z
                          const T* params,  // (seeds, 10, channels)
                          T* grad_z,        // as z, written once
                          T* grad_u,        // as z, written once
-                         T* workspace,     // combinator_workspace(shape), need not be initialised
+                         T* grad_params,   // (seeds, 10, channels), written here if there are no reduce_items
+                         T* workspace,     // combinator_workspace(shape), need not be initialised; null if that is 0
                          bool squash_v, const CombinatorShape& shape, int64_t begin, int64_t end);
 
 template <class T>

@@ -150,15 +150,18 @@ Tensor combinator_cpu(Tensor z, Tensor u, Tensor params, bool squash_v) {
 
 template <class T>
 void run_backward(const Tensor& grad, const Tensor& z, const Tensor& u, const Tensor& params, Tensor& grad_z,
-                  Tensor& grad_u, Tensor& grad_params, Tensor& workspace, bool squash_v, const CombinatorShape& shape) {
+                  Tensor& grad_u, Tensor& grad_params, bool squash_v, const CombinatorShape& shape) {
+    const int64_t scratch = ladderfast::cpu::combinator_workspace(shape);
+    std::optional<Tensor> workspace;
+    if (scratch > 0) workspace = new_packed(z, {scratch});
     const T *gp = (const T*)grad.data_ptr(), *zp = (const T*)z.data_ptr(), *up = (const T*)u.data_ptr(),
             *pp = (const T*)params.data_ptr();
-    T *gz = (T*)grad_z.data_ptr(), *gu = (T*)grad_u.data_ptr(), *ws = (T*)workspace.data_ptr();
+    T *gz = (T*)grad_z.data_ptr(), *gu = (T*)grad_u.data_ptr(), *ws = (T*)pointer(workspace);
     T* out = (T*)grad_params.data_ptr();
     parallel_items(ladderfast::cpu::combinator_backward_items(shape), numel(shape), [&](int64_t begin, int64_t end) {
-        ladderfast::cpu::combinator_backward<T>(gp, zp, up, pp, gz, gu, ws, squash_v, shape, begin, end);
+        ladderfast::cpu::combinator_backward<T>(gp, zp, up, pp, gz, gu, out, ws, squash_v, shape, begin, end);
     });
-    parallel_items(ladderfast::cpu::combinator_reduce_items(shape), workspace.numel(), [&](int64_t begin, int64_t end) {
+    parallel_items(ladderfast::cpu::combinator_reduce_items(shape), scratch, [&](int64_t begin, int64_t end) {
         ladderfast::cpu::combinator_reduce<T>(ws, pp, out, shape, begin, end);
     });
 }
@@ -172,13 +175,12 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cpu(Tensor grad, Tensor z
     params = as_contiguous(params);
     Tensor grad_z = new_like(z), grad_u = new_like(z);
     Tensor grad_params = new_like(params);
-    Tensor workspace = torch::stable::new_empty(z, {ladderfast::cpu::combinator_workspace(shape)});
     const ScalarType dtype = z.scalar_type();
     STD_TORCH_CHECK(params.scalar_type() == dtype, "combinator_backward: params must have the dtype of z on the CPU");
     if (dtype == ScalarType::Float) {
-        run_backward<float>(grad, z, u, params, grad_z, grad_u, grad_params, workspace, squash_v, shape);
+        run_backward<float>(grad, z, u, params, grad_z, grad_u, grad_params, squash_v, shape);
     } else if (dtype == ScalarType::Double) {
-        run_backward<double>(grad, z, u, params, grad_z, grad_u, grad_params, workspace, squash_v, shape);
+        run_backward<double>(grad, z, u, params, grad_z, grad_u, grad_params, squash_v, shape);
     } else {
         STD_TORCH_CHECK(false, "combinator_backward: the CPU kernel takes float32 and float64");
     }

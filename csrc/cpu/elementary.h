@@ -116,12 +116,13 @@ LF_HD VecTraits<double>::Raw exp_fraction(VecTraits<double>::Raw r) {
     return (p * r) * r + r + 1.0;
 }
 
-// 2^y for y <= 126.5, with 0 from about 2^-127 on; NaN stays NaN. The clamped exponent makes the scale exactly 0.
+// 2^y for y <= 126.5, with 0 from about 2^-150 on, or 2^-127 without AVX-512, where the clamped exponent makes the
+// scale exactly 0; NaN stays NaN.
 LF_HD Vec<float> exp2_of(Vec<float> y) {
     using V = VecTraits<float>::Raw;
 #if LF_VECTOR_BYTES == 64
     V r, scale;
-    exp2_parts(_mm512_max_ps(_mm512_set1_ps(-127.0f), (__m512)y.raw), r, scale);
+    exp2_parts((__m512)y.raw, r, scale);
     return {(((r * 0.0555041087f + 0.240226507f) * r + 0.693147182f) * r) * scale + scale};
 #else
     using I = VecTraits<float>::RawInt;

@@ -291,23 +291,23 @@ LF_HD Sigmoid<Vec<T>> sigmoid(Vec<T> x) {
 }
 
 #if LF_VECTOR_BYTES == 64
-// Bits of 2^(k/32) less k << 18, by which the fraction of k/32 reaches into the exponent.
-alignas(64) static const uint32_t exp2_table[32] = {
-    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
-    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
-    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
-    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+// 2^(k/32)
+alignas(64) static const float exp2_table[32] = {
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
 
-// 2^y = scale 2^r with |r| <= 1/64 and scale = 2^(k/32), which spares the few units that multiply: a table in two
-// registers gives the fraction of k/32, and k << 18 puts the whole part where the exponent is.
+// 2^y = scale 2^r with |r| <= 1/64, which spares the few units that multiply: a table in two registers gives 2^(k/32)
+// of the fraction, and neither reducing nor scaling takes those units. Any y will do: scale is 0 from about -150 on and
+// infinite from 128, r is 0 where y is infinite, and a NaN is kept in r.
 LF_HD void exp2_parts(__m512 y, VecTraits<float>::Raw& r, VecTraits<float>::Raw& scale) {
     using V = VecTraits<float>::Raw;
-    using I = VecTraits<float>::RawInt;
-    const V shifted = (V)y + 393216.0f;  // 1.5 * 2^18: sums have steps of 1/32
-    r = (V)y - (shifted - 393216.0f);
-    const I fraction = (I)_mm512_permutex2var_epi32(_mm512_load_si512(exp2_table), (__m512i)shifted,
-                                                    _mm512_load_si512(exp2_table + 16));
-    scale = (V)(fraction + ((I)shifted << 18));
+    r = (V)_mm512_reduce_ps(y, 5 << 4);    // y less its nearest multiple of 1/32
+    const __m512 shifted = y + 393216.0f;  // 1.5 * 2^18: sums have steps of 1/32
+    const __m512 fraction =
+        _mm512_permutex2var_ps(_mm512_load_ps(exp2_table), (__m512i)shifted, _mm512_load_ps(exp2_table + 16));
+    scale = (V)_mm512_scalef_ps(fraction, y - (__m512)r);  // times 2^floor
 }
 
 // float with AVX-512, for the argument in powers of two. The slope's absolute error is that of s.
@@ -315,11 +315,8 @@ LF_HD Vec<float> sigmoid_argument(Vec<float> x) { return {x.raw * -1.44269504f};
 
 LF_HD Sigmoid<Vec<float>> sigmoid_of(Vec<float> argument) {
     using V = VecTraits<float>::Raw;
-    __m512 y = (__m512)argument.raw;
-    y = _mm512_min_ps(_mm512_set1_ps(125.0f), y);  // the second operand where one is NaN
-    y = _mm512_max_ps(_mm512_set1_ps(-125.0f), y);
     V r, scale;
-    exp2_parts(y, r, scale);
+    exp2_parts((__m512)argument.raw, r, scale);
     const V p = (r * 0.240226507f + 0.693157344f) * r + 1.0f;
     const V s = 1.0f / (p * scale + 1.0f);
     return {{s}, {s - s * s}};

@@ -48,15 +48,21 @@ LF_HD V combinator_forward(V z, V u, const Combinator<V>& p) {
     return combinator_forward(z, u, p, squash);
 }
 
+// What both passes need of u: s(a2 u + a3) and s(a7 u + a8).
+template <class V>
+struct CombinatorSigmoids {
+    decltype(sigmoid_of(V())) mu, v;
+
+    LF_HD CombinatorSigmoids(V u, const Combinator<V>& p) : mu(p.sigmoid_mu(u)), v(p.sigmoid_v(u)) {}
+};
+
 // Sets grad_z and grad_u; adds to `sums` what the element contributes to the gradients of a1 .. a10, less the factors
 // a1 and a6 that are the same for the whole channel: combinator_finish applies those to the finished sums.
 template <class V>
-LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, bool squash, V& grad_z, V& grad_u,
-                               V (&sums)[10]) {
-    const auto s_mu = p.sigmoid_mu(u);
-    const auto s_v = p.sigmoid_v(u);
-    const V mu = p.a[0] * s_mu.value + (p.a[3] * u + p.a[4]);
-    V v = p.a[5] * s_v.value + (p.a[8] * u + p.a[9]);
+LF_HD void combinator_backward(V grad, V z, V u, const CombinatorSigmoids<V>& s, const Combinator<V>& p, bool squash,
+                               V& grad_z, V& grad_u, V (&sums)[10]) {
+    const V mu = p.a[0] * s.mu.value + (p.a[3] * u + p.a[4]);
+    V v = p.a[5] * s.v.value + (p.a[8] * u + p.a[9]);
     V grad_v = grad * (z - mu);
     if (squash) {
         const auto squashed = sigmoid(v);
@@ -65,19 +71,25 @@ LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, bool sq
     }
     grad_z = grad * v;
     const V grad_mu = grad - grad_z;
-    const V slope_mu = grad_mu * s_mu.slope;
-    const V slope_v = grad_v * s_v.slope;
+    const V slope_mu = grad_mu * s.mu.slope;
+    const V slope_v = grad_v * s.v.slope;
     grad_u = (p.a[0] * p.a[1]) * slope_mu + p.a[3] * grad_mu + ((p.a[5] * p.a[6]) * slope_v + p.a[8] * grad_v);
-    sums[0] = sums[0] + grad_mu * s_mu.value;
+    sums[0] = sums[0] + grad_mu * s.mu.value;
     sums[1] = sums[1] + slope_mu * u;
     sums[2] = sums[2] + slope_mu;
     sums[3] = sums[3] + grad_mu * u;
     sums[4] = sums[4] + grad_mu;
-    sums[5] = sums[5] + grad_v * s_v.value;
+    sums[5] = sums[5] + grad_v * s.v.value;
     sums[6] = sums[6] + slope_v * u;
     sums[7] = sums[7] + slope_v;
     sums[8] = sums[8] + grad_v * u;
     sums[9] = sums[9] + grad_v;
+}
+
+template <class V>
+LF_HD void combinator_backward(V grad, V z, V u, const Combinator<V>& p, bool squash, V& grad_z, V& grad_u,
+                               V (&sums)[10]) {
+    combinator_backward(grad, z, u, CombinatorSigmoids<V>(u, p), p, squash, grad_z, grad_u, sums);
 }
 
 template <bool squash, class V>

@@ -23,7 +23,7 @@ SHAPES = [
     (200, 10),  # the top layer: rows are merged, and the last one is short
     (37, 1),  # one channel, a prime number of rows
     (3, 1023),  # just below two blocks of columns
-    (131, 515),  # rows and columns that are no multiple of any tile
+    (131, 515),  # rows and columns that are no multiple of any tile; all rows in one item
     (2, 3, 5),  # a short inner axis
     (7, 2, 15),  # the longest inner axis that still goes by columns
     (4, 110, 7),  # a block of columns that begins within a channel
@@ -31,7 +31,7 @@ SHAPES = [
     (3, 5, 7, 11),  # prime everywhere
     (2, 3, 2, 2, 2),  # three spatial axes
 ]
-LONG = [(1, 2, 20011), (130, 2, 67), (1031, 130)]  # several segments of a run, and several partial sums
+LONG = [(1, 2, 20011), (130, 2, 67), (1031, 130), (257, 515)]  # several segments of a run, and several partial sums
 EMPTY = [(0, 4), (4, 0), (3, 4, 0), (0, 0)]
 
 
@@ -148,7 +148,7 @@ def test_triton_segments(target, monkeypatch):
     assert_as_good_as_torch(run(gaussian_combinator, *data), *data, squash_v=False)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (20, 3), (3, 4, 5), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (20, 3), (3, 4, 5), (2, 3, 4, 5), (70, 67)], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_axis_of_seeds(target, shape):
     data = make(shape, seeds=3, dtype=torch.float32, device=target.device)
