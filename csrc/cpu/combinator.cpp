@@ -314,7 +314,8 @@ static inline void backward_columns(const T* grad, const T* z, const T* u, const
         __builtin_prefetch(z + at + kAhead / sizeof(T));
         __builtin_prefetch(u + at + kAhead / sizeof(T));
     };
-    for (int64_t i = begin; i < end; ++i) {
+    // The last item first: what forward read last may still be in a cache.
+    for (int64_t i = end - 1; i >= begin; --i) {
         const ColumnItem item(plan, i);
         fill_table(table, params + item.seed * 10 * s.channels, s, item.first, item.count);
         for (int64_t row = item.row, stop; row < item.row_end; row = stop) {
@@ -365,7 +366,7 @@ static inline void backward_runs(const T* grad, const T* z, const T* u, const T*
             __builtin_prefetch(grad_u + ahead, 1);
         }
     };
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = end - 1; i >= begin; --i) {
         const RunItem item(plan, s, i);
         const auto p = broadcast_channel(params + item.seed * 10 * s.channels, s.channels, item.channel);
         double total[10] = {};

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WIDE = (torch.float32, torch.float64)  # what autocast leaves as it is
 
 
 def shape_text(t: Tensor) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_float32, check_dtype, shape_text
+from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, readable
 from ladderfast.reference import tagger as reference
 
@@ -191,9 +191,6 @@ class _TaggerBackward(torch.autograd.Function):
             if k < with_rows or scalar.dim() - (in_dims[5] is not None) > 0:
                 out[k] = _split(size, t)
         return tuple(out), (0,) * len(out)
-
-
-WIDE = (torch.float32, torch.float64)  # what autocast leaves as it is
 
 
 def _fits(x: Tensor, z: Tensor, m: Tensor) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_float32, check_dtype, check_number, shape_text
+from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, check_number, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
-from ladderfast.ops.tagger import WIDE, prepare, prepare_flip_prob, prepare_variance
+from ladderfast.ops.tagger import prepare, prepare_flip_prob, prepare_variance
 from ladderfast.reference import tagger_step as reference
 
 GROUPS = 64  # at most, of the kernels
