@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladderfast.ops.function import plain
+from ladderfast.ops.function import is_batched, plain
 from ladderfast.ops.layout import channels_last
 from ladderfast.ops.ln_convlstm import ln_convlstm_step
 
@@ -137,7 +137,7 @@ class _Sequence(torch.autograd.Function):
         geometry, wanted = ctx.geometry, ctx.needs_input_grad[2:]
         saved = ctx.saved_tensors  # once: a checkpoint computes them anew at each question
         inputs, kept = saved[: len(wanted)], saved[len(wanted) :]
-        if torch.is_grad_enabled() or not plain():
+        if torch.is_grad_enabled() or not plain() or any(g is not None and is_batched(g) for g in grads):
             return None, None, *_differentiable(geometry, ctx.batch_first, inputs, wanted, grads)
         x, _, _, weight_ih, weight_hh, norm_weight, bias = inputs
         grad, grad_h, grad_c = grads
@@ -207,7 +207,13 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients, by way of the differentiable ops: for gradients of gradients, and for many gradients at once."""
     graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # Forward has run without autocast. Of aliases: an input may depend on another one, whose gradient is not to go
+    # through the first, and hooks of the inputs are for what this returns.
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        inputs = tuple(
+            None if t is None else t.view_as(t) if w else t.detach()
+            for t, w in zip(inputs, wanted, strict=True)
+        )
         results = _step_by_step(geometry, batch_first, *inputs)  # type: ignore[arg-type]  # not all may be None, which a tuple cannot say
     there = [k for k, g in enumerate(grads) if g is not None]
     of = [t for t, w in zip(inputs, wanted, strict=True) if w and t is not None]

@@ -364,19 +364,22 @@ class LayerNormConvLSTMCell(_Cell):
             return t
         return t.unflatten(1, (self.groups, 4, -1)).transpose(1, 2).flatten(1, 3)
 
-    def project(
-        self, inputs: Sequence[Tensor | None], weight: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """Of the base class; a weight stands for that of the first input."""
+    def _check_inputs(self, inputs: Sequence[Tensor | None]) -> None:
         if len(inputs) != self.inputs:
             raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
-        first, *others = inputs
-        if first is None:
-            raise TypeError("the first input must be a tensor, got None")
         for t, channels in zip(inputs, self.in_channels, strict=True):
             if t is not None and (t.dim() != 2 + self.spatial or t.shape[1] != channels):
                 axes = ", H, W" if self.spatial == 2 else ", L"
                 raise ValueError(f"an input must have shape (N, {channels}{axes}), got {tuple(t.shape)}")
+
+    def project(
+        self, inputs: Sequence[Tensor | None], weight: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Of the base class; a weight stands for that of the first input."""
+        self._check_inputs(inputs)
+        first, *others = inputs
+        if first is None:
+            raise TypeError("the first input must be a tensor, got None")
         convolve = _CONVOLUTIONS[self.spatial]
         weight = self.weight_ih[0] if weight is None else weight
         gates = convolve(first, weight, None, self.stride, self.padding, self.dilation, self.groups)
@@ -426,6 +429,7 @@ class LayerNormConvLSTMCell(_Cell):
 
     def sequence(self, x: Tensor, state: State | None, *, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
         """All h of it, contiguous, and the last h and c, without the axis of layers."""
+        self._check_inputs((x[0],))
         how = (self.stride, self.padding, self.state_padding, self.dilation)
         geometry = Geometry(*how, self.eps, self.samples_at_once(x))
         start = None if state is None else (state[0][0], state[1][0])

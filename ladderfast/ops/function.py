@@ -16,6 +16,9 @@ F = TypeVar("F", bound=type[torch.autograd.Function])
 
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
+is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
+"""Whether a tensor stands for many, as the gradients of `torch.autograd.grad(..., is_grads_batched=True)` do."""
+
 
 def plain() -> bool:
     """Whether neither torch.compile nor a transform of torch.func looks on."""

@@ -489,13 +489,60 @@ def test_a_sequence_that_comes_channels_last_is_the_same(every_size_is_large):
         torch.testing.assert_close(other(laid), (output, state))
 
 
+@pytest.mark.usefixtures("every_size_is_large")
+def test_a_sequence_with_the_wrong_number_of_channels():
+    module = LayerNormConvLSTM(3, 5, 3)
+    with pytest.raises(ValueError, match=re.escape("shape (N, 3, H, W), got (2, 4, 6, 7)")):
+        module(torch.randn(2, 2, 4, 6, 7))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("every_size_is_large")
+def test_inputs_of_one_node_that_depend_on_each_other():
+    """With hooks, and a weight that is two of the inputs: gradients that are themselves differentiable are the same as
+    without a graph, and as those of the steps in float64, which are no node."""
+    module = LayerNormConvLSTM(3, 3, 3)
+    module.cell.weight_hh = module.cell.weight_ih[0]
+    exact = copy.deepcopy(module).double()
+    x = torch.randn(2, 2, 3, 6, 5, requires_grad=True)
+
+    def gradients(module, x, graph):
+        start = (x[0] * 0.5).tanh()[None]
+        assert module.cell.prefers_channels_last(x) == (x.dtype == torch.float32)
+        weight = module.cell.weight_hh
+        hooks = [t.register_hook(lambda g: g * 3) for t in (x, start, weight)]
+        loss = module(x, (start, start * 2))[0].square().sum()
+        first = torch.autograd.grad(loss, [x, weight], create_graph=graph)
+        second = torch.autograd.grad(first[0].square().sum(), [weight, x]) if graph else ()
+        for hook in hooks:
+            hook.remove()
+        return first, second
+
+    expected = gradients(exact, x.detach().double().requires_grad_(), True)
+    found = gradients(module, x, True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, tuple(t.float() for t in b), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients(module, x, False)[0], found[0])
+
+
+@needs_kernels
+@pytest.mark.usefixtures("every_size_is_large")
+def test_differentiable_gradients_of_one_node_under_autocast():
+    module, x = LayerNormConvLSTM(3, 5, 3), torch.randn(2, 3, 3, 6, 7)
+    loss = module(x)[0].square().sum()
+    wanted = list(module.parameters())
+    expected = torch.autograd.grad(loss, wanted, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(loss, wanted, create_graph=True), expected)
+
+
 def test_many_gradients_of_a_sequence_at_once(every_size_is_large):
     module = LayerNormConvLSTM(3, 4, 3)
-    x = torch.randn(2, 2, 3, 6, 5)
+    x = torch.randn(2, 2, 3, 6, 5, requires_grad=True)
     assert module.cell.prefers_channels_last(x)
     output = module(x)[0]
     grads = torch.randn(3, *output.shape)
-    wanted = list(module.parameters())
+    wanted = [x, *module.parameters()]
     found = torch.autograd.grad(output, wanted, grads, is_grads_batched=True, retain_graph=True)
     for k, grad in enumerate(grads):
         torch.testing.assert_close(

@@ -31,7 +31,12 @@ SHAPES = [
     (3, 5, 7, 11),  # prime everywhere
     (2, 3, 2, 2, 2),  # three spatial axes
 ]
-LONG = [(1, 2, 20011), (130, 2, 67), (1031, 130), (257, 515)]  # several segments of a run, and several partial sums
+LONG = [
+    (1, 2, 20011),
+    (130, 2, 67),
+    (1031, 130),
+    (257, 515),
+]  # several segments of a run, and several partial sums
 EMPTY = [(0, 4), (4, 0), (3, 4, 0), (0, 0)]
 
 
