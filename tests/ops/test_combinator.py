@@ -164,6 +164,21 @@ def test_axis_of_seeds(target, shape):
             torch.testing.assert_close(all_seeds[seed], one)
 
 
+def test_where_the_sigmoid_looks_up_its_table(target):
+    """AVX-512 takes e to a multiple of log(2) / 32 from a table: halfway between two entries, and beside, too."""
+    halfway = torch.arange(-1281, 1282, 2, dtype=torch.float64) / 64 * math.log(2)
+    u = halfway.float()
+    u = torch.cat([u, u.nextafter(u + 1), u.nextafter(u - 1)])[:, None].to(target.device)
+    params = torch.zeros(10, 1, device=target.device)
+    params[:2] = 1  # mu = sigmoid(u), v = 0
+    torch.testing.assert_close(
+        gaussian_combinator(torch.zeros_like(u), u, params),
+        u.double().sigmoid().float(),
+        rtol=1e-6,
+        atol=2e-7,
+    )
+
+
 @pytest.mark.parametrize("which", ["channels_last", "transposed", "sliced", "expanded"])
 @pytest.mark.usefixtures("poisoned")
 def test_strides(target, which):
