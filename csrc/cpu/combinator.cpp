@@ -268,7 +268,8 @@ struct BackwardPointers {
 };
 
 // `count` whole vectors, `step` elements apart. The sigmoids of the next vector are begun before this one is finished:
-// together they are a longer chain of operations than the processor looks ahead. fetch(at) prefetches.
+// together they are a longer chain of operations than the processor looks ahead. fetch(at) prefetches, and must be
+// always_inline: GCC drops calls of a function that does nothing else.
 template <bool squash, class T, class Fetch>
 static LF_HD void backward_vectors(const BackwardPointers<T>& to, int64_t at, int64_t step, int64_t count,
                                    const Combinator<Vec<T>>& p, Vec<T> (&sums)[10], const Fetch& fetch) {
