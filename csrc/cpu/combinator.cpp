@@ -5,9 +5,9 @@
 // and 0.35 ns an element, from the third 0.20 and 0.38: its two units for products limit it, with 10 and 30 of them to
 // a vector, two table lookups and two divisions (four products' time each). From memory it is the latency of loads,
 // hence the prefetches, and the bytes: lines to be written are not read first (kCached), which takes a fifth to a third
-// of the time away. Were z, u and the outputs alike modulo 4096 bytes, and the rows as long as a multiple of that, the
-// columns way would be up to three times slower, as all its lines would share a few places of the first-level cache;
-// memory from malloc is not like that.
+// of the time away. Where z, u and the outputs are alike modulo 4096 bytes, and rows as long as a multiple of that, the
+// columns way is up to three times slower, as all its lines share a few places of the first-level cache. Tensors that
+// the allocator maps one by one, large and early ones, may lie so; those from its heap do not.
 //
 // Two ways through the packed layout (seeds, rows, channels, inner):
 //
