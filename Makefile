@@ -71,5 +71,5 @@ gpu-check:
 	$(PYTHON) bench/table.py $(GPU_RESULTS).json --out $(GPU_RESULTS).md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info ladderfast/_C.*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info ladderfast/_C.*.so ladderfast/_autograd.*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Builds the extension `ladderfast._C`.
+"""Builds the extension `ladderfast._C`, and beside it `ladderfast._autograd`.
 
 Environment:
     LADDERFAST_CPP=0           install without the extension; everything runs on the reference
@@ -57,7 +57,7 @@ def cuda_wanted(torch) -> bool:
     return reason is None
 
 
-def extension():
+def extensions():
     try:
         import torch
     except ImportError:
@@ -77,6 +77,7 @@ def extension():
     os.environ.setdefault("CXX", found)  # torch would look for c++ alone
 
     sources = ["csrc/ops.cpp", "csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    version = f'-DLADDERFAST_TORCH_VERSION="{torch.__version__}"'
     cxx = [
         "-O3",
         "-std=c++20",
@@ -87,7 +88,7 @@ def extension():
         "-Wall",
         "-Wno-psabi",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f'-DLADDERFAST_TORCH_VERSION="{torch.__version__}"',
+        version,
     ]
     include_dirs = ["csrc"]
     if importlib.util.find_spec("pybind11") is not None:  # torch carries pybind11's headers too
@@ -95,10 +96,17 @@ def extension():
 
         include_dirs.append(pybind11.get_include())
     arguments = {"include_dirs": include_dirs}
+    autograd = cpp_extension.CppExtension(
+        "ladderfast._autograd",
+        ["csrc/autograd.cpp"],
+        extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-Wall", version]},
+        **arguments,
+    )
     if not cuda_wanted(torch):
-        return cpp_extension.CppExtension(
+        kernels = cpp_extension.CppExtension(
             "ladderfast._C", sources, extra_compile_args={"cxx": cxx}, **arguments
         )
+        return [kernels, autograd]
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
@@ -117,12 +125,13 @@ def extension():
         f'-DLADDERFAST_CUDA_ARCHITECTURES="{architectures}"',
         f'-DLADDERFAST_CUDA_VERSION="{torch.version.cuda}"',
     ]
-    return cpp_extension.CUDAExtension(
+    kernels = cpp_extension.CUDAExtension(
         "ladderfast._C",
         sources + sorted(glob("csrc/cuda/*.cu")),
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17"]},
         **arguments,
     )
+    return [kernels, autograd]
 
 
 def main() -> None:
@@ -135,10 +144,24 @@ def main() -> None:
     if not building:  # metadata and sdist need neither torch nor a compiler
         setup()
         return
-    module = extension()
+    modules = extensions()
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=[module], cmdclass={"build_ext": BuildExtension})
+    class Build(BuildExtension):
+        """All must be built but the nodes of autograd, which a later torch's headers may refuse: Python's then do."""
+
+        def build_extension(self, ext):
+            if ext.name != "ladderfast._autograd":
+                return super().build_extension(ext)
+            try:
+                return super().build_extension(ext)
+            except Exception as error:
+                ext.optional = True  # nothing to copy
+                print(
+                    f"\nladderfast: goes without its autograd nodes in C++, which were not built: {error}\n"
+                )
+
+    setup(ext_modules=modules, cmdclass={"build_ext": Build})
 
 
 main()

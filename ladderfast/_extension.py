@@ -1,4 +1,5 @@
-"""The compiled extension, if there is one. Importing it registers torch.ops.ladderfast.*."""
+"""The compiled extension, if there is one. Importing it registers torch.ops.ladderfast.*. Beside it are the autograd
+nodes of ops on the CPU, which hold for one version of torch alone."""
 
 from __future__ import annotations
 
@@ -20,6 +21,24 @@ except ModuleNotFoundError:
     reason = "the extension was not built (LADDERFAST_CPP=0, or the package is used from its source folder)"
 except (ImportError, OSError) as error:
     reason = f"the extension does not load: {error}"
+
+
+def _load_nodes() -> tuple[ModuleType | None, str | None]:
+    """The autograd nodes, or why there are none."""
+    if module is None:
+        return None, reason
+    try:
+        found = importlib.import_module("ladderfast._autograd")
+    except ModuleNotFoundError:
+        return None, "they were not built"
+    except (ImportError, OSError) as error:
+        return None, f"they do not load: {error}"
+    if found.torch_version != torch.__version__:
+        return None, f"they were built against torch {found.torch_version}, and this is {torch.__version__}"
+    return found, None
+
+
+nodes, nodes_reason = _load_nodes()
 
 
 def register_fake(name: str) -> Callable[[F], F]:

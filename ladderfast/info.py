@@ -55,9 +55,11 @@ def _extension_lines() -> list[str]:
     cuda = f"for {built.cuda_architectures}, CUDA {built.cuda_version}" if built.cuda else "not built"
     asked = os.environ.get("LADDERFAST_ISA")
     unknown = f"; LADDERFAST_ISA={asked!r} is none of them" if asked not in (None, *INSTRUCTION_SETS) else ""
+    nodes = "C++" if _extension.nodes else f"Python only; none in C++: {_extension.nodes_reason}"
     return [
         f"extension         built against torch {built.torch_version} with {built.compiler}",
         f"CPU kernels       in use: {built.instruction_set()}, of {', '.join(INSTRUCTION_SETS)}{unknown}",
+        f"autograd nodes    {nodes}",
         f"CUDA kernels      {cuda}",
     ]
 

@@ -102,16 +102,18 @@ def test_a_wheel_with_the_extension(source: Path, tmp_path: Path):
     assert built.returncode == 0, built.stderr[-2000:]
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert [n for n in names if n.startswith("ladderfast/_C.") and n.endswith(".so")]
+    for extension in ("_C", "_autograd"):
+        assert [n for n in names if n.startswith(f"ladderfast/{extension}.") and n.endswith(".so")]
     assert not [n for n in names if n.startswith(("csrc", "tests", "bench"))]
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        ALONE + "from ladderfast import _extension as e; print(e.module.__file__, e.module.instruction_set())"
+        ALONE + "from ladderfast import _extension as e\n"
+        "print(e.module.__file__, e.module.instruction_set(), e.nodes_reason)"
     )
     done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site), LADDERFAST_ISA="baseline")
     assert done.stdout.startswith(str(site)), done.stderr[-2000:]
-    assert done.stdout.split()[1] == "baseline"
+    assert done.stdout.split()[1:] == ["baseline", "None"]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """What the autograd functions of all ops share.
 
 Every op is a torch.autograd.Function with setup_context and vmap around registered ops for forward and backward: the
-form that torch.func's transforms, torch.compile and plain autograd all accept.
+form that torch.func's transforms, torch.compile and plain autograd all accept. A plain call on the CPU can take a node
+in C++ instead (csrc/autograd.cpp), which runs the same two ops.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from ladderfast import _extension
+from ladderfast.ops import backend
 
 F = TypeVar("F", bound=type[torch.autograd.Function])
 
@@ -52,6 +57,60 @@ def apply_in_backward(function: type[torch.autograd.Function], *args: Any) -> An
     if plain() and not torch.is_grad_enabled():
         return function.forward(*args)
     return function.apply(*args)
+
+
+class Argument(NamedTuple):
+    """A tensor that a node in C++ takes."""
+
+    shape: str
+    """Its sizes: numbers, names, of which each means the same size wherever it stands, and * for any number of axes
+    more, of which all tensors have the same."""
+    packed: bool = False
+    """Whether it must be contiguous or have the channels last."""
+    constant: bool = False
+    """Whether it must not require a gradient."""
+    limits: tuple[float, float, bool] | None = None
+    """Of a tensor without axes, or a float in its place: the least and the greatest value, and whether it must lie
+    strictly between them."""
+
+
+def node(
+    op: str,
+    arguments: Sequence[Argument],
+    backward_takes: str,
+    differentiable: Callable[..., tuple[Tensor | None, ...]],
+    *,
+    returned: int = 1,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+) -> Callable[..., Any]:
+    """What computes a plain call of `op` on the CPU, and returns None where the call is none or does not fit.
+
+    Args:
+        op: the registered op; `op`_backward is the other. It takes the tensors, then bools and positive numbers.
+        arguments: the tensors.
+        backward_takes: what the backward op takes, separated by spaces: g0 is the gradient of the first result, s0 the
+            first of the tensors, which are kept, followed by the results from `returned` on, c0 the first argument
+            after the tensors, n0 whether the first tensor needs a gradient. Its results are the gradients of the
+            tensors in their order, of which one that is not needed may be anything.
+        differentiable: called as (gradients, kept, numbers, needed) with a tuple each for gradients that are to be
+            differentiated, or that a transform of torch.func looks at; returns one, or None, for each tensor.
+        returned: so many results are the caller's; the rest is kept for backward.
+        sizes: the least and the greatest of a named size.
+    """
+    if _extension.nodes is None or _extension.module is None:
+        return lambda *args: None
+    return _extension.nodes.define(
+        op, op + "_backward", arguments, sizes or {}, returned, backward_takes, differentiable
+    )
+
+
+def direct() -> bool:
+    """Whether a node in C++ may be asked: the CPU's kernels are wanted, and torch.compile does not look on."""
+    return (
+        _extension.module is not None
+        and backend.forced() in (None, "cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 def known_signature(function: F) -> F:

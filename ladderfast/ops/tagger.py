@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, shape_text
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, readable
+from ladderfast.ops.function import (
+    Argument,
+    apply,
+    apply_in_backward,
+    batch_first,
+    direct,
+    known_signature,
+    node,
+    readable,
+)
 from ladderfast.reference import tagger as reference
 
 _NAMES = ("gaussian_group_inputs", "bernoulli_group_inputs", "gaussian_mixture_nll", "bernoulli_mixture_nll")
@@ -193,6 +203,39 @@ class _TaggerBackward(torch.autograd.Function):
         return tuple(out), (0,) * len(out)
 
 
+VARIANCE = Argument("", limits=(0.0, math.inf, True))
+FLIP_PROB = Argument("", constant=True, limits=(0.0, 1.0, False))
+
+
+def _differentiable(op: str) -> Any:
+    def gradients(grads: Any, kept: Any, numbers: Any, needed: Any) -> tuple[Tensor | None, ...]:
+        given = *(*grads, None)[:2], *(*kept, None)[:4]
+        found = _TaggerBackward.apply(*given, op, "cpu", needed[0])
+        return found if needed[0] else (None, *found)
+
+    return gradients
+
+
+def _node(op: str, grads: str, *scalar: Argument) -> Any:
+    arguments = [Argument("N D"), Argument("N K D"), Argument("N K D"), *scalar]
+    kept = " ".join(f"s{k}" for k in range(len(arguments)))
+    returned = len(grads.split())
+    return node(
+        op,
+        arguments,
+        f"{grads} {kept} n0",
+        _differentiable(op),
+        returned=returned,
+        sizes={"K": (1, sys.maxsize)},
+    )
+
+
+_gaussian_inputs_node = _node("gaussian_group_inputs", "g0 g1", VARIANCE)
+_bernoulli_inputs_node = _node("bernoulli_group_inputs", "g0 g1", FLIP_PROB)
+_gaussian_nll_node = _node("gaussian_mixture_nll", "g0", VARIANCE)
+_bernoulli_nll_node = _node("bernoulli_mixture_nll", "g0")
+
+
 def _fits(x: Tensor, z: Tensor, m: Tensor) -> bool:
     """Whether x, z and m are as they must be, of a wide dtype: the common case, found in a fifth of the time that
     _check takes."""
@@ -328,6 +371,8 @@ def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | fl
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 15 and 24.
     """
+    if direct() and (found := _gaussian_inputs_node(x, z, m, variance)) is not None:
+        return cast(tuple[Tensor, Tensor], found)
     op = "gaussian_group_inputs"
     x, z, m = prepare(op, x, z, m)
     variance = prepare_variance(op, variance, z)
@@ -372,6 +417,8 @@ def bernoulli_group_inputs(
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 12 and 13 and the
     binary case of A.5; the limit of 1e-4 is that of its published code.
     """
+    if direct() and (found := _bernoulli_inputs_node(x, z, m, flip_prob)) is not None:
+        return cast(tuple[Tensor, Tensor], found)
     op = "bernoulli_group_inputs"
     x, z, m = prepare(op, x, z, m)
     scalar = prepare_flip_prob(op, flip_prob, z)
@@ -406,6 +453,8 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | flo
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2 (the training cost).
     """
+    if direct() and (found := _gaussian_nll_node(x, z, m, variance)) is not None:
+        return cast(Tensor, found)
     op = "gaussian_mixture_nll"
     x, z, m = prepare(op, x, z, m)
     variance = prepare_variance(op, variance, z)
@@ -440,6 +489,8 @@ def bernoulli_mixture_nll(x: Tensor, z: Tensor, m: Tensor) -> Tensor:
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2 (the training cost, with the
     Bernoulli mixture in the binary case); the limit of 1e-4 is that of its published code.
     """
+    if direct() and (found := _bernoulli_nll_node(x, z, m)) is not None:
+        return cast(Tensor, found)
     op = "bernoulli_mixture_nll"
     x, z, m = prepare(op, x, z, m)
     name = backend.choose(op, z.device.type, z.dtype)

@@ -12,8 +12,16 @@ from torch import Tensor
 from ladderfast import _extension
 from ladderfast.ops import backend
 from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, check_number, shape_text
-from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature
-from ladderfast.ops.tagger import prepare, prepare_flip_prob, prepare_variance
+from ladderfast.ops.function import (
+    Argument,
+    apply,
+    apply_in_backward,
+    batch_first,
+    direct,
+    known_signature,
+    node,
+)
+from ladderfast.ops.tagger import FLIP_PROB, VARIANCE, prepare, prepare_flip_prob, prepare_variance
 from ladderfast.reference import tagger_step as reference
 
 GROUPS = 64  # at most, of the kernels
@@ -257,6 +265,33 @@ class _StepBackward(torch.autograd.Function):
         return split, (0,) * len(out)
 
 
+def _differentiable(op: str) -> Any:
+    def gradients(grads: Any, kept: Any, numbers: Any, needed: Any) -> tuple[Tensor | None, ...]:
+        inputs, stats = (kept[:-1], kept[-1]) if numbers else (kept, None)
+        seven = (*inputs, *(None,) * _TENSORS)[:_TENSORS]
+        eps = numbers[0] if numbers else None
+        found = _StepBackward.apply(*(*grads, None, None)[:3], *seven, stats, op, eps, "cpu", needed[0])
+        return found if needed[0] else (None, *found)
+
+    return gradients
+
+
+def _node(op: str, *parameters: Argument) -> Any:
+    arguments = [Argument("N D"), Argument("N K D"), Argument("N K D"), *parameters]
+    outputs = op.endswith("outputs")
+    kept = " ".join(f"s{k}" for k in range(len(arguments) + outputs))
+    takes = f"{'g0 g1 g2' if outputs else 'g0'} {kept} n0"
+    returned = 3 if outputs else 1
+    return node(op, arguments, takes, _differentiable(op), returned=returned, sizes={"K": (1, GROUPS)})
+
+
+_AFFINE = Argument("D"), Argument("D"), Argument("")
+_gaussian_inputs_node = _node("gaussian_step_inputs", VARIANCE)
+_bernoulli_inputs_node = _node("bernoulli_step_inputs", FLIP_PROB)
+_gaussian_outputs_node = _node("gaussian_step_outputs", *_AFFINE, VARIANCE)
+_bernoulli_outputs_node = _node("bernoulli_step_outputs", *_AFFINE)
+
+
 def _inputs(op: str, x: Tensor, z: Tensor, mask_logits: Tensor, scalar: Tensor) -> Tensor:
     name = backend.choose(op, z.device.type, z.dtype, _lacking(z.shape[1]))
     if name == "reference":
@@ -291,6 +326,8 @@ def gaussian_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, variance: Te
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 15 and 24.
     """
+    if direct() and (found := _gaussian_inputs_node(x, z, mask_logits, variance)) is not None:
+        return cast(Tensor, found)
     op = "gaussian_step_inputs"
     x, z, mask_logits = prepare(op, x, z, mask_logits, m_name="mask_logits")
     return _inputs(op, x, z, mask_logits, prepare_variance(op, variance, z))
@@ -326,6 +363,8 @@ def bernoulli_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, flip_prob: 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, appendix A, equations 12 and 13 and
     the binary case of A.5.
     """
+    if direct() and (found := _bernoulli_inputs_node(x, z, mask_logits, flip_prob)) is not None:
+        return cast(Tensor, found)
     op = "bernoulli_step_inputs"
     x, z, mask_logits = prepare(op, x, z, mask_logits, m_name="mask_logits")
     return _inputs(op, x, z, mask_logits, prepare_flip_prob(op, flip_prob, z))
@@ -434,6 +473,14 @@ def gaussian_step_outputs(
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2.
     """
+    if (
+        direct()
+        and (
+            found := _gaussian_outputs_node(x, z_pre, mask_pre, z_weight, z_bias, mask_weight, variance, eps)
+        )
+        is not None
+    ):
+        return cast(tuple[Tensor, Tensor, Tensor], found)
     op = "gaussian_step_outputs"
     return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, variance, eps)
 
@@ -477,5 +524,11 @@ def bernoulli_step_outputs(
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2 (with the
     Bernoulli mixture in the binary case).
     """
+    if (
+        direct()
+        and (found := _bernoulli_outputs_node(x, z_pre, mask_pre, z_weight, z_bias, mask_weight, eps))
+        is not None
+    ):
+        return cast(tuple[Tensor, Tensor, Tensor], found)
     op = "bernoulli_step_outputs"
     return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, None, eps)

@@ -1,0 +1,354 @@
+// The autograd node of ops on the CPU, in C++: what a torch.autograd.Function of Python's does for a plain call, in less
+// time. Checks, forward op, node; in backward the backward op.
+//
+// It takes the common case only: plain tensors of one wide dtype on the CPU, of shapes that fit, outside torch.func's
+// transforms and tensor modes. For all else a call returns None, and Python's way takes over, which also says what is
+// wrong with an argument. Gradients that are themselves to be differentiated go to a function of Python's as well.
+//
+// This file alone needs torch's own headers, which promise nothing to the next version of torch. It is a module by
+// itself therefore, which ladderfast loads only under the version that it was built with, and can do without.
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cctype>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+// A tensor's shape: numbers, names of sizes (each the same wherever it stands), and "*" for any number of axes more,
+// of which all tensors have the same.
+struct Size {
+    enum Kind { number, name, rest } kind;
+    int64_t value;  // the number, or which name
+};
+
+constexpr size_t most_names = 8;
+
+struct Argument {
+    std::vector<Size> shape;
+    bool packed = false;    // contiguous, or with the channels last
+    bool constant = false;  // has no gradient
+    // A tensor without axes whose value must lie between these, or strictly between them.
+    bool limited = false, strictly = false;
+    double least = 0, most = 0;
+};
+
+struct Op {
+    c10::OperatorHandle forward, backward;
+    std::vector<Argument> tensors;
+    std::vector<std::pair<int64_t, int64_t>> names;  // least and most of each named size
+    std::vector<bool> flags;                         // of each argument after the tensors: a bool, or else a number
+    size_t returned;                                 // results that the caller gets; what is left is kept
+    // What the backward op takes: g a result's gradient, s a tensor or else what was kept, c an argument after the
+    // tensors, n whether a tensor needs its gradient.
+    std::vector<std::pair<char, size_t>> backward_takes;
+    py::object differentiable;
+};
+
+bool as_number(bool flag, PyObject* object, c10::IValue* out) {
+    if (flag) {
+        if (!PyBool_Check(object)) return false;
+        *out = object == Py_True;
+        return true;
+    }
+    if (!PyFloat_Check(object)) return false;
+    const double number = PyFloat_AS_DOUBLE(object);
+    *out = number;
+    return number > 0;
+}
+
+bool lies(const Argument& argument, double value) {
+    return argument.strictly ? argument.least < value && value < argument.most
+                             : argument.least <= value && value <= argument.most;
+}
+
+bool transformed() {
+    return c10::impl::tls_local_dispatch_key_set().included_.has_any(c10::DispatchKeySet(
+        {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
+}
+
+bool watched() {
+    return transformed() || c10::impl::tls_local_dispatch_key_set().included_.has_any(
+                                c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
+                                                     c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer}));
+}
+
+bool plain(const Tensor& t, at::ScalarType dtype) {
+    const c10::DispatchKeySet all({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU,
+                                   c10::DispatchKey::ADInplaceOrView});
+    return (t.key_set() | all) == all && t.scalar_type() == dtype;
+}
+
+bool packed(const Tensor& t) {
+    return t.is_contiguous() || (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast));
+}
+
+// Whether the tensors' shapes fit together.
+bool fits(const Op& op, at::ArrayRef<Tensor> tensors) {
+    int64_t found[most_names];
+    std::fill_n(found, most_names, -1);
+    at::IntArrayRef rest;
+    bool has_rest = false;
+    for (size_t k = 0; k < tensors.size(); ++k) {
+        const auto& shape = op.tensors[k].shape;
+        const auto sizes = tensors[k].sizes();
+        size_t axis = 0;
+        for (const Size& size : shape) {
+            if (size.kind == Size::rest) {
+                const auto tail = sizes.slice(axis);
+                if (has_rest && tail != rest) return false;
+                rest = tail, has_rest = true, axis = sizes.size();
+                break;
+            }
+            if (axis == sizes.size()) return false;
+            const int64_t is = sizes[axis++];
+            if (size.kind == Size::number) {
+                if (is != size.value) return false;
+            } else if (found[size.value] < 0) {
+                if (is < op.names[size.value].first || is > op.names[size.value].second) return false;
+                found[size.value] = is;
+            } else if (found[size.value] != is) {
+                return false;
+            }
+        }
+        if (axis != sizes.size()) return false;
+    }
+    return true;
+}
+
+variable_list results(const Op& op, at::ArrayRef<Tensor> tensors, at::ArrayRef<c10::IValue> numbers) {
+    torch::jit::Stack stack;
+    stack.reserve(tensors.size() + numbers.size());
+    for (const Tensor& t : tensors) stack.emplace_back(t);
+    for (const c10::IValue& n : numbers) stack.emplace_back(n);
+    at::AutoDispatchBelowADInplaceOrView below;
+    op.forward.callBoxed(&stack);
+    variable_list out;
+    out.reserve(stack.size());
+    for (c10::IValue& value : stack) out.push_back(std::move(value).toTensor());
+    return out;
+}
+
+template <class List>
+py::tuple tuple_of(const List& tensors) {
+    py::tuple out(tensors.size());
+    for (size_t k = 0; k < tensors.size(); ++k)
+        out[k] = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensors[k]));
+    return out;
+}
+
+// The gradients as differentiable tensors, from Python.
+variable_list differentiable(const Op& op, const variable_list& grads, const variable_list& saved,
+                             const std::vector<c10::IValue>& numbers, const std::vector<bool>& needs) {
+    py::gil_scoped_acquire gil;
+    try {
+        py::tuple constants(numbers.size());
+        for (size_t k = 0; k < numbers.size(); ++k)
+            constants[k] = op.flags[k] ? py::object(py::bool_(numbers[k].toBool()))
+                                       : py::object(py::float_(numbers[k].toDouble()));
+        const py::tuple found = op.differentiable(tuple_of(grads), tuple_of(saved), constants, py::cast(needs));
+        variable_list out(op.tensors.size());
+        for (size_t k = 0; k < found.size(); ++k)
+            if (needs[k] && !found[k].is_none()) out[k] = THPVariable_Unpack(py::object(found[k]).ptr());
+        return out;
+    } catch (py::error_already_set& error) {
+        error.restore();
+        throw python_error();
+    }
+}
+
+struct LadderfastOp : torch::autograd::Function<LadderfastOp> {
+    static variable_list forward(AutogradContext* ctx, const Op* op, const std::vector<c10::IValue>& numbers,
+                                 at::TensorList tensors) {
+        variable_list out = results(*op, tensors, numbers);
+        variable_list saved(tensors.begin(), tensors.end());
+        saved.insert(saved.end(), out.begin() + op->returned, out.end());
+        out.resize(op->returned);
+        ctx->save_for_backward(std::move(saved));
+        ctx->saved_data["op"] = reinterpret_cast<int64_t>(op);
+        for (size_t k = 0; k < numbers.size(); ++k) ctx->saved_data[std::string(1, char('0' + k))] = numbers[k];
+        return out;
+    }
+
+    static variable_list backward(AutogradContext* ctx, variable_list grads) {
+        const Op& op = *reinterpret_cast<const Op*>(ctx->saved_data["op"].toInt());
+        const variable_list saved = ctx->get_saved_variables();
+        const size_t tensors = op.tensors.size();
+        std::vector<c10::IValue> numbers;
+        for (size_t k = 0; k < op.flags.size(); ++k) numbers.push_back(ctx->saved_data[std::string(1, char('0' + k))]);
+        std::vector<bool> needs(tensors);
+        for (size_t k = 0; k < tensors; ++k) needs[k] = ctx->needs_input_grad(k);
+
+        variable_list out(2 + tensors);  // the op and the numbers have none
+        if (at::GradMode::is_enabled() || transformed()) {
+            variable_list found = differentiable(op, grads, saved, numbers, needs);
+            std::move(found.begin(), found.end(), out.begin() + 2);
+            return out;
+        }
+        torch::jit::Stack stack;
+        stack.reserve(op.backward_takes.size());
+        for (const auto& [what, k] : op.backward_takes) {
+            if (what == 'g')
+                stack.emplace_back(std::move(grads[k]));
+            else if (what == 's')
+                stack.emplace_back(saved[k]);
+            else if (what == 'c')
+                stack.emplace_back(numbers[k]);
+            else
+                stack.emplace_back(bool(needs[k]));
+        }
+        {
+            at::AutoDispatchBelowADInplaceOrView below;
+            op.backward.callBoxed(&stack);
+        }
+        for (size_t k = 0; k < stack.size(); ++k)
+            if (needs[k]) out[2 + k] = std::move(stack[k]).toTensor();
+        return out;
+    }
+};
+
+PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    const Op& op = *static_cast<const Op*>(PyCapsule_GetPointer(self, nullptr));
+    const size_t tensors = op.tensors.size();
+    if (size_t(count) != tensors + op.flags.size() || watched()) Py_RETURN_NONE;
+
+    c10::SmallVector<Tensor, 8> given;
+    for (size_t k = 0; k < tensors; ++k) {
+        const Argument& argument = op.tensors[k];
+        if (THPVariable_CheckExact(args[k])) {
+            const Tensor& t = THPVariable_Unpack(args[k]);
+            if (!t.defined() || !plain(t, k == 0 ? t.scalar_type() : given[0].scalar_type())) Py_RETURN_NONE;
+            if (argument.packed && !packed(t)) Py_RETURN_NONE;
+            if (argument.constant && t.requires_grad()) Py_RETURN_NONE;
+            if (argument.limited) {
+                if (t.dim() != 0) Py_RETURN_NONE;
+                double value;
+                if (t.scalar_type() == at::kFloat)
+                    value = *t.const_data_ptr<float>();
+                else if (t.scalar_type() == at::kDouble)
+                    value = *t.const_data_ptr<double>();
+                else
+                    Py_RETURN_NONE;
+                if (!lies(argument, value)) Py_RETURN_NONE;
+            }
+            given.push_back(t);
+        } else if (k > 0 && argument.limited && PyFloat_Check(args[k])) {
+            const double value = PyFloat_AS_DOUBLE(args[k]);
+            if (!lies(argument, value)) Py_RETURN_NONE;
+            Tensor t = at::empty({}, given[0].options());
+            if (t.scalar_type() == at::kFloat)
+                *t.mutable_data_ptr<float>() = float(value);
+            else if (t.scalar_type() == at::kDouble)
+                *t.mutable_data_ptr<double>() = value;
+            else
+                Py_RETURN_NONE;
+            given.push_back(std::move(t));
+        } else {
+            Py_RETURN_NONE;
+        }
+    }
+    const at::ScalarType dtype = given[0].scalar_type();
+    if ((dtype != at::kFloat && dtype != at::kDouble) || !fits(op, given)) Py_RETURN_NONE;
+    std::vector<c10::IValue> numbers(op.flags.size());
+    for (size_t k = 0; k < numbers.size(); ++k)
+        if (!as_number(op.flags[k], args[tensors + k], &numbers[k])) Py_RETURN_NONE;
+
+    variable_list out;
+    {
+        py::gil_scoped_release release;
+        bool needed = false;
+        if (at::GradMode::is_enabled())
+            for (const Tensor& t : given) needed = needed || t.requires_grad();
+        out = needed ? LadderfastOp::apply(&op, numbers, at::TensorList(given)) : results(op, given, numbers);
+    }
+    if (op.returned == 1) return THPVariable_Wrap(std::move(out[0]));
+    PyObject* tuple = PyTuple_New(op.returned);
+    if (tuple == nullptr) throw python_error();
+    for (size_t k = 0; k < op.returned; ++k) PyTuple_SET_ITEM(tuple, k, THPVariable_Wrap(std::move(out[k])));
+    return tuple;
+    END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef call_definition = {"op", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL,
+                               "The op's results, or None where the call is none of the common case."};
+
+std::vector<std::string> words(const std::string& text) {
+    std::istringstream stream(text);
+    return {std::istream_iterator<std::string>(stream), {}};
+}
+
+Size size_of(const std::string& text, std::vector<std::string>* names) {
+    if (text == "*") return {Size::rest, 0};
+    if (std::isdigit(static_cast<unsigned char>(text[0]))) return {Size::number, std::stoll(text)};
+    const auto at = std::find(names->begin(), names->end(), text);
+    const Size size{Size::name, at - names->begin()};
+    if (at == names->end()) names->push_back(text);
+    TORCH_CHECK(names->size() <= most_names, "at most ", most_names, " named sizes");
+    return size;
+}
+
+py::object define(const std::string& forward, const std::string& backward, const py::list& tensors,
+                  const std::map<std::string, std::pair<int64_t, int64_t>>& sizes, size_t returned,
+                  const std::string& backward_takes, const py::object& differentiable) {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    auto op = std::make_unique<Op>(Op{dispatcher.findSchemaOrThrow(("ladderfast::" + forward).c_str(), ""),
+                                      dispatcher.findSchemaOrThrow(("ladderfast::" + backward).c_str(), "")});
+    std::vector<std::string> names;
+    for (const py::handle& given : tensors) {
+        Argument argument;
+        for (const std::string& text : words(given.attr("shape").cast<std::string>()))
+            argument.shape.push_back(size_of(text, &names));
+        argument.packed = given.attr("packed").cast<bool>();
+        argument.constant = given.attr("constant").cast<bool>();
+        const py::object limits = given.attr("limits");
+        if ((argument.limited = !limits.is_none())) {
+            std::tie(argument.least, argument.most, argument.strictly) =
+                limits.cast<std::tuple<double, double, bool>>();
+        }
+        op->tensors.push_back(std::move(argument));
+    }
+    for (const std::string& name : names) {
+        const auto at = sizes.find(name);
+        op->names.push_back(at == sizes.end() ? std::pair<int64_t, int64_t>(0, INT64_MAX) : at->second);
+    }
+    const auto& arguments = op->forward.schema().arguments();
+    for (size_t k = op->tensors.size(); k < arguments.size(); ++k)
+        op->flags.push_back(arguments[k].type()->kind() == c10::TypeKind::BoolType);
+    op->returned = returned;
+    for (const std::string& text : words(backward_takes))
+        op->backward_takes.emplace_back(text[0], std::stoull(text.substr(1)));
+    TORCH_CHECK(op->backward_takes.size() == op->backward.schema().arguments().size(), backward, " takes ",
+                op->backward.schema().arguments().size(), " arguments, not ", op->backward_takes.size());
+    op->differentiable = differentiable;
+    // It lives as long as the process: graphs point to it.
+    return py::reinterpret_steal<py::object>(
+        PyCFunction_New(&call_definition, PyCapsule_New(op.release(), nullptr, nullptr)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_autograd, m) {
+    m.doc() = "Autograd nodes of ladderfast's ops, for the torch that they were built with.";
+    m.attr("torch_version") = LADDERFAST_TORCH_VERSION;
+    m.def("define", &define, "A callable for an op and its backward op, of which ladderfast.ops.function tells.");
+}
