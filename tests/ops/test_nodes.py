@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import threading
 import types
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ladderfast import _extension, info, ops, use_backend
@@ -105,6 +107,31 @@ def test_each_tensor_alone_gets_its_gradient(op, without_nodes):
         assert all(t.is_inference() for t in _outputs(op, tensors, options))
 
 
+class Calls(TorchDispatchMode):
+    """The registered ops that are called, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[object, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func.name(), args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS[1:])
+@pytest.mark.parametrize("want_x", [False, True])
+def test_backward_is_one_op_that_spares_a_gradient_of_x(op, want_x):
+    tensors, options = _arguments(op)
+    tensors[0] = tensors[0].detach().requires_grad_(want_x)
+    out = _outputs(op, tensors, options)
+    grads = [torch.ones_like(t) for t in out]
+    with Calls() as calls:
+        torch.autograd.grad(out, [t for t in tensors if t.requires_grad], grads)
+    ours = [(name, args[-1]) for name, args in calls.seen if name.startswith("ladderfast")]
+    assert ours == [(f"ladderfast::{op}_backward", want_x)]
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if "nll" not in op and "combinator" not in op])
 def test_results_that_are_not_used(op, without_nodes):
     tensors, options = _arguments(op)
@@ -152,7 +179,9 @@ def test_a_batch_of_gradients(op, without_nodes):
         torch.autograd.grad(out, wanted, [g[k] for g in grads], retain_graph=True) for k in range(4)
     ]
     batched = torch.autograd.grad(out, wanted, grads, is_grads_batched=True, retain_graph=True)
-    mapped = torch.func.vmap(lambda *g: torch.autograd.grad(out, wanted, g, retain_graph=True))(*grads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a loop over the batch, where the Python function has one call
+        mapped = torch.func.vmap(lambda *g: torch.autograd.grad(out, wanted, g, retain_graph=True))(*grads)
     for found in (batched, mapped):
         for t, *each in zip(found, *one_by_one, strict=True):
             torch.testing.assert_close(t, torch.stack(each))
