@@ -156,7 +156,11 @@ def main() -> None:
             try:
                 return super().build_extension(ext)
             except Exception as error:
-                ext.optional = True  # nothing to copy
+                ext.optional = True  # nothing to copy; nor is what an earlier build left to be taken for it
+                built = self.get_ext_fullpath(ext.name)
+                for path in (built, os.path.join("ladderfast", os.path.basename(built))):
+                    if os.path.exists(path):
+                        os.remove(path)
                 print(
                     f"\nladderfast: goes without its autograd nodes in C++, which were not built: {error}\n"
                 )

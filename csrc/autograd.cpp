@@ -1,9 +1,10 @@
-// The autograd node of ops on the CPU, in C++: what a torch.autograd.Function of Python's does for a plain call, in less
-// time. Checks, forward op, node; in backward the backward op.
+// The autograd node of ops on the CPU, in C++: what a torch.autograd.Function of Python's does for a plain call, in
+// less time. Checks, forward op, node; in backward the backward op.
 //
-// It takes the common case only: plain tensors of one wide dtype on the CPU, of shapes that fit, outside torch.func's
-// transforms and tensor modes. For all else a call returns None, and Python's way takes over, which also says what is
-// wrong with an argument. Gradients that are themselves to be differentiated go to a function of Python's as well.
+// It takes the common case only: plain tensors of one wide dtype on the CPU, of shapes that fit, without tangents,
+// outside torch.func's transforms and modes of dispatch. For all else a call returns None, and Python's way takes over,
+// which also says what is wrong with an argument. Gradients that are themselves to be differentiated go to a function
+// of Python's as well. No mode of __torch_function__ hears of a call.
 //
 // This file alone needs torch's own headers, which promise nothing to the next version of torch. It is a module by
 // itself therefore, which ladderfast loads only under the version that it was built with, and can do without.
@@ -18,7 +19,9 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -98,8 +101,16 @@ bool plain(const Tensor& t, at::ScalarType dtype) {
     return (t.key_set() | all) == all && t.scalar_type() == dtype;
 }
 
+// Whether t is contiguous, or would be with axis 1 last.
 bool packed(const Tensor& t) {
-    return t.is_contiguous() || (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast));
+    if (t.is_contiguous()) return true;
+    int64_t expected = 1;
+    for (int64_t k = 0; k < t.dim(); ++k) {
+        const int64_t axis = k == 0 ? 1 : k < t.dim() - 1 ? t.dim() - k : 0;
+        if (t.size(axis) != 1 && t.stride(axis) != expected) return false;
+        expected *= t.size(axis);
+    }
+    return true;
 }
 
 // Whether the tensors' shapes fit together.
@@ -176,7 +187,12 @@ variable_list differentiable(const Op& op, const variable_list& grads, const var
     }
 }
 
-struct LadderfastOp : torch::autograd::Function<LadderfastOp> {
+}  // namespace
+
+namespace ladderfast {
+
+// In a namespace with a name, which torch's messages say.
+struct KernelNode : torch::autograd::Function<KernelNode> {
     static variable_list forward(AutogradContext* ctx, const Op* op, const std::vector<c10::IValue>& numbers,
                                  at::TensorList tensors) {
         variable_list out = results(*op, tensors, numbers);
@@ -226,6 +242,10 @@ struct LadderfastOp : torch::autograd::Function<LadderfastOp> {
     }
 };
 
+}  // namespace ladderfast
+
+namespace {
+
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     const Op& op = *static_cast<const Op*>(PyCapsule_GetPointer(self, nullptr));
@@ -256,7 +276,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
             const double value = PyFloat_AS_DOUBLE(args[k]);
             if (!lies(argument, value)) Py_RETURN_NONE;
             Tensor t = at::empty({}, given[0].options());
-            if (t.scalar_type() == at::kFloat)
+            if (t.scalar_type() == at::kFloat && std::abs(value) <= std::numeric_limits<float>::max())
                 *t.mutable_data_ptr<float>() = float(value);
             else if (t.scalar_type() == at::kDouble)
                 *t.mutable_data_ptr<double>() = value;
@@ -273,13 +293,17 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     for (size_t k = 0; k < numbers.size(); ++k)
         if (!as_number(op.flags[k], args[tensors + k], &numbers[k])) Py_RETURN_NONE;
 
+    bool needed = false;
+    if (at::GradMode::is_enabled())
+        for (const Tensor& t : given) {
+            if (t._fw_grad(0).defined()) Py_RETURN_NONE;
+            needed = needed || t.requires_grad();
+        }
+
     variable_list out;
     {
         py::gil_scoped_release release;
-        bool needed = false;
-        if (at::GradMode::is_enabled())
-            for (const Tensor& t : given) needed = needed || t.requires_grad();
-        out = needed ? LadderfastOp::apply(&op, numbers, at::TensorList(given)) : results(op, given, numbers);
+        out = needed ? ladderfast::KernelNode::apply(&op, numbers, at::TensorList(given)) : results(op, given, numbers);
     }
     if (op.returned == 1) return THPVariable_Wrap(std::move(out[0]));
     PyObject* tuple = PyTuple_New(op.returned);
@@ -303,7 +327,7 @@ Size size_of(const std::string& text, std::vector<std::string>* names) {
     const auto at = std::find(names->begin(), names->end(), text);
     const Size size{Size::name, at - names->begin()};
     if (at == names->end()) names->push_back(text);
-    TORCH_CHECK(names->size() <= most_names, "at most ", most_names, " named sizes");
+    if (names->size() > most_names) throw py::value_error("too many named sizes");
     return size;
 }
 
@@ -331,14 +355,41 @@ py::object define(const std::string& forward, const std::string& backward, const
         const auto at = sizes.find(name);
         op->names.push_back(at == sizes.end() ? std::pair<int64_t, int64_t>(0, INT64_MAX) : at->second);
     }
-    const auto& arguments = op->forward.schema().arguments();
-    for (size_t k = op->tensors.size(); k < arguments.size(); ++k)
-        op->flags.push_back(arguments[k].type()->kind() == c10::TypeKind::BoolType);
+    // What does not fit the ops would go wrong at a call, of which nobody would look for the reason here.
+    const auto& schema = op->forward.schema();
+    const size_t count = op->tensors.size(), results = schema.returns().size();
+    const auto is = [](const c10::Argument& argument, c10::TypeKind kind) { return argument.type()->kind() == kind; };
+    const auto refuse = [&](bool unless, const std::string& what) {
+        if (!unless) throw py::value_error(forward + ": " + what);
+    };
+    refuse(count > 0 && count <= schema.arguments().size(), "has not so many tensors");
+    for (size_t k = 0; k < schema.arguments().size(); ++k) {
+        const auto& argument = schema.arguments()[k];
+        const bool flag = is(argument, c10::TypeKind::BoolType);
+        refuse(k < count ? is(argument, c10::TypeKind::TensorType) : flag || is(argument, c10::TypeKind::FloatType),
+               "takes another kind of " + argument.name());
+        if (k >= count) op->flags.push_back(flag);
+    }
+    refuse(returned > 0 && returned <= results, "has not so many results");
     op->returned = returned;
+    const auto& backward_arguments = op->backward.schema().arguments();
     for (const std::string& text : words(backward_takes))
         op->backward_takes.emplace_back(text[0], std::stoull(text.substr(1)));
-    TORCH_CHECK(op->backward_takes.size() == op->backward.schema().arguments().size(), backward, " takes ",
-                op->backward.schema().arguments().size(), " arguments, not ", op->backward_takes.size());
+    refuse(op->backward_takes.size() == backward_arguments.size(), "its backward takes another number of arguments");
+    refuse(op->backward.schema().returns().size() <= count, "its backward has more results than there are tensors");
+    for (size_t k = 0; k < backward_arguments.size(); ++k) {
+        const auto [what, index] = op->backward_takes[k];
+        const size_t most = what == 'g'   ? returned
+                            : what == 's' ? count + results - returned
+                            : what == 'c' ? op->flags.size()
+                            : what == 'n' ? count
+                                          : 0;
+        const auto kind = what == 'n' || (what == 'c' && index < most && op->flags[index]) ? c10::TypeKind::BoolType
+                          : what == 'c'                                                    ? c10::TypeKind::FloatType
+                                                                                           : c10::TypeKind::TensorType;
+        refuse(index < most && is(backward_arguments[k], kind),
+               "its backward takes another " + backward_arguments[k].name());
+    }
     op->differentiable = differentiable;
     // It lives as long as the process: graphs point to it.
     return py::reinterpret_steal<py::object>(

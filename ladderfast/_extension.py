@@ -33,8 +33,9 @@ def _load_nodes() -> tuple[ModuleType | None, str | None]:
         return None, "they were not built"
     except (ImportError, OSError) as error:
         return None, f"they do not load: {error}"
-    if found.torch_version != torch.__version__:
-        return None, f"they were built against torch {found.torch_version}, and this is {torch.__version__}"
+    version = getattr(found, "torch_version", "?")
+    if version != torch.__version__:
+        return None, f"they were built against torch {version}, and this is {torch.__version__}"
     return found, None
 
 

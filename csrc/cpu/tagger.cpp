@@ -3,6 +3,10 @@
 // A vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups two or three times, the
 // first time from memory, then from the first-level cache. What is dear to compute (an exponential) is kept on the
 // stack in between, for the first 64 groups.
+//
+// At 100 x 4 x 784 in float32 a pass lives off the third-level cache. Where all is read before anything is computed,
+// the Bernoulli inputs, loads come in bursts: half as long ones, of a vector instead of a pair, and prefetches take a
+// tenth to a fifth of the time of forward and backward away, where the others lose by either.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger.cpp"
 
@@ -141,11 +145,18 @@ struct GaussianInputsBackward : TaggerPass<T> {
 
 template <class T, int fixed>
 struct BernoulliInputs : TaggerPass<T> {
+    static constexpr bool pairs = false;
     T *dz, *likelihood;
     BernoulliScalar<T> scalars;
 
     LF_HD BernoulliInputs(const TaggerInputs& in, const TaggerShape& s, T* dz, T* likelihood)
         : TaggerPass<T>(in, s), dz(dz), likelihood(likelihood) {}
+    LF_HD void fetch(int64_t r, int64_t d) const {
+        LF_EACH_GROUP(k, this->groups) {
+            this->z.fetch(r, k, d);
+            this->m.fetch(r, k, d);
+        }
+    }
     LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
 
     template <class V, bool whole>
@@ -172,6 +183,7 @@ struct BernoulliInputs : TaggerPass<T> {
 
 template <class T, int fixed>
 struct BernoulliInputsBackward : TaggerPass<T> {
+    static constexpr bool pairs = false;
     TaggerView<T> grad_dz, grad_likelihood;
     T *grad_x, *grad_z, *grad_m;
     BernoulliScalar<T> scalars;
@@ -184,6 +196,14 @@ struct BernoulliInputsBackward : TaggerPass<T> {
           grad_x(grad_x),
           grad_z(grad_z),
           grad_m(grad_m) {}
+    LF_HD void fetch(int64_t r, int64_t d) const {
+        LF_EACH_GROUP(k, this->groups) {
+            this->z.fetch(r, k, d);
+            this->m.fetch(r, k, d);
+            grad_dz.fetch(r, k, d);
+            grad_likelihood.fetch(r, k, d);
+        }
+    }
     LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
 
     template <class V, bool whole>

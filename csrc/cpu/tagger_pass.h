@@ -25,6 +25,7 @@ struct TaggerView {
         else
             return V::load(at, n);
     }
+    LF_HD void fetch(int64_t r, int64_t k, int64_t d) const { __builtin_prefetch(data + r * row + k * group + d); }
 };
 
 template <bool whole, class V, class T>
@@ -61,8 +62,10 @@ static LF_HD BernoulliScalar<V> broadcast(const BernoulliScalar<T>& s) {
 }
 
 // Each pass is a struct: start(seed), pixels<V, whole>(row, pixel, count), and for sums end_row() and end_item(item).
+// One without `pairs` takes vectors one by one, and may fetch(row, pixel) what a vector there will read.
 template <class T>
 struct TaggerPass {
+    static constexpr bool pairs = true;
     TaggerView<T> x, z, m;
     const void* scalar;
     int64_t groups, width;
@@ -71,6 +74,7 @@ struct TaggerPass {
         : x(in.x), z(in.z), m(in.m), scalar(in.scalar), groups(s.groups), width(s.pixels) {}
     LF_HD int64_t packed(int64_t r, int64_t k, int64_t d) const { return (r * groups + k) * width + d; }
     LF_HD void start(int64_t) {}
+    LF_HD void fetch(int64_t, int64_t) const {}
     LF_HD void end_row() {}
     LF_HD void end_item(int64_t) {}
 };
@@ -112,6 +116,9 @@ static __attribute__((noinline, cold)) Pass scaled_pixels(Pass pass, int64_t r, 
     return pass;
 }
 
+// So many vectors ahead a pass fetches.
+static const int64_t kFetchAhead = 8;
+
 // d, of which the compiler knows nothing: else it would count up a pointer into each group of each tensor, of which
 // there are more than registers.
 LF_HD int64_t opaque(int64_t d) {
@@ -130,13 +137,24 @@ static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int
         const int64_t last = s.pixels - first < TaggerPlan::kBlock ? s.pixels : first + TaggerPlan::kBlock;
         const int64_t row = chunk * plan.rows_per_item;
         const int64_t row_end = plan.rows - row < plan.rows_per_item ? plan.rows : row + plan.rows_per_item;
+        const int64_t seed_end = (seed + 1) * plan.rows;
         pass.start(seed);
         for (int64_t r = seed * plan.rows + row; r < seed * plan.rows + row_end; ++r) {
             int64_t d = first;
-            for (; d + Pair<T>::width <= last; d += Pair<T>::width)
-                pass.template pixels<Pair<T>, true>(r, opaque(d), Pair<T>::width);
-            for (; d + Vec<T>::width <= last; d += Vec<T>::width)
+            if constexpr (Pass::pairs) {
+                for (; d + Pair<T>::width <= last; d += Pair<T>::width)
+                    pass.template pixels<Pair<T>, true>(r, opaque(d), Pair<T>::width);
+            }
+            for (; d + Vec<T>::width <= last; d += Vec<T>::width) {
+                if constexpr (!Pass::pairs) {
+                    const int64_t ahead = d + kFetchAhead * Vec<T>::width;
+                    if (ahead < last)
+                        pass.fetch(r, ahead);
+                    else if (r + 1 < seed_end)
+                        pass.fetch(r + 1, first + ahead - last);
+                }
                 pass.template pixels<Vec<T>, true>(r, opaque(d), Vec<T>::width);
+            }
             if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
             pass.end_row();
         }

@@ -91,17 +91,24 @@ def node(
         backward_takes: what the backward op takes, separated by spaces: g0 is the gradient of the first result, s0 the
             first of the tensors, which are kept, followed by the results from `returned` on, c0 the first argument
             after the tensors, n0 whether the first tensor needs a gradient. Its results are the gradients of the
-            tensors in their order, of which one that is not needed may be anything.
+            tensors in their order, of which one that is not needed may be anything and constant ones at the end lack.
         differentiable: called as (gradients, kept, numbers, needed) with a tuple each for gradients that are to be
-            differentiated, or that a transform of torch.func looks at; returns one, or None, for each tensor.
+            differentiated, or that a transform of torch.func looks at; returns those or None, in the same order.
         returned: so many results are the caller's; the rest is kept for backward.
         sizes: the least and the greatest of a named size.
     """
     if _extension.nodes is None or _extension.module is None:
         return lambda *args: None
-    return _extension.nodes.define(
-        op, op + "_backward", arguments, sizes or {}, returned, backward_takes, differentiable
-    )
+    try:
+        return _extension.nodes.define(
+            op, op + "_backward", arguments, sizes or {}, returned, backward_takes, differentiable
+        )
+    except (
+        Exception
+    ) as error:  # a module of another day beside these files: the package shall load all the same
+        _extension.nodes = None
+        _extension.nodes_reason = f"they were built from other sources, build them again: {error}"
+        return lambda *args: None
 
 
 def direct() -> bool:

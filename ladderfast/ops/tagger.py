@@ -307,7 +307,10 @@ def _prepare_scalar(op: str, name: str, scalar: Tensor | float, z: Tensor) -> Te
     if not isinstance(scalar, Tensor):
         if isinstance(scalar, bool) or not isinstance(scalar, (int, float)):
             raise TypeError(f"{op}: {name} must be a number or a tensor; got {type(scalar).__name__}")
-        return torch.full((), scalar, dtype=torch.float32 if half else z.dtype, device=z.device)
+        dtype = torch.float32 if half else z.dtype
+        if torch.finfo(dtype).max < abs(scalar) < math.inf:
+            raise ValueError(f"{op}: {name} must be a number that {dtype} holds; got {scalar}")
+        return torch.full((), scalar, dtype=dtype, device=z.device)
     check_dtype(op, name, scalar)
     (scalar,) = autocast_float32(scalar)
     if scalar.dtype == z.dtype and scalar.dim() == 0 and scalar.device == z.device:

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -245,6 +246,18 @@ def test_an_error_in_what_is_differentiable(monkeypatch):
         torch.autograd.grad(asked(z, u, params, False).sum(), z, create_graph=True)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_tangents_are_refused_and_not_dropped(op):
+    """Forward-mode derivatives outside torch.func: no op has a rule for them."""
+    tensors, options = _arguments(op)
+    for needs in (False, True):
+        with forward_ad.dual_level():
+            dual = [t.detach().requires_grad_(needs and t.requires_grad) for t in tensors]
+            dual[1] = forward_ad.make_dual(dual[1], torch.ones_like(dual[1]))
+            with pytest.raises(NotImplementedError, match="jvp"):
+                _outputs(op, dual, options)
+
+
 def test_backward_in_another_thread():
     z, u, params = _arguments("gaussian_combinator")[0]
     expected = torch.autograd.grad(ops.gaussian_combinator(z, u, params).sum(), z)[0]
@@ -296,9 +309,9 @@ def test_what_no_node_takes():
         z.detach()
     )
     assert taken == [None] * 4
-    four = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    found = ask(four, four, torch.rand(10, 3), False)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    for shape in ((2, 4, 3), (2, 4, 5, 3), (2, 4, 5, 6, 3), (2, 1, 5, 3), (2, 0, 3)):
+        last = torch.rand(shape).movedim(-1, 1)
+        assert ask(last, last, torch.rand(10, 3), False).movedim(1, -1).is_contiguous()
 
 
 def test_scalars_of_tagger():
@@ -308,6 +321,7 @@ def test_scalars_of_tagger():
         assert ask(x, z, m, value) is not None
     for value in (
         0.0,
+        1e39,
         -1.0,
         float("inf"),
         float("nan"),
@@ -320,6 +334,9 @@ def test_scalars_of_tagger():
     ):
         assert ask(x, z, m, value) is None
     assert ask(x, z[:, :0], m[:, :0], variance) is None  # no group
+    with pytest.raises(ValueError, match=r"variance must be a number that torch.float32 holds; got 1e\+39"):
+        ops.gaussian_group_inputs(x, z, m, 1e39)
+    assert ask(x.double(), z.double(), m.double(), 1e39) is not None
     number = ops.gaussian_group_inputs(x, z, m, 0.3)
     for a, b in zip(number, ops.gaussian_group_inputs(x, z, m, torch.tensor(0.3)), strict=True):
         assert _in_cpp(a)
@@ -383,3 +400,39 @@ def test_without_nodes(found, why, monkeypatch):
     assert f"autograd nodes    Python only; none in C++: {reason}" in info.text()
     asked = function.node("combinator", [], "", lambda *args: ())
     assert asked(*_arguments("gaussian_combinator")[0], True) is None
+
+
+def test_nodes_of_other_sources_are_none(monkeypatch):
+    def define(*arguments):
+        raise TypeError("define(): incompatible function arguments")
+
+    monkeypatch.setattr(_extension, "nodes", types.SimpleNamespace(define=define))
+    monkeypatch.setattr(_extension, "nodes_reason", None)
+    asked = function.node("combinator", [], "", lambda *args: ())
+    assert asked(*_arguments("gaussian_combinator")[0], True) is None
+    assert "built from other sources, build them again: define(): incompatible" in info.text()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "takes", "returned", "why"),
+    [
+        (0, "g0 s0 s1 s2 c0", 1, "combinator: has not so many tensors"),
+        (2, "g0 s0 s1 s2 c0", 1, "combinator: takes another kind of params"),
+        (4, "g0 s0 s1 s2 c0", 1, "combinator: takes another kind of squash_v"),
+        (3, "g0 s0 s1 s2", 1, "combinator: its backward takes another number of arguments"),
+        (3, "g1 s0 s1 s2 c0", 1, "combinator: its backward takes another grad_z_hat"),
+        (3, "g0 s0 s1 s3 c0", 1, "combinator: its backward takes another params"),
+        (3, "g0 s0 s1 n0 c0", 1, "combinator: its backward takes another params"),
+        (3, "g0 s0 s1 s2 s2", 1, "combinator: its backward takes another squash_v"),
+        (3, "g0 s0 s1 s2 x0", 1, "combinator: its backward takes another squash_v"),
+        (3, "g0 s0 s1 s2 c1", 1, "combinator: its backward takes another squash_v"),
+        (3, "g0 s0 s1 s2 c0", 0, "combinator: has not so many results"),
+        (3, "g0 s0 s1 s2 c0", 2, "combinator: has not so many results"),
+    ],
+)
+def test_a_node_that_does_not_fit_its_op(tensors, takes, returned, why):
+    arguments = [function.Argument("N C *")] * tensors
+    with pytest.raises(ValueError, match=why):
+        _extension.nodes.define(
+            "combinator", "combinator_backward", arguments, {}, returned, takes, lambda *args: ()
+        )
