@@ -104,6 +104,7 @@ bool plain(const Tensor& t, at::ScalarType dtype) {
 // Whether t is contiguous, or would be with axis 1 last.
 bool packed(const Tensor& t) {
     if (t.is_contiguous()) return true;
+    if (t.dim() < 2) return false;
     int64_t expected = 1;
     for (int64_t k = 0; k < t.dim(); ++k) {
         const int64_t axis = k == 0 ? 1 : k < t.dim() - 1 ? t.dim() - k : 0;

@@ -291,6 +291,7 @@ def test_what_no_node_takes():
         (z, u, params[:9], True),
         (z, u, params[:, :3], True),
         (z[0], u[0], params, True),
+        (z[:, 0], u[:, 0], params, True),
         (z[..., None], u, params, True),
         (z.t()[:5, :5], u.t()[:5, :5], params[:, :5], True),  # neither contiguous nor with channels last
         (z.to_sparse(), u, params, True),
