@@ -45,6 +45,13 @@ def test_what_is_forced(name):
         assert "the forced backend 'triton' cannot serve this call" in text
 
 
+def test_the_autograd_nodes_are_there():
+    """Their own tests are skipped without them: that they do not build or do not fit their ops is to show here."""
+    if _extension.module is None or _extension.module.torch_version != torch.__version__:
+        pytest.skip("no extension, or one of another torch")
+    assert _extension.nodes is not None, _extension.nodes_reason
+
+
 def test_an_extension_of_other_sources_is_none(monkeypatch):
     monkeypatch.setattr(_extension, "module", _extension.module)
     monkeypatch.setattr(_extension, "reason", _extension.reason)

@@ -2,7 +2,7 @@
 //
 // Inputs: as in tagger.cpp a vector, or a pair of them, covers neighbouring pixels of one row and goes over the groups
 // a few times; what is dear to compute stays on the stack in between, for a pair more than there are registers: but for
-// the Gaussian forward pass, single vectors are a tenth faster.
+// the Gaussian forward pass, single vectors are faster.
 //
 // Outputs: an item is a few neighbouring columns of all rows and groups of a seed. It goes over them twice in either
 // direction, to sum and with what the sums say, and the second time finds them in the second-level cache.

@@ -103,9 +103,8 @@ def node(
         return _extension.nodes.define(
             op, op + "_backward", arguments, sizes or {}, returned, backward_takes, differentiable
         )
-    except (
-        Exception
-    ) as error:  # a module of another day beside these files: the package shall load all the same
+    except Exception as error:
+        # A module of another day beside these files: the package shall load all the same, and info says why without.
         _extension.nodes = None
         _extension.nodes_reason = f"they were built from other sources, build them again: {error}"
         return lambda *args: None

@@ -473,13 +473,10 @@ def gaussian_step_outputs(
 
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2.
     """
-    if (
-        direct()
-        and (
-            found := _gaussian_outputs_node(x, z_pre, mask_pre, z_weight, z_bias, mask_weight, variance, eps)
-        )
-        is not None
-    ):
+    found = None
+    if direct():
+        found = _gaussian_outputs_node(x, z_pre, mask_pre, z_weight, z_bias, mask_weight, variance, eps)
+    if found is not None:
         return cast(tuple[Tensor, Tensor, Tensor], found)
     op = "gaussian_step_outputs"
     return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, variance, eps)
@@ -524,11 +521,10 @@ def bernoulli_step_outputs(
     Source: Greff et al., "Tagger: Deep Unsupervised Perceptual Grouping", 2016, section 2 (with the
     Bernoulli mixture in the binary case).
     """
-    if (
-        direct()
-        and (found := _bernoulli_outputs_node(x, z_pre, mask_pre, z_weight, z_bias, mask_weight, eps))
-        is not None
-    ):
+    found = None
+    if direct():
+        found = _bernoulli_outputs_node(x, z_pre, mask_pre, z_weight, z_bias, mask_weight, eps)
+    if found is not None:
         return cast(tuple[Tensor, Tensor, Tensor], found)
     op = "bernoulli_step_outputs"
     return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, None, eps)
