@@ -210,28 +210,31 @@ struct BernoulliInputsBackward : TaggerPass<T> {
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto b = broadcast<V>(scalars);
         BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
-        LF_EACH_GROUP(k, this->groups)
-        pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n),
-                     grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n));
-        pixel.finish_backward(b);
-        if (grad_x != nullptr) {
-            V sum_x = pixel.grad_t;
-            LF_EACH_GROUP(k, this->groups) {
-                const V z = this->z.template load<V, whole>(r, k, d, n);
-                sum_x =
-                    sum_x + pixel.grad_x(grad_likelihood.template load<V, whole>(r, k, d, n), z, pixel.density(z), b);
-            }
-            write<whole>(sum_x, grad_x + r * this->width + d, n);
-        }
+        // Read once where the groups are few: as the compiler must think, the second time might find what was written.
+        struct Group {
+            V z, m, grad_dz, grad_likelihood;
+        } held[fixed ? fixed : 1];
+        const auto group = [&](int64_t k) __attribute__((always_inline)) -> Group {
+            return {this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n),
+                    grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n)};
+        };
         LF_EACH_GROUP(k, this->groups) {
-            const V z = this->z.template load<V, whole>(r, k, d, n);
+            const Group g = group(k);
+            pixel.gather(g.z, g.m, g.grad_dz, g.grad_likelihood);
+            if (fixed) held[k] = g;
+        }
+        pixel.finish_backward(b);
+        V sum_x = pixel.grad_t;
+        LF_EACH_GROUP(k, this->groups) {
+            const Group g = fixed ? held[k] : group(k);
+            const V density = pixel.density(g.z);
+            if (grad_x != nullptr) sum_x = sum_x + pixel.grad_x(g.grad_likelihood, g.z, density, b);
             V out_z, out_m;
-            pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
-                           grad_likelihood.template load<V, whole>(r, k, d, n), z,
-                           this->m.template load<V, whole>(r, k, d, n), pixel.density(z), b, out_z, out_m);
+            pixel.backward(g.grad_dz, g.grad_likelihood, g.z, g.m, density, b, out_z, out_m);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
+        if (grad_x != nullptr) write<whole>(sum_x, grad_x + r * this->width + d, n);
     }
 };
 

@@ -21,7 +21,7 @@ namespace ladderfast::cpu {
 
 static const int64_t kOutputsBlock = 64;   // pixels of an item of the outputs, at most
 static const int64_t kOutputsLanes = 16;   // its pixels are a multiple of these but for the last
-static const int64_t kOutputsTile = 2048;  // pixels and groups of a tile of rows
+static const int64_t kOutputsTile = 1024;  // pixels and groups of a tile of rows
 
 // Items of a seed: their number is a multiple of eight where there are pixels enough, so that threads have equal
 // shares. Sums over a chunk of about 64 rows and groups are made in T and added up in double.
