@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-from measuring import DEVICES, record, time_it
+from measuring import DEVICES, bytes_kept, record, time_it
 
 import ladderfast
 from ladderfast.ops import backend, ladder_encoder
@@ -49,19 +49,6 @@ def plain(z_pre, beta, num_labelled, num_clean):
     noisy = noisy + STD * torch.randn_like(noisy)
     z = torch.cat([noisy, parts[2]]) if num_clean else noisy
     return z, torch.relu(z + beta.reshape(shape))
-
-
-def bytes_kept(function, inputs) -> int:
-    """Bytes that autograd keeps between forward and backward."""
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function(*inputs)
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measuring import DEVICES, record, time_it
+from measuring import DEVICES, bytes_kept, record, time_it
 
 import ladderfast
 from ladderfast import ops
@@ -41,19 +41,6 @@ def function_of(name: str, variant: str):
     if variant == "compile":
         return torch.compile(getattr(reference, name))
     return getattr(reference if variant == "plain" else ops, name)
-
-
-def bytes_kept(function, inputs) -> int:
-    """Bytes that autograd keeps between forward and backward."""
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function(*inputs)
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

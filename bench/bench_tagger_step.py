@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench_tagger import CASES, PHASES, VARIANTS, bytes_kept
-from measuring import record, time_it
+from bench_tagger import CASES, PHASES, VARIANTS
+from measuring import bytes_kept, record, time_it
 
 import ladderfast
 from ladderfast import ops

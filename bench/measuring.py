@@ -56,6 +56,30 @@ def copy_seconds(moved: int, device: str) -> float:
     return _copies[key]
 
 
+_calls: dict[tuple[str, str], float] = {}
+
+
+def call_seconds(phase: str, device: str) -> float:
+    """Median seconds that a pass takes torch where there is next to nothing to compute: the product of two numbers."""
+    key = (phase, device)
+    if key not in _calls:
+        x, y = (torch.ones((), device=device, requires_grad=True) for _ in range(2))
+        out = x * y
+
+        def forward():
+            with torch.no_grad():
+                return x * y
+
+        def backward():
+            return torch.autograd.grad(out, (x, y), retain_graph=True)
+
+        def both():
+            return torch.autograd.grad(x * y, (x, y))
+
+        _calls[key] = measure({"forward": forward, "backward": backward, "both": both}[phase], 300)
+    return _calls[key]
+
+
 def peak_memory(function: Callable[[], object]) -> int:
     """The most bytes that one call holds on the CPU beyond what was there before it, workspaces of kernels included."""
     with torch.profiler.profile(
@@ -111,4 +135,5 @@ def record(
         bytes_kept=kept,
         bytes_peak=peak,
         copy_seconds=copy_seconds(moved, device),
+        call_seconds=call_seconds(phase, device),
     )
