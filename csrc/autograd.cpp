@@ -274,15 +274,15 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
             }
             given.push_back(t);
         } else if (k > 0 && argument.limited && PyFloat_Check(args[k])) {
-            const double value = PyFloat_AS_DOUBLE(args[k]);
-            if (!lies(argument, value)) Py_RETURN_NONE;
+            double value = PyFloat_AS_DOUBLE(args[k]);
             Tensor t = at::empty({}, given[0].options());
             if (t.scalar_type() == at::kFloat && std::abs(value) <= std::numeric_limits<float>::max())
-                *t.mutable_data_ptr<float>() = float(value);
+                value = *t.mutable_data_ptr<float>() = float(value);
             else if (t.scalar_type() == at::kDouble)
                 *t.mutable_data_ptr<double>() = value;
             else
                 Py_RETURN_NONE;
+            if (!lies(argument, value)) Py_RETURN_NONE;
             given.push_back(std::move(t));
         } else {
             Py_RETURN_NONE;

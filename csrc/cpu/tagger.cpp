@@ -42,15 +42,15 @@ struct GaussianInputs : TaggerPass<T> {
         if constexpr (scaled) {
             GaussianPixel<V, false> unscaled;
             LF_EACH_GROUP(k, this->groups) {
-                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-                unscaled.weigh(y);
-                pixel.compare(y);
+                const V apart = x - this->z.template load<V, whole>(r, k, d, n);
+                unscaled.weigh(apart, v);
+                pixel.compare(apart, v);
             }
             pixel.unless_enough(unscaled.total);
         }
         LF_EACH_GROUP(k, this->groups) {
             const V apart = x - this->z.template load<V, whole>(r, k, d, n);
-            const V weight = pixel.weigh(gaussian_exponent(apart, v));
+            const V weight = pixel.weigh(apart, v);
             if (fixed || k < kKept) {
                 e[k] = apart;
                 w[k] = weight;
@@ -66,7 +66,7 @@ struct GaussianInputs : TaggerPass<T> {
         LF_EACH_GROUP(k, this->groups) {
             const bool held = fixed || k < kKept;
             const V apart = held ? e[k] : x - this->z.template load<V, whole>(r, k, d, n);
-            const V weight = held ? w[k] : exp2_of(gaussian_exponent(apart, v) - pixel.top);
+            const V weight = held ? w[k] : pixel.weight(apart, v);
             V out_dz, out_likelihood;
             pixel.forward(apart, this->m.template load<V, whole>(r, k, d, n), weight, out_dz, out_likelihood);
             write<whole>(out_dz, dz + this->packed(r, k, d), n);
@@ -104,16 +104,15 @@ struct GaussianInputsBackward : TaggerPass<T> {
         if constexpr (scaled) {
             GaussianPixel<V, false> unscaled;
             LF_EACH_GROUP(k, this->groups) {
-                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
-                unscaled.weigh(y);
-                pixel.compare(y);
+                const V apart = x - this->z.template load<V, whole>(r, k, d, n);
+                unscaled.weigh(apart, v);
+                pixel.compare(apart, v);
             }
             pixel.unless_enough(unscaled.total);
         }
         LF_EACH_GROUP(k, this->groups) {
             const V apart = x - this->z.template load<V, whole>(r, k, d, n);
-            const V weight =
-                pixel.weigh(gaussian_exponent(apart, v), grad_likelihood.template load<V, whole>(r, k, d, n));
+            const V weight = pixel.weigh(apart, v, grad_likelihood.template load<V, whole>(r, k, d, n));
             if (fixed || k < kKept) {
                 e[k] = apart;
                 w[k] = weight;
@@ -130,7 +129,7 @@ struct GaussianInputsBackward : TaggerPass<T> {
         LF_EACH_GROUP(k, this->groups) {
             const bool held = fixed || k < kKept;
             const V apart = held ? e[k] : x - this->z.template load<V, whole>(r, k, d, n);
-            const V weight = held ? w[k] : exp2_of(gaussian_exponent(apart, v) - pixel.top);
+            const V weight = held ? w[k] : pixel.weight(apart, v);
             V out_z, out_m;
             pixel.backward(grad_dz.template load<V, whole>(r, k, d, n),
                            grad_likelihood.template load<V, whole>(r, k, d, n), apart,

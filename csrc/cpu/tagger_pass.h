@@ -40,14 +40,14 @@ template <class T>
 static LF_HD GaussianScalar<T> gaussian_scalar(const void* variance, int64_t seed) {
     const double v = static_cast<const T*>(variance)[seed];
     const double two_pi_v = 6.283185307179586 * v;
-    return {T(-0.7213475204444817 / v), T(1 / sqrt(two_pi_v)), T(1 / v), T(0.5 * log(two_pi_v)),
-            T(sizeof(T) == 4 ? 126 : 1022)};
+    return {T(-0.7213475204444817 / v), T(1 / sqrt(two_pi_v)),          T(1 / v),
+            T(0.5 * log(two_pi_v)),     T(sizeof(T) == 4 ? 126 : 1022), T(sizeof(T) == 4 ? 0x1p126 : 0x1p1022)};
 }
 
 template <class V, class T>
 static LF_HD GaussianScalar<V> broadcast(const GaussianScalar<T>& s) {
-    return {V::broadcast(s.scale), V::broadcast(s.norm), V::broadcast(s.precision), V::broadcast(s.offset),
-            V::broadcast(s.most)};
+    return {V::broadcast(s.scale),  V::broadcast(s.norm), V::broadcast(s.precision),
+            V::broadcast(s.offset), V::broadcast(s.most), V::broadcast(s.limit)};
 }
 
 template <class T>

@@ -96,14 +96,14 @@ struct GaussianStepInputs : StepInputs<T, fixed> {
         MaskPixel<V> masks;
         GaussianPixel<V, false> unscaled;
         LF_EACH_GROUP(k, this->groups) {
-            w[k] = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            w[k] = x - this->z.template load<V, whole>(r, k, d, n);
             if constexpr (scaled) {
-                unscaled.weigh(w[k]);
-                pixel.compare(w[k]);
+                unscaled.weigh(w[k], v);
+                pixel.compare(w[k], v);
             }
         }
         if constexpr (scaled) pixel.unless_enough(unscaled.total);
-        LF_EACH_GROUP(k, this->groups) w[k] = pixel.weigh(w[k]);
+        LF_EACH_GROUP(k, this->groups) w[k] = pixel.weigh(w[k], v);
         if constexpr (!scaled) {
             if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
                 *this = scaled_pixels<V, whole>(*this, r, d, n);
@@ -202,15 +202,15 @@ struct GaussianStepInputsBackward : StepInputsBackward<T, fixed> {
         MaskPixel<V> masks;
         GaussianPixel<V, false> unscaled;
         LF_EACH_GROUP(k, this->groups) {
-            w[k] = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+            w[k] = x - this->z.template load<V, whole>(r, k, d, n);
             if constexpr (scaled) {
-                unscaled.weigh(w[k]);
-                pixel.compare(w[k]);
+                unscaled.weigh(w[k], v);
+                pixel.compare(w[k], v);
             }
         }
         if constexpr (scaled) pixel.unless_enough(unscaled.total);
         LF_EACH_GROUP(k, this->groups)
-        w[k] = pixel.weigh(w[k], this->template of<V, whole>(this->kLikelihood, r, k, d, n));
+        w[k] = pixel.weigh(w[k], v, this->template of<V, whole>(this->kLikelihood, r, k, d, n));
         if constexpr (!scaled) {
             if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
                 *this = scaled_pixels<V, whole>(*this, r, d, n);

@@ -27,16 +27,16 @@ struct GaussianInputs {
         LF_EACH_GROUP(k) {
             const V d = x - in.z.template load<whole>(p, r, k);
             if (held) e.at[k] = d;
-            pixel.compare(gaussian_exponent(d, v));
+            pixel.compare(d, v);
         }
         LF_EACH_GROUP(k) {
-            const V weight = pixel.weigh(gaussian_exponent(held ? e.at[k] : x - in.z.template load<whole>(p, r, k), v));
+            const V weight = pixel.weigh(held ? e.at[k] : x - in.z.template load<whole>(p, r, k), v);
             if (held) w.at[k] = weight;
         }
         pixel.finish(v);
         LF_EACH_GROUP(k) {
             const V d = held ? e.at[k] : x - in.z.template load<whole>(p, r, k);
-            const V weight = held ? w.at[k] : exp2_of(gaussian_exponent(d, v) - pixel.top);
+            const V weight = held ? w.at[k] : pixel.weight(d, v);
             V out_dz, out_likelihood;
             pixel.forward(d, in.m.template load<whole>(p, r, k), weight, out_dz, out_likelihood);
             write<whole>(dz, p, r * plan.groups + k, plan.pixels, out_dz);
@@ -63,12 +63,11 @@ struct GaussianInputsBackward {
         LF_EACH_GROUP(k) {
             const V d = x - in.z.template load<whole>(p, r, k);
             if (held) e.at[k] = d;
-            pixel.compare(gaussian_exponent(d, v));
+            pixel.compare(d, v);
         }
         LF_EACH_GROUP(k) {
             const V grad = grad_likelihood.template load<whole>(p, r, k);
-            const V weight =
-                pixel.weigh(gaussian_exponent(held ? e.at[k] : x - in.z.template load<whole>(p, r, k), v), grad);
+            const V weight = pixel.weigh(held ? e.at[k] : x - in.z.template load<whole>(p, r, k), v, grad);
             if (held) h.at[k] = grad;
             if (held) w.at[k] = weight;
         }
@@ -76,7 +75,7 @@ struct GaussianInputsBackward {
         V sum_v = constant<V>(0);
         LF_EACH_GROUP(k) {
             const V d = held ? e.at[k] : x - in.z.template load<whole>(p, r, k);
-            const V weight = held ? w.at[k] : exp2_of(gaussian_exponent(d, v) - pixel.top);
+            const V weight = held ? w.at[k] : pixel.weight(d, v);
             const V grad = held ? h.at[k] : grad_likelihood.template load<whole>(p, r, k);
             V out_z, out_m;
             pixel.backward(grad_dz.template load<whole>(p, r, k), grad, d, in.m.template load<whole>(p, r, k), weight,

@@ -90,8 +90,12 @@ template <class V, class T>
 __device__ __forceinline__ GaussianScalar<V> gaussian_scalar(const void* variance, bool float_variance, int64_t seed) {
     const double v = load_either<T>(variance, float_variance, seed);
     const double two_pi_v = 6.283185307179586 * v;
-    return {constant<V>(-0.7213475204444817 / v), constant<V>(1 / sqrt(two_pi_v)), constant<V>(1 / v),
-            constant<V>(0.5 * log(two_pi_v)), constant<V>(sizeof(Compute<T>) == 4 ? 126 : 1022)};
+    return {constant<V>(-0.7213475204444817 / v),
+            constant<V>(1 / sqrt(two_pi_v)),
+            constant<V>(1 / v),
+            constant<V>(0.5 * log(two_pi_v)),
+            constant<V>(sizeof(Compute<T>) == 4 ? 126 : 1022),
+            constant<V>(sizeof(Compute<T>) == 4 ? 0x1p126 : 0x1p1022)};
 }
 
 template <class V, class T, int N>

@@ -66,13 +66,12 @@ struct GaussianStepInputs : StepInputs<T, N> {
         GaussianPixel<V> pixel;
         MaskPixel<V> masks;
         LF_EACH_GROUP(k) {
-            const V y = gaussian_exponent(x - this->in.z.template load<whole>(p, r, k), v);
-            if (held) w.at[k] = y;
-            pixel.compare(y);
+            const V e = x - this->in.z.template load<whole>(p, r, k);
+            if (held) w.at[k] = e;
+            pixel.compare(e, v);
         }
         LF_EACH_GROUP(k) {
-            const V weight =
-                pixel.weigh(held ? w.at[k] : gaussian_exponent(x - this->in.z.template load<whole>(p, r, k), v));
+            const V weight = pixel.weigh(held ? w.at[k] : x - this->in.z.template load<whole>(p, r, k), v);
             if (held) w.at[k] = weight;
         }
         pixel.finish(v);
@@ -81,7 +80,7 @@ struct GaussianStepInputs : StepInputs<T, N> {
             const V z = this->in.z.template load<whole>(p, r, k), e = x - z;
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
             V dz, likelihood;
-            pixel.forward(e, m, held ? w.at[k] : exp2_of(gaussian_exponent(e, v) - pixel.top), dz, likelihood);
+            pixel.forward(e, m, held ? w.at[k] : pixel.weight(e, v), dz, likelihood);
             this->template put<whole>(out, plan, p, r, k, z, m, dz, likelihood);
         }
     }
@@ -159,9 +158,9 @@ struct GaussianStepInputsBackward : StepInputsBackward<T, N> {
         const V x = in.x.template load<whole>(p, r, 0);
         GaussianPixel<V> pixel;
         MaskPixel<V> masks;
-        LF_EACH_GROUP(k) pixel.compare(gaussian_exponent(x - in.z.template load<whole>(p, r, k), v));
+        LF_EACH_GROUP(k) pixel.compare(x - in.z.template load<whole>(p, r, k), v);
         LF_EACH_GROUP(k)
-        pixel.weigh(gaussian_exponent(x - in.z.template load<whole>(p, r, k), v),
+        pixel.weigh(x - in.z.template load<whole>(p, r, k), v,
                     this->template of<whole>(Base::kLikelihood, plan, p, r, k));
         pixel.finish(v);
         this->template softmax<held, whole>(plan, p, r, masks, a);
@@ -172,8 +171,8 @@ struct GaussianStepInputsBackward : StepInputsBackward<T, N> {
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
             V out_z, out_m;
             pixel.backward(this->template of<whole>(Base::kDz, plan, p, r, k),
-                           this->template of<whole>(Base::kLikelihood, plan, p, r, k), e, m,
-                           exp2_of(gaussian_exponent(e, v) - pixel.top), v, out_z, out_m, sum_v);
+                           this->template of<whole>(Base::kLikelihood, plan, p, r, k), e, m, pixel.weight(e, v), v,
+                           out_z, out_m, sum_v);
             masks.gather(m, out_m + this->template of<whole>(Base::kM, plan, p, r, k));
             write<whole>(this->grad_z, p, r * plan.groups + k, plan.pixels,
                          out_z + this->template of<whole>(Base::kZ, plan, p, r, k));
@@ -184,8 +183,8 @@ struct GaussianStepInputsBackward : StepInputsBackward<T, N> {
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
             V none_z, out_m, none = constant<V>(0);
             pixel.backward(this->template of<whole>(Base::kDz, plan, p, r, k),
-                           this->template of<whole>(Base::kLikelihood, plan, p, r, k), e, m,
-                           exp2_of(gaussian_exponent(e, v) - pixel.top), v, none_z, out_m, none);
+                           this->template of<whole>(Base::kLikelihood, plan, p, r, k), e, m, pixel.weight(e, v), v,
+                           none_z, out_m, none);
             write<whole>(this->grad_logits, p, r * plan.groups + k, plan.pixels,
                          masks.backward(m, out_m + this->template of<whole>(Base::kM, plan, p, r, k)));
         }

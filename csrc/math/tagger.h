@@ -42,6 +42,7 @@ struct GaussianScalar {
     V precision;  // 1 / v
     V offset;     // log(2 pi v) / 2
     V most;       // largest exponent that is taken: a quarter of the largest number
+    V limit;      // 2^most
 };
 
 template <class V>
@@ -54,23 +55,46 @@ LF_HD V top_unless_enough(V unscaled_total, V top) {
     return if_less(unscaled_total, constant<V>(LF_TAGGER_ENOUGH), top, constant<V>(0));
 }
 
-// 1. where scaled, top = max_k y_k. 2. of w_k = 2^(y_k - top): total, and in backward
-// dot = sum_k w_k grad_likelihood_k.
+// 1. where scaled, top = max_k y_k, and the e of that group, the nearest. 2. of w_k = 2^(y_k - top): total, and in
+// backward dot = sum_k w_k grad_likelihood_k.
 template <class V, bool scaled = true>
 struct GaussianPixel {
-    V top, total, dot;
+    V top, nearest, total, dot;
+    V enough;  // where scaled, of the unscaled total: whether top is 0
     V share, peak, sum_x;
 
-    LF_HD GaussianPixel() : top(constant<V>(scaled ? LF_TAGGER_LOWEST : 0)), total(constant<V>(0)), dot(total) {}
-    LF_HD void compare(V y) { top = larger(y, top); }
-    LF_HD void unless_enough(V unscaled_total) { top = top_unless_enough(unscaled_total, top); }
-    LF_HD V weigh(V y) {
-        const V w = exp2_of(y - top);
+    LF_HD GaussianPixel()
+        : top(constant<V>(scaled ? LF_TAGGER_LOWEST : 0)),
+          nearest(constant<V>(0)),
+          total(nearest),
+          dot(nearest),
+          enough(nearest) {}
+    LF_HD void compare(V e, const GaussianScalar<V>& s) {
+        const V y = gaussian_exponent(e, s);
+        nearest = if_less(top, y, e, nearest);
+        top = larger(y, top);
+    }
+    LF_HD void unless_enough(V unscaled_total) {
+        enough = unscaled_total;
+        top = top_unless_enough(unscaled_total, top);
+    }
+    // Far exponents differ by less than they are rounded by, not so the e of which they are made. That of the nearest
+    // group is 0 besides: where it is all there is, its likelihood is 1 and the gradient through it 0.
+    LF_HD V weight(V e, const GaussianScalar<V>& s) const {
+        const V y = gaussian_exponent(e, s);
+        if constexpr (scaled)
+            return exp2_of(
+                if_less(enough, constant<V>(LF_TAGGER_ENOUGH), ((e + nearest) * s.scale) * (e - nearest), y));
+        else
+            return exp2_of(y);
+    }
+    LF_HD V weigh(V e, const GaussianScalar<V>& s) {
+        const V w = weight(e, s);
         total = total + w;
         return w;
     }
-    LF_HD V weigh(V y, V grad_likelihood) {
-        const V w = weigh(y);
+    LF_HD V weigh(V e, const GaussianScalar<V>& s, V grad_likelihood) {
+        const V w = weigh(e, s);
         dot = dot + w * grad_likelihood;
         return w;
     }
@@ -84,22 +108,31 @@ struct GaussianPixel {
         dz = (e * m) * (w * peak);
         likelihood = w * share;
     }
-    // Adds to sum_v the group's part of 2 v grad_variance. It is e times grad_z: a scale of e is one of sqrt(v).
+    // Adds to sum_v the group's part of 2 v grad_variance. It is e times grad_z: a scale of e is one of sqrt(v). As the
+    // likelihoods' parts a_k add up to 0, their squares of e may be less any number; less the nearest one, little is
+    // lost where all are far.
     LF_HD void backward(V grad_dz, V grad_likelihood, V e, V m, V w, const GaussianScalar<V>& s, V& grad_z, V& grad_m,
                         V& sum_v) {
         const V over_v = e * s.precision;
         const V density = grad_dz * (w * peak);
         const V a = (w * share) * (grad_likelihood - dot);
         grad_m = density * e;
-        grad_z = a * over_v - (density * m) * (constant<V>(1) - over_v * e);
+        const V turn = constant<V>(1) - over_v * e;
+        grad_z = a * over_v - (density * m) * turn;
         sum_x = sum_x - grad_z;
-        sum_v = sum_v + e * grad_z;
+        if constexpr (scaled) {
+            const V far = (a * s.precision) * (e - nearest) * (e + nearest) - (grad_m * m) * turn;
+            sum_v = sum_v + if_less(enough, constant<V>(LF_TAGGER_ENOUGH), far, e * grad_z);
+        } else {
+            sum_v = sum_v + e * grad_z;
+        }
     }
 };
 
 // 1. where scaled, top: close above or below the largest of log2 m_k + y_k, within a factor of two of its power. 2. of
 // w_k = 2^(y_k - top), total = sum_k m_k w_k.
-// A group of mask 0 may lie above top by any amount, and the gradient of its mask grows alike: it is held at `most`.
+// A group of mask 0 may lie above top by any amount, and the gradient of its mask grows alike: it is held within
+// `limit`.
 template <class V, bool scaled = true>
 struct GaussianMixture {
     V top, total;
@@ -124,8 +157,9 @@ struct GaussianMixture {
     }
     // Adds to sum_v, which starts as the pixel's grad, the group's part of 2 v grad_variance.
     LF_HD void backward(V e, V m, V w, const GaussianScalar<V>& s, V& grad_z, V& grad_m, V& sum_v) {
-        grad_m = constant<V>(0) - share * w;
-        grad_z = (grad_m * m) * (e * s.precision);
+        const V steep = constant<V>(0) - share * w;
+        grad_m = larger(constant<V>(0) - s.limit, smaller(s.limit, steep));
+        grad_z = (constant<V>(0) - share * (m * w)) * (e * s.precision);
         sum_x = sum_x - grad_z;
         sum_v = sum_v + e * grad_z;
     }

@@ -250,6 +250,7 @@ def _fits(x: Tensor, z: Tensor, m: Tensor) -> bool:
         and dtype in WIDE
         and x.dtype == dtype == m.dtype
         and x.device == device == m.device
+        and z.layout is x.layout is m.layout is torch.strided
     )
 
 
@@ -328,9 +329,12 @@ def _prepare_scalar(op: str, name: str, scalar: Tensor | float, z: Tensor) -> Te
 def prepare_variance(op: str, variance: Tensor | float, z: Tensor) -> Tensor:
     """The variance as a tensor without axes, checked."""
     scalar = _prepare_scalar(op, "variance", variance, z)
-    value = _known_value(variance)
+    value = given = _known_value(variance)
+    if not isinstance(variance, Tensor):
+        value = torch.tensor(given, dtype=scalar.dtype).item()  # 1e-46 is 0 in float32
     if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{op}: variance must be above 0 and finite; got {value}")
+        held = f" as {scalar.dtype}" if given is not None and 0 < given < math.inf else ""
+        raise ValueError(f"{op}: variance must be above 0 and finite{held}; got {given}")
     return scalar
 
 
@@ -443,8 +447,8 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | flo
 
     Returns:
         (N, D), contiguous, of the dtype of z. Differentiable any number of times in x, z, m and variance; only these
-        are kept for backward. Computed in log space. The gradient of a mask that is exactly zero is held at a quarter
-        of the largest number, where another group's mask is all that explains the pixel.
+        are kept for backward. Computed in log space. The gradient of a mask of zero, whose group may fit by any factor
+        better than those that explain the pixel, is held within a quarter of the largest number.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
     and returns float32.

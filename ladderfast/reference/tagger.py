@@ -128,13 +128,17 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor) -> T
 def gaussian_mixture_nll_backward(
     grad: Tensor, x: Tensor, z: Tensor, m: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, z, m and variance, in operations that are differentiable in their turn."""
+    """Gradients with respect to x, z, m and variance, in operations that are differentiable in their turn.
+
+    That of a mask of 0 is held within a quarter of the largest number.
+    """
     dtype, variance_dtype = z.dtype, variance.dtype
     grad, x, z, m, variance = widened(grad, x, z, m, variance)
     v = by_row(variance, z)
     e, y, _, w, total = _responsibilities(x, z, m, v)
     g = grad.unsqueeze(1)
-    grad_m = -g * (w / total)
+    limit = torch.finfo(z.dtype).max / 4
+    grad_m = (-g * (w / total)).clamp(-limit, limit)
     share = m * w / total
     grad_e = g * share * e / v
     grad_variance = _sum_for(variance, g * (0.5 + (share * y).sum(1, keepdim=True)) / v)

@@ -22,6 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 TWO_PI = tl.constexpr(6.283185307179586)
 LOWEST = tl.constexpr(-3.4e38)
 MOST = tl.constexpr(126.0)
+LIMIT = tl.constexpr(2.0**126)
 LOW = tl.constexpr(CLIP)
 HIGH = tl.constexpr(1 - CLIP)
 NEAR = tl.constexpr(POLE)
@@ -73,6 +74,19 @@ def _exponent(x):
 
 
 @triton.jit
+def _gaussian_compare(e, scale, top, nearest):
+    """The largest exponent and the e of its group, with one group more."""
+    y = (e * scale) * e
+    return _larger(y, top), tl.where(y > top, e, nearest)
+
+
+@triton.jit
+def _gaussian_weight(e, scale, nearest):
+    """2 to the power of a group's exponent less the largest one."""
+    return tl.exp2(((e + nearest) * scale) * (e - nearest))
+
+
+@triton.jit
 def _gaussian_inputs_kernel(
     x_ptr,
     z_ptr,
@@ -92,19 +106,20 @@ def _gaussian_inputs_kernel(
     x = _load(x_ptr, row * pixels + d, mask)
     base = row * groups * pixels + d
     top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
+    nearest = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        top = _larger((e * scale) * e, top)
+        top, nearest = _gaussian_compare(e, scale, top, nearest)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        total += tl.exp2((e * scale) * e - top)
+        total += _gaussian_weight(e, scale, nearest)
     share = 1.0 / total
     peak = tl.exp2(top) / tl.sqrt(v * TWO_PI)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        w = tl.exp2((e * scale) * e - top)
+        w = _gaussian_weight(e, scale, nearest)
         _store(dz_ptr, at, e * _load(m_ptr, at, mask) * (w * peak), mask)
         _store(likelihood_ptr, at, w * share, mask)
 
@@ -133,15 +148,16 @@ def _gaussian_inputs_backward_kernel(
     x = _load(x_ptr, row * pixels + d, mask)
     base = row * groups * pixels + d
     top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
+    nearest = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        top = _larger((e * scale) * e, top)
+        top, nearest = _gaussian_compare(e, scale, top, nearest)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     dot = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        w = tl.exp2((e * scale) * e - top)
+        w = _gaussian_weight(e, scale, nearest)
         total += w
         dot += w * _load(grad_likelihood_ptr, at, mask)
     share = 1.0 / total
@@ -152,15 +168,17 @@ def _gaussian_inputs_backward_kernel(
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        w = tl.exp2((e * scale) * e - top)
+        w = _gaussian_weight(e, scale, nearest)
         scaled = e * precision
         density = _load(grad_dz_ptr, at, mask) * (w * peak)
         a = (w * share) * (_load(grad_likelihood_ptr, at, mask) - dot)
-        grad_z = a * scaled - (density * _load(m_ptr, at, mask)) * (1.0 - scaled * e)
+        m = _load(m_ptr, at, mask)
+        turn = 1.0 - scaled * e
+        grad_z = a * scaled - (density * m) * turn
         _store(grad_z_ptr, at, grad_z, mask)
         _store(grad_m_ptr, at, density * e, mask)
         sum_x -= grad_z
-        sum_v += e * grad_z
+        sum_v += (a * precision) * (e - nearest) * (e + nearest) - (density * e) * m * turn
     _store(grad_x_ptr, row * pixels + d, sum_x, mask)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, sum_v, 0.0), axis=0))
 
@@ -236,8 +254,9 @@ def _gaussian_nll_backward_kernel(
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        grad_m = -share * tl.exp2(_at_most((e * scale) * e - top, MOST))
-        grad_z = (grad_m * _load(m_ptr, at, mask)) * (e * precision)
+        w = tl.exp2(_at_most((e * scale) * e - top, MOST))
+        grad_m = _at_least(_at_most(-share * w, LIMIT), -LIMIT)
+        grad_z = -(share * (_load(m_ptr, at, mask) * w)) * (e * precision)
         _store(grad_z_ptr, at, grad_z, mask)
         _store(grad_m_ptr, at, grad_m, mask)
         sum_x -= grad_z

@@ -33,6 +33,8 @@ from ladderfast.triton.tagger import (
     _denominator,
     _empty,
     _gaussian_backward,
+    _gaussian_compare,
+    _gaussian_weight,
     _larger,
     _load,
     _off_pole,
@@ -87,12 +89,13 @@ def _inputs_kernel(
     if GAUSSIAN:
         scale = -0.5 / (scalar * LN2)
         top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
+        nearest = tl.zeros([BLOCK], dtype=tl.float32)
         for k in range(groups):
             e = x - _load(z_ptr, base + k * pixels, mask)
-            top = _larger((e * scale) * e, top)
+            top, nearest = _gaussian_compare(e, scale, top, nearest)
         for k in range(groups):
             e = x - _load(z_ptr, base + k * pixels, mask)
-            total += tl.exp2((e * scale) * e - top)
+            total += _gaussian_weight(e, scale, nearest)
         factor = tl.exp2(top) / tl.sqrt(scalar * TWO_PI)
     else:
         keep = 1.0 - 2.0 * scalar
@@ -110,7 +113,7 @@ def _inputs_kernel(
         z = _load(z_ptr, at, mask)
         m = _mask_of(m_ptr, at, m_top, m_share, mask)
         if GAUSSIAN:
-            w = tl.exp2(((x - z) * scale) * (x - z) - top)
+            w = _gaussian_weight(x - z, scale, nearest)
             dz = (x - z) * m * (w * factor)
         else:
             w = _at_least((1.0 - x) + (z * keep + scalar) * sign, LEAST)
@@ -146,14 +149,15 @@ def _gaussian_inputs_backward_kernel(
     base = row * groups * pixels + d
     m_top, m_share = _softmax(m_ptr, base, groups, pixels, mask, BLOCK)
     top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
+    nearest = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        top = _larger((e * scale) * e, top)
+        top, nearest = _gaussian_compare(e, scale, top, nearest)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     dot = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        w = tl.exp2((e * scale) * e - top)
+        w = _gaussian_weight(e, scale, nearest)
         total += w
         dot += w * _load(grad_ptr, (row * groups + k) * 4 * pixels + 3 * pixels + d, mask)
     share = 1.0 / total
@@ -167,21 +171,22 @@ def _gaussian_inputs_backward_kernel(
         grad = (row * groups + k) * 4 * pixels + d
         e = x - _load(z_ptr, at, mask)
         m = _mask_of(m_ptr, at, m_top, m_share, mask)
-        w = tl.exp2((e * scale) * e - top)
+        w = _gaussian_weight(e, scale, nearest)
         scaled = e * precision
         density = _load(grad_ptr, grad + 2 * pixels, mask) * (w * peak)
         a = (w * share) * (_load(grad_ptr, grad + 3 * pixels, mask) - dot)
-        grad_z = a * scaled - (density * m) * (1.0 - scaled * e)
+        turn = 1.0 - scaled * e
+        grad_z = a * scaled - (density * m) * turn
         _store(grad_z_ptr, at, grad_z + _load(grad_ptr, grad, mask), mask)
         m_dot += m * (density * e + _load(grad_ptr, grad + pixels, mask))
         sum_x -= grad_z
-        sum_v += e * grad_z
+        sum_v += (a * precision) * (e - nearest) * (e + nearest) - (density * e) * m * turn
     for k in range(groups):
         at = base + k * pixels
         grad = (row * groups + k) * 4 * pixels + d
         e = x - _load(z_ptr, at, mask)
         m = _mask_of(m_ptr, at, m_top, m_share, mask)
-        density = _load(grad_ptr, grad + 2 * pixels, mask) * (tl.exp2((e * scale) * e - top) * peak)
+        density = _load(grad_ptr, grad + 2 * pixels, mask) * (_gaussian_weight(e, scale, nearest) * peak)
         _store(grad_m_ptr, at, m * ((density * e + _load(grad_ptr, grad + pixels, mask)) - m_dot), mask)
     _store(grad_x_ptr, row * pixels + d, sum_x, mask)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, sum_v, 0.0), axis=0))

@@ -415,6 +415,52 @@ def test_a_mask_of_zero_may_hide_the_best_group(target):
     assert grad_m[0, 0, 1].item() < -1e37
 
 
+def test_a_mask_of_zero_under_a_large_gradient(target):
+    """What comes from above multiplies a gradient that is near the largest number already: it is held there, and does
+    not make the others NaN."""
+    x, z, m, v = tensors(target.device, [[0.0]], [[[0.0], [400.0]]], [[[0.0], [1.0]]], 1.0)
+    inputs, grads = [x, z, m, v], [torch.full_like(x, 8.0)]
+    _, grad_x, grad_z, grad_m, grad_v = run(ops.gaussian_mixture_nll, "gaussian_mixture_nll", inputs, grads)
+    assert grad_x.item() == pytest.approx(-3200, rel=1e-6)
+    assert grad_z.flatten().tolist() == pytest.approx([0, 3200], rel=1e-6)
+    assert grad_v.item() == pytest.approx(4 * (1 - 160000), rel=1e-6)
+    assert grad_m[0, 1].item() == pytest.approx(-8, rel=1e-6)
+    assert grad_m[0, 0].item() < -1e37
+    if target.backend != "reference":  # what autograd makes of the plain formula is its own affair
+        assert grad_m.isfinite().all()
+
+
+def test_the_only_group_has_a_constant_likelihood(target):
+    """And of several the one that fits, where the others are far off: the exponents' rounding leaves no gradient."""
+    z = torch.rand(3, 1, 50, device=target.device)
+    for groups in (z, torch.cat([z, z + 3, z - 3], 1)):
+        m = torch.ones_like(groups)
+        x, v = torch.rand(3, 50, device=target.device), torch.tensor(1e-8, device=target.device)
+        grads = [torch.zeros_like(groups), torch.randn_like(groups)]
+        found = run(ops.gaussian_group_inputs, "gaussian_group_inputs", [x, groups, m, v], grads)
+        assert (found[1][:, 0] == 1).all()
+        assert all((t == 0).all() for t in found[2:]), [t.abs().max().item() for t in found[2:]]
+
+
+@pytest.mark.parametrize("variance", [1e-6, 1e-5, 1e-4])
+def test_near_ties_far_off(target, variance):
+    """Two groups nearly as far from x: their exponents differ by less than they are rounded by. The likelihoods and
+    all gradients are at least as near as plain PyTorch's."""
+    z = torch.rand(40, 3, 100, device=target.device)
+    x, m = torch.rand(40, 100, device=target.device), torch.softmax(torch.randn_like(z), 1)
+    inputs = [x, z, m, torch.tensor(variance, device=target.device)]
+    grads = [torch.zeros_like(z), torch.randn_like(z)]
+    op = "gaussian_group_inputs"
+    exact = run(plain(op), op, *([t.double() for t in given] for given in (inputs, grads)))
+    theirs, ours = run(plain(op), op, inputs, grads), run(ops.gaussian_group_inputs, op, inputs, grads)
+    for name, a, b, truth in zip(
+        ("dz", "likelihood", "x", "z", "m", "variance"), ours, theirs, exact, strict=True
+    ):
+        a, b = ((t - truth).abs().max().item() for t in (a, b))
+        allowed = 2 * b + 1e-6 * truth.abs().max().item()
+        assert a <= allowed, f"{name}: {a} is off, plain PyTorch by {b}"
+
+
 def test_a_variance_near_the_least_number(target):
     """Exponents near the largest number, of which the larger one still decides."""
     x, z, m, v = tensors(target.device, [[0.0]], [[[1.0], [1.5]]], [[[0.5], [0.5]]], 1e-38)
@@ -639,21 +685,31 @@ BAD_SCALARS = [
     ("0.5", TypeError, r"must be a number or a tensor; got str"),
     (torch.tensor(0.5, device="meta"), ValueError, r"must be on the device of z, cpu; got meta"),
 ]
-BAD_VALUES = [
-    (("gaussian_group_inputs", "gaussian_mixture_nll"), value, "variance must be above 0 and finite; got")
-    for value in (
-        0,
-        -1.0,
-        math.inf,
-        math.nan,
-        torch.tensor(0.0),
-        torch.tensor(-2.0),
-        torch.nn.Parameter(-X[0, 0]),
-    )
-] + [
-    (("bernoulli_group_inputs",), value, r"flip_prob must lie in \[0, 1\]; got")
-    for value in (-0.1, 1.5, math.nan, torch.tensor(2.0))
-]
+BAD_VALUES = (
+    [
+        (("gaussian_group_inputs", "gaussian_mixture_nll"), value, "variance must be above 0 and finite; got")
+        for value in (
+            0,
+            -1.0,
+            math.inf,
+            math.nan,
+            torch.tensor(0.0),
+            torch.tensor(-2.0),
+            torch.nn.Parameter(-X[0, 0]),
+        )
+    ]
+    + [
+        (
+            ("gaussian_group_inputs", "gaussian_mixture_nll"),
+            1e-46,
+            "variance must be above 0 and finite as torch.float32; got 1e-46",
+        ),
+    ]
+    + [
+        (("bernoulli_group_inputs",), value, r"flip_prob must lie in \[0, 1\]; got")
+        for value in (-0.1, 1.5, math.nan, torch.tensor(2.0))
+    ]
+)
 
 
 def backends():
