@@ -31,7 +31,7 @@ struct Words {
 
 template <int n>
 LF_HD void multiply_wide(Words<n> a, uint32_t m, Words<n>& high, Words<n>& low) {
-    using Raw = typename Words<n>::Raw;
+    using Raw [[maybe_unused]] = typename Words<n>::Raw;
     for (int i = 0; i < n; ++i) {
 #if LF_VECTOR_BYTES == 64
         low.raw[i] = (Raw)_mm512_maskz_mul_epu32((__mmask8)-1, (__m512i)a.raw[i], _mm512_set1_epi64(m));

@@ -19,6 +19,8 @@ def check_dtype(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor; got one with layout {t.layout}")
 
 
 def check_number(op: str, name: str, value: object) -> None:

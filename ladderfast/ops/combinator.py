@@ -145,6 +145,7 @@ def _fits(z: Tensor, u: Tensor, params: Tensor) -> bool:
         and dtype in WIDE
         and u.dtype == dtype == params.dtype
         and u.device == device == params.device
+        and z.layout is u.layout is params.layout is torch.strided
     )
 
 
