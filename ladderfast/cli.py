@@ -125,13 +125,16 @@ def _split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         if not equals:
             following = next(tokens, None)
-            if following is None:
+            if following is None or following.startswith("--"):
                 _fail(f"{name} needs a value", 2)
             value = following
         if name in VALUES:
             rest.append(f"{name}={value}")
-        else:
-            fields[name[2:].replace("-", "_")] = value
+            continue
+        field = name[2:].replace("-", "_")
+        if field in fields:
+            _fail(f"{name} is given twice", 2)
+        fields[field] = value
     return rest, fields
 
 
@@ -218,7 +221,11 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(1):
         figures = run.evaluate()
         robust = None if arguments.adversarial is None else run.robustness(arguments.adversarial)
-    published = {"published": run.recipe.published, "title": run.recipe.title}
+    published = {
+        "published": run.recipe.published,
+        "title": run.recipe.title,
+        "changed": run.recipe.changed(),
+    }
     print(
         _summary(
             {**published, **figures, "epochs": run.epochs_done, "seconds": run.seconds}, run.objective.metric
@@ -254,12 +261,18 @@ def _info(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
 def _summary(result: dict[str, Any], metric: Metric) -> str:
     of = f" ({result['test_errors']} of {result['test_samples']})" if "test_errors" in result else ""
     text = (
-        f"{result['title']}: {metric.words} {metric.text(result)}{of} after {result['epochs']} epochs in "
-        f"{result['seconds']:.0f} s"
+        f"{result['title']}: {metric.words} {metric.text(result)}{of} after {result['epochs']} "
+        f"epoch{'s'[: result['epochs'] != 1]} in {result['seconds']:.0f} s"
     )
     if f"{metric.name}_by_seed" in result:
         text += f"; of {len(result[f'{metric.name}_by_seed'])} seeds"
-    return f"{text}; published: {result['published']}" if result["published"] else text
+    if result["published"]:
+        text += f"; published: {result['published']}"
+    if changed := result.get("changed"):
+        from ladderfast.training.recipe import changed_text
+
+        text += f"; not the recipe as it is, but with {changed_text(changed)}"
+    return text
 
 
 def _others(figures: dict[str, Any], metric: Metric) -> str:

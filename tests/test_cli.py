@@ -191,6 +191,9 @@ def test_info(capsys, monkeypatch):
         (["train", "{recipe}", "--epoch", "3"], "unknown field epoch; did you mean epochs?"),
         (["train", "{recipe}", "--epochs", "three"], "epochs must be int, got 'three'"),
         (["train", "{recipe}", "--epochs"], "--epochs needs a value"),
+        (["train", "{recipe}", "--epochs", "--out", "x"], "--epochs needs a value"),
+        (["train", "{recipe}", "--epochs", "2", "--epochs", "1"], "--epochs is given twice"),
+        (["train", "{recipe}", "--name", "x/y"], "name must be usable as that of a folder"),
         (["train", "{recipe}", "--seed", "x"], "seed must be int, got 'x'"),
         (
             ["train", "{recipe}", "--model.noise_std", "loud"],
@@ -203,6 +206,23 @@ def test_info(capsys, monkeypatch):
         ),
         (["train", "{recipe}", "--data-dir", "x"], "unknown field data.data_dir"),
         (["train", "{recipe}", "--batch_unlabelled", "5000"], "batch_unlabelled must be from 1 to 1300"),
+        (["train", "{recipe}", "--batch_unlabelled", "1"], "batch_unlabelled must be at least 2"),
+        (
+            ["train", "{recipe}", "--objective.denoising_weights", "[1, 1, 1, 1]"],
+            "denoising_weights must have 3 entries, one a layer 0..L of the model's layers",
+        ),
+        (
+            ["train", "digits_baseline", "--objective.denoising_weights", "[1, 0, 0, 0, 0, 0]"],
+            'denoising_weights[0] must be 0 where the layer\'s combinator is "none"',
+        ),
+        (
+            ["train", "{recipe}", "--model.layers", "[60, 16, 10]"],
+            "layers must begin with the 64 values of a sample of Digits, got 60",
+        ),
+        (
+            ["train", "{recipe}", "--model.layers", "[64, 16, 9]"],
+            "layers must end with a unit for each of Digits's 10 classes, got 9",
+        ),
         (["train", "{recipe}", "--accelerator", "abacus"], "accelerator='abacus'"),
         (["train", "{recipe}", "--resume", "--overwrite"], "exclude each other"),
         (["train", "{recipe}", "--seeds", "0"], "seeds must be at least 1, got 0"),
@@ -247,9 +267,6 @@ def test_a_failure_while_training_has_another_code(recipe, capsys):
     assert code == 1
     assert "the cost is not finite at step" in err.splitlines()[-1]
     assert "Traceback" not in err
-    code, _, err = call(capsys, "train", recipe, "--out", "other", "--objective.denoising_weights", "[1, 2]")
-    assert code == 1
-    assert "costs must have 3 entries" in err.splitlines()[-1]
 
 
 def test_without_the_packages_of_training_one_sentence_says_what_to_install(tmp_path):

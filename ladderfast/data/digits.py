@@ -15,7 +15,7 @@ class Digits(Dataset):
     than those trained on.
 
     Args:
-        num_labels: labelled samples, the same number of each digit; null for all 1,300.
+        num_labels: labelled samples, as many of each digit, to one; null for all 1,300.
         seed: draws the labelled samples.
 
     Raises ImportError without scikit-learn, ValueError for a num_labels that cannot be drawn.

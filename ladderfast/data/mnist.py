@@ -36,7 +36,7 @@ class MNIST(ImageDataset):
         data_dir: folder with the four files, each gzip or not, under their usual names (train-images-idx3-ubyte,
             train-images-idx3-ubyte.gz or train-images.idx3-ubyte, and so on). Default: ladderfast/mnist in the
             user's cache.
-        num_labels: labelled samples, the same number of each digit; null for all 60,000.
+        num_labels: labelled samples, as many of each digit, to one; null for all 60,000.
         seed: draws the labelled samples.
         padding: pixels of 0 on each side: 2 makes images of 32 x 32, x (N, 1024).
         shift: training images are moved by up to so many pixels each way, at random.

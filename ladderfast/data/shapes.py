@@ -7,6 +7,7 @@ import torch
 
 from .draws import HELD_OUT_SEED, SHAPES, Draws
 from .grouped import GroupedImages, split_sizes
+from .shuffle import check_seed
 
 SIDE = 20
 PER_IMAGE = 3
@@ -29,6 +30,7 @@ class Shapes(GroupedImages):
 
     def __init__(self, num_train: int = 50_000, num_test: int = 10_000, *, seed: int = 1) -> None:
         sizes = split_sizes(num_train, num_test)
+        check_seed(seed)
         train, _ = make_shapes(sizes[0], seed=seed)
         held, owner = make_shapes(sum(sizes[1:]), seed=HELD_OUT_SEED, first=sizes[0])
         valid, test = torch.from_numpy(held).float().split(sizes[1:])

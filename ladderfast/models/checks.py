@@ -38,6 +38,13 @@ def check_whole(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
 
 
+def check_num_classes(num_classes: Any) -> None:
+    """TypeError or ValueError unless it is a number of classes, or 0 for none."""
+    check_whole("num_classes", num_classes)
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be 0 or positive, got {num_classes}")
+
+
 def check_mask(mask: Any, x: Tensor) -> None:
     """TypeError or ValueError unless mask is bool, (N, T) of x (N, T, *)."""
     if not isinstance(mask, Tensor):

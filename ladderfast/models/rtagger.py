@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ladderfast.nn.recurrent_ladder import StepBatchNorm, averaged_statistics
 from ladderfast.ops import bernoulli_mixture_nll, gaussian_mixture_nll
 
+from .checks import check_num_classes
 from .recurrent_ladder import Level, RLadder
 from .tagger import EPS, Grouping
 
@@ -74,8 +75,9 @@ class RTagger(Grouping):
             device=device,
             dtype=dtype,
         )
-        if len(image_shape) != 2:
-            raise ValueError(f"image_shape must be (height, width), got {tuple(image_shape)}")
+        if not isinstance(image_shape, Sequence) or len(image_shape) != 2:
+            raise ValueError(f"image_shape must be (height, width), got {image_shape!r}")
+        check_num_classes(num_classes)
         self.image_shape = tuple(image_shape)
         self.num_pixels, self.num_classes = self.image_shape[0] * self.image_shape[1], num_classes
         self.engine = RLadder(

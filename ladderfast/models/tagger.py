@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladderfast.models.checks import check_floating, check_input, check_whole
+from ladderfast.models.checks import check_floating, check_input, check_num_classes, check_whole
 from ladderfast.models.layers import Dense
 from ladderfast.nn import GaussianCombinator
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
@@ -244,6 +244,8 @@ class Grouping(nn.Module):
             raise ValueError(
                 f"x must hold at least {num_iterations + 1} frames for {num_iterations} iterations, got {x.shape[1]}"
             )
+        if len(x) == 0:
+            raise ValueError("x must hold at least one sample, got 0")
         if len(x) * num_groups < 2:
             raise ValueError(
                 f"x must hold at least two samples for a single group, as there is no variance in one, got {len(x)}"
@@ -400,6 +402,7 @@ class Tagger(Grouping):
             raise ValueError(f"num_pixels and layers must be positive, got {num_pixels} and {widths}")
         if inner is not None and len(widths) > 1:
             raise ValueError(f"layers must be [H] for an inner network of one's own, got {widths}")
+        check_num_classes(num_classes)
         if num_classes and inner is None and widths[-1] != num_classes + 1:
             raise ValueError(
                 f"layers must end with num_classes + 1 = {num_classes + 1} units, the last for no class, "

@@ -70,6 +70,11 @@ def held(folder: Path) -> Iterator[None]:
 def check_free(folder: Path) -> None:
     """Raise FileExistsError if a run, finished or not, has the folder."""
     if any((folder / name).exists() for name in FILES):
+        if not any((folder / name).exists() for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)):
+            raise FileExistsError(
+                f"{folder} already holds a run, which has no checkpoint yet: replace it (--overwrite), or write "
+                "elsewhere (--out)"
+            )
         raise FileExistsError(
             f"{folder} already holds a run: continue it (--resume), replace it (--overwrite), or write "
             "elsewhere (--out)"

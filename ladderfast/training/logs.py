@@ -78,11 +78,12 @@ class ProgressBar:
         self._console = Console(stderr=True) if file is None else Console(file=file)
         self._title, self._steps, self._done, self._metric = title, steps, done, metric
         self._said = time.monotonic()
+        self._narrow = self._console.width < 100
         columns = (
             TextColumn("[progress.description]{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            *(() if self._narrow else (TimeElapsedColumn(),)),
             TimeRemainingColumn(),
         )
         self._bar: Progress | None = None
@@ -113,7 +114,7 @@ class ProgressBar:
             )
         if (held_out := figures.get(self._metric.validation)) is not None:
             parts.append(f"validation {self._metric.text({self._metric.name: held_out})}")
-        if (total := figures.get("total")) is not None:
+        if (total := figures.get("total")) is not None and not (self._narrow and self._bar is not None):
             parts.append(f"cost {total:.4g}")
         if (speed := figures.get("steps_per_second")) is not None:
             parts.append(f"{speed:.1f} steps/s")

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderfast.data import Batch, Batches
+from ladderfast.data import Batch, Batches, Dataset
+from ladderfast.models import LadderNetwork
 
 from .adversarial import adversarial_noise, check_kind, check_tau, input_gradient
 from .metric import Metric
@@ -41,6 +42,9 @@ class Objective(ABC):
 
     def check(self, model: Any) -> None:  # noqa: B027  (most objectives have nothing to do here or below)
         """Raise ValueError for a model that it cannot serve; before training, of several networks with the first."""
+
+    def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:  # noqa: B027
+        """Raise ValueError for data or batch sizes that do not suit the model; after `check`."""
 
     def prepare(self, model: Any) -> None:  # noqa: B027
         """Before the first step and before a checkpoint is read: what the objective needs of its own is made."""
@@ -144,6 +148,45 @@ class LadderObjective(Objective):
         check_kind("unlabelled_kind", unlabelled_kind)
         self._taus = (adversarial_labelled, adversarial_unlabelled)
         self._kinds = (labelled_kind, unlabelled_kind)
+
+    def check(self, model: Any) -> None:
+        if not isinstance(model, LadderNetwork):
+            return
+        depth = len(model.layers)
+        if len(self.denoising_weights) != depth:
+            raise ValueError(
+                f"denoising_weights must have {depth} entries, one a layer 0..L of the model's layers "
+                f"{list(model.layers)}, got {len(self.denoising_weights)}"
+            )
+        for index, wanted in enumerate(self._wanted):
+            if wanted and model.combinator[index] == "none":
+                raise ValueError(
+                    f'denoising_weights[{index}] must be 0 where the layer\'s combinator is "none", got '
+                    f"{self.denoising_weights[index]:g}"
+                )
+
+    def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
+        if not isinstance(model, LadderNetwork) or not isinstance(data, Dataset):
+            return
+        name, sample, classes = (
+            type(data).__name__,
+            data.x_unlabelled[0],
+            int(torch.cat([data.y_labelled, data.y_test]).max()) + 1,
+        )
+        first, last = math.prod(model.shapes[0]), math.prod(model.shapes[-1])
+        if sample.numel() != first:
+            raise ValueError(
+                f"layers must begin with the {sample.numel()} values of a sample of {name}, got {model.layers[0]}"
+            )
+        if last != classes:
+            raise ValueError(
+                f"layers must end with a unit for each of {name}'s {classes} classes, got {last}"
+            )
+        if any(self._wanted) and batch_unlabelled < 2:
+            raise ValueError(
+                "batch_unlabelled must be at least 2 for denoising costs, whose statistics are those of a batch, got "
+                f"{batch_unlabelled}"
+            )
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         noise = {}

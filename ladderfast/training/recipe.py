@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -40,6 +41,26 @@ SCHEDULES = ("linear", "constant", "halve")
 DECAY_FROM = 0.667  # of the linear one, where none is given
 
 GRAPH = ("auto", "on", "off")
+
+# With another one of these it is still the recipe that is trained.
+CIRCUMSTANCES = {
+    "seed",
+    "seeds",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "precision",
+    "graph",
+    "threads",
+} | {
+    "evaluate_every",
+    "log_every",
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "data.data_dir",
+    "data.download",
+}
 
 
 @dataclass
@@ -149,6 +170,8 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.graph not in GRAPH:
             raise ValueError(f"graph must be one of {', '.join(GRAPH)}, got {self.graph!r}")
+        if any(character in self.name for character in "/\\"):
+            raise ValueError(f"name must be usable as that of a folder, without slashes, got {self.name!r}")
         for name in ("batch_labelled", "batch_unlabelled"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -210,10 +233,24 @@ class Recipe:
         """Every field by its short dotted name."""
         return _flatten(self.to_dict(), self.name)
 
+    def changed(self) -> dict[str, Any]:
+        """The fields in which this is another experiment than the shipped recipe of its name, by dotted name."""
+        if self.name not in recipe_names():
+            return {}
+        shipped = read_recipe(self.name).flat()
+        return {k: v for k, v in self.flat().items() if k not in CIRCUMSTANCES and v != shipped.get(k)}
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(
             self.to_dict(), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
         )
+
+
+def changed_text(changed: Mapping[str, Any]) -> str:
+    """`Recipe.changed` for a sentence: epochs=2, model.layers=[64, 10]."""
+    return ", ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items()
+    )
 
 
 def recipe_names() -> list[str]:
@@ -343,7 +380,7 @@ def _load(recipe: str | Path | Mapping[str, Any]) -> tuple[str, Any]:
         name, raw = text, (files("ladderfast") / "recipes" / f"{text}.yaml").read_bytes()
     else:
         near = difflib.get_close_matches(text, recipe_names(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
+        hint = f"did you mean {near[0]}?" if near else "`ladderfast recipes` lists them"
         raise ValueError(f"there is no recipe {text!r}; {hint}")
     try:
         content = yaml.load(raw.decode(), _Loader)

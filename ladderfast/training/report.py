@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from .checkpoint import write_atomically
 from .figures import INK, curves
 from .metric import Metric
+from .recipe import changed_text
 
 REPORT = "report.html"
 
@@ -93,17 +94,22 @@ def write_report(
         sections.append(_section("Training", drawn + _history(history, metric)))
     if pictures:
         sections.append(_section("What it has learned", f'<div class="figures">{"".join(pictures)}</div>'))
-    shown = {metric.name, "published", "title"}
+    shown = {metric.name, "published", "title", "changed"}
     figures_of_run = {_words(key): value for key, value in result.items() if key not in shown}
     sections.append(_section("Figures of the run", _table(figures_of_run)))
     sections.append(_section("Settings", _settings(settings)))
+    changed = ""
+    if result.get("changed"):
+        changed = f"<p>Not the recipe as it is, but with {escape(changed_text(result['changed']))}.</p>\n"
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{changed}"
+        + "\n".join(sections)
+        + "\n</main>\n</body>\n</html>\n"
     )
     write_atomically(path, lambda file: file.write(page.encode()))
     return path
@@ -195,13 +201,14 @@ def _history(history: Sequence[Mapping[str, Any]], metric: Metric) -> str:
         if metric.unit == "%"
         else f"; {escape(metric.words)} {f'in {metric.unit}' if metric.unit else 'without unit'}"
     )
+    errors = ", errors in percent" if any("error" in key for key in keys) else ""
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(_text(row.get(key)))}</td>" for key in keys) + "</tr>\n"
         for row in history
     )
     return (
         '<details><summary>The same as numbers</summary><div class="scroll"><table class="history">'
-        f"<caption>One row an epoch: costs in nats, errors in percent{other}.</caption>"
+        f"<caption>One row an epoch: costs in nats{errors}{other}.</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
 

@@ -155,7 +155,8 @@ class Run:
             )
         if recipe.seeds > 1 and not isinstance(self._dataset, Dataset):
             raise ValueError(
-                f"seeds={recipe.seeds} needs data with a draw of labels, got {type(self._dataset).__name__}"
+                f"seeds={recipe.seeds} needs data whose labels are drawn by seed, got {type(self._dataset).__name__}; "
+                "train one seed after another (--seed)"
             )
         seeds = range(recipe.seed, recipe.seed + recipe.seeds)
         networks: list[nn.Module] = []
@@ -169,6 +170,7 @@ class Run:
                 got = type(networks[0]).__name__
                 raise TypeError(f"model must have the method {method} for this objective, got {got}")
         self.objective.check(networks[0])
+        self.objective.check_data(networks[0], self._dataset, recipe.batch_labelled, recipe.batch_unlabelled)
         model = networks[0]
         if len(seeds) > 1:
             model, self.objective = Ensemble(networks), EnsembleObjective(self.objective)
@@ -609,6 +611,7 @@ class Run:
                 "seeds": self.recipe.seeds,
                 **self.evaluate(),
                 "published": self.recipe.published,
+                **({"changed": changed} if (changed := self.recipe.changed()) else {}),
                 "epochs": self.epochs_done,
                 **({} if self.recipe.patience is None else {"best_epoch": self.course.best}),
                 **({"retrained_epochs": self.epoch} if self.course.retraining else {}),

@@ -19,7 +19,10 @@ SEED = "{seed}"
 
 
 def start_from(networks: Sequence[nn.Module], where: str, seeds: Sequence[int]) -> None:
-    """Give each network what it shares with another run's, by name and shape; its noise stays its own.
+    """Give each network what it shares with another run's, by name; its noise stays its own.
+
+    What only one of them has stays as it is: the layers that the network has more, and where one of them was the top
+    of the other network, with a scale that its activation now makes redundant, that scale.
 
     where: the other run's folder. {seed} in it stands for each network's own seed, or for the seeds of several trained
     side by side, as in 1-10. In a folder of several seeds a network takes that of its own seed.
@@ -27,7 +30,7 @@ def start_from(networks: Sequence[nn.Module], where: str, seeds: Sequence[int]) 
     Warns where the other run is not finished, or has another seed than the network and so other labels.
 
     Raises FileNotFoundError where a folder has no checkpoint, ValueError where the run in it has several seeds but not
-    the one that is needed, or a network without any parameter of that name and shape.
+    the one that is needed, a network without any parameter of that name, or one whose layers have another width.
     """
     folders = _find(where, seeds)
     sources: dict[Path, _Source] = {}
@@ -116,11 +119,13 @@ def _has_run(folder: Path) -> bool:
 
 def _take(model: nn.Module, given: dict[str, Any], folder: Path) -> None:
     own = model.state_dict()
-    taken = {
-        k: v
-        for k, v in given.items()
-        if k in own and own[k].shape == v.shape and k.rpartition(".")[2] != "noise_state"
-    }
+    taken = {k: v for k, v in given.items() if k in own and k.rpartition(".")[2] != "noise_state"}
     if not taken:
         raise ValueError(f"start_from: the network in {folder} shares no parameter with this one")
+    for name, value in taken.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"start_from: {name} has shape {tuple(value.shape)} in {folder} and {tuple(own[name].shape)} here; "
+                "the layers that both networks have must be of one width"
+            )
     model.load_state_dict({**own, **taken})

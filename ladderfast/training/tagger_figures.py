@@ -133,7 +133,7 @@ def iteration_curves(curves: Mapping[str, Sequence[float]], images: int, normali
         axis.set_xticks(steps)
     axes[-1].set_xlabel("iteration")
     figure.set_label(
-        f"Of {images} test images after each iteration: {', '.join(curves)}. The AMI is normalised by the "
+        f"Of {images} test images after each iteration: {'; '.join(curves)}. The AMI is normalised by the "
         f"{'larger' if normaliser == 'max' else 'mean'} entropy."
     )
     return figure

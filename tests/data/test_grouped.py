@@ -80,6 +80,10 @@ def test_training_images_of_shapes_are_the_seeds():
     assert not (make_shapes(60, seed=8)[0] == x).all()
     with pytest.raises(ValueError, match="num_train and num_test must be at least 1, got 0 and 10"):
         Shapes(0, 10)
+    with pytest.raises(TypeError, match=r"num_train must be a whole number, got 2\.5"):
+        Shapes(2.5, 10)
+    with pytest.raises(ValueError, match=r"seed must be an integer from 0 to .*, got -1"):
+        Shapes(2, 10, seed=-1)
 
 
 def numbered(**kind):
@@ -195,6 +199,11 @@ def test_pictures_of_a_folder(tmp_path):
     Image.fromarray(grey).save(tmp_path / "b.png")
     Image.fromarray(np.stack([grey.T] * 3, -1)).save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("no picture")
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for name in ("a.png", "b.png"):  # of 16 bits, all of them above the 255 at which fewer bits end
+        Image.fromarray(grey.astype(np.uint16) * 200 + 300).save(deep / name)
+    assert (np.argsort(read_textures(deep)[1].ravel()) == np.argsort(grey[:, :6].ravel())).all()
     textures = read_textures(tmp_path)
     assert textures.shape == (2, 6, 6)
     assert textures.mean() == pytest.approx(0.5)

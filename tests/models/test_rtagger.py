@@ -110,6 +110,8 @@ def test_groups_and_steps_are_chosen_at_the_call():
         model(x, 2, 4)
     with pytest.raises(ValueError, match=r"x must have shape \(N, T, 36\), got \(4, 4, 35\)"):
         model(x[..., 1:], 2, 3)
+    with pytest.raises(ValueError, match=r"image_shape must be \(height, width\), got 28"):
+        RTagger(28, LEVELS)
     with pytest.raises(ValueError, match=r"image_shape must be \(height, width\), got \(1, 6, 6\)"):
         RTagger((1, 6, 6), LEVELS)
 

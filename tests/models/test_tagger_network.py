@@ -315,6 +315,7 @@ def test_under_autocast():
         ),
         ({"feed_logits": True, "binary": False}, "feed_logits means nothing to continuous inputs"),
         ({"num_classes": 4}, r"layers must end with num_classes \+ 1 = 5 units"),
+        ({"num_classes": -1}, "num_classes must be 0 or positive, got -1"),
     ],
 )
 def test_arguments_that_make_no_tagger(options, message):
@@ -336,6 +337,10 @@ def test_inputs_that_do_not_fit():
         model(x, 0, 1)
     with pytest.raises(ValueError, match="at least two samples for a single group"):
         model(x[:1], 1, 1)
+    with pytest.raises(ValueError, match="x must hold at least one sample, got 0"):
+        model(x[:0], K, 1)
+    with pytest.raises(TypeError, match=r"num_classes must be a whole number, got 2\.5"):
+        Tagger(D, [6, 4], num_classes=2.5)
     for groups in ("2", 2.5):
         with pytest.raises(TypeError, match=f"num_groups must be a whole number, got {groups!r}"):
             model(x, groups, 1)

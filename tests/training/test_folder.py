@@ -22,11 +22,17 @@ RECIPE = {
     "batch_unlabelled": 260,
     "accelerator": "cpu",
 }
-WRONG = {"objective.denoising_weights": [1, 2]}  # seen by the model in the first step
 
 
 def run(folder, **options):
     return Run(RECIPE, folder=folder, progress=False, **options)
+
+
+def broken(folder, **options):
+    """One whose model refuses the first step."""
+    made = run(folder, **options)
+    made.objective._wanted = [True, True]
+    return made
 
 
 def names(folder):
@@ -35,7 +41,7 @@ def names(folder):
 
 def test_a_run_that_cannot_make_its_first_step_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="costs must have 3 entries"):
-        run(tmp_path / "run", **WRONG).fit()
+        broken(tmp_path / "run").fit()
     assert not (tmp_path / "run").exists()
     run(tmp_path / "run").fit()  # the corrected command is not in its own way
 
@@ -44,7 +50,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_goes(tmp_path):
     old = run(tmp_path).fit()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match="costs must have 3 entries"):
-        run(tmp_path, overwrite=True, **WRONG).fit()
+        broken(tmp_path, overwrite=True).fit()
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     assert Run.load(tmp_path).evaluate()["test_error"] == old["test_error"]
     run(tmp_path, overwrite=True, seed=2).fit()

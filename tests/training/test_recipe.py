@@ -7,7 +7,7 @@ import yaml
 from torch import nn
 
 from ladderfast.training import Recipe, read_recipe, recipe_names
-from ladderfast.training.recipe import describe_fields
+from ladderfast.training.recipe import changed_text, describe_fields
 from ladderfast.training.schedule import Course
 
 
@@ -233,7 +233,7 @@ def test_a_field_in_two_forms_is_refused(small):
 def test_an_unknown_name_has_a_hint():
     with pytest.raises(ValueError, match=r"there is no recipe 'digit'; did you mean digits\?"):
         read_recipe("digit")
-    with pytest.raises(ValueError, match=r"there are cifar10_.*, digits, "):
+    with pytest.raises(ValueError, match=r"`ladderfast recipes` lists them"):
         read_recipe("zzz")
 
 
@@ -444,3 +444,11 @@ def test_every_recipe_of_a_paper_is_a_row():
     rows = {*MNIST, *CONVOLUTIONAL, *ADVERSARIAL, "mnist_100_gamma", "mnist_1000_gamma", "mnist_all_gamma"}
     ladders = {n for n in recipe_names() if read_recipe(n).objective.class_path == LADDER}
     assert {name for name in ladders if not name.startswith(("digits", "textured_mnist"))} == rows
+
+
+def test_what_makes_it_another_experiment():
+    assert read_recipe("digits").changed() == {}
+    changed = read_recipe("digits", {"epochs": 2, "model.noise_std": 0.25, "seed": 4, "threads": 1}).changed()
+    assert changed == {"epochs": 2, "model.noise_std": 0.25}
+    assert changed_text(changed) == "model.noise_std=0.25, epochs=2"
+    assert read_recipe({**read_recipe("digits").to_dict(), "name": "mine", "epochs": 2}).changed() == {}
