@@ -90,6 +90,25 @@ class TaggerObjective(Objective):
         self.class_weight, self.normaliser = class_weight, normaliser
         self.metric = METRICS[judged_by]
 
+    def check(self, model: Any) -> None:
+        if self.class_weight and not getattr(model, "num_classes", True):
+            raise ValueError(
+                f"class_weight needs a model with num_classes, got {self.class_weight:g} and one without"
+            )
+
+    def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
+        name, pixels = type(data).__name__, math.prod(data.image_shape)
+        if getattr(model, "num_pixels", pixels) != pixels:
+            raise ValueError(
+                f"num_pixels must be {pixels}, as many as an image of {name} has, got {model.num_pixels}"
+            )
+        frames = getattr(data, "frames", None)
+        if frames is not None and self.iterations >= frames:
+            raise ValueError(
+                f"iterations must be below {name}'s {frames} frames, the last of which is predicted, got "
+                f"{self.iterations}"
+            )
+
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """Terms `iteration_1` to `iteration_T`, and `class_cost`."""
         x = torch.cat([batch.x_labelled, batch.x_unlabelled])

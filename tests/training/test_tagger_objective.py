@@ -354,3 +354,22 @@ def test_the_rows_of_textured_mnist(labels):
     assert tagger.objective.init_args["class_weight"] > 0
     assert baseline.model.build("model").shapes[-1] == (10,)
     assert (baseline.learning_rate, baseline.batch_labelled) == (0.0004, 16)
+
+
+def test_a_network_and_data_that_do_not_fit_are_refused_before_training():
+    few = {"data.num_train": 20, "data.num_test": 10, "batch_unlabelled": 5}
+    with pytest.raises(
+        ValueError, match="num_pixels must be 400, as many as an image of Shapes has, got 300"
+    ):
+        Run("shapes_small", folder=None, **few, **{"model.num_pixels": 300})
+    with pytest.raises(
+        ValueError, match=r"class_weight needs a model with num_classes, got 0\.1 and one without"
+    ):
+        Run("shapes_small", folder=None, **few, **{"objective.class_weight": 0.1})
+
+    class Sequences:
+        image_shape, frames = (2, 2), 4
+
+    objective = TaggerObjective(iterations=4)
+    with pytest.raises(ValueError, match=r"iterations must be below Sequences's 4 frames, .* got 4"):
+        objective.check_data(object(), Sequences(), 0, 2)
