@@ -275,6 +275,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
             given.push_back(t);
         } else if (k > 0 && argument.limited && PyFloat_Check(args[k])) {
             double value = PyFloat_AS_DOUBLE(args[k]);
+            if (!lies(argument, value)) Py_RETURN_NONE;
             Tensor t = at::empty({}, given[0].options());
             if (t.scalar_type() == at::kFloat && std::abs(value) <= std::numeric_limits<float>::max())
                 value = *t.mutable_data_ptr<float>() = float(value);
@@ -282,7 +283,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
                 *t.mutable_data_ptr<double>() = value;
             else
                 Py_RETURN_NONE;
-            if (!lies(argument, value)) Py_RETURN_NONE;
+            if (!lies(argument, value)) Py_RETURN_NONE;  // 1e-46 is 0 in float
             given.push_back(std::move(t));
         } else {
             Py_RETURN_NONE;

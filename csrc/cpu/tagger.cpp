@@ -209,7 +209,7 @@ struct BernoulliInputsBackward : TaggerPass<T> {
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto b = broadcast<V>(scalars);
         BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
-        // Read once where the groups are few: as the compiler must think, the second time might find what was written.
+        // Kept where the groups are few: the compiler cannot know that what is written in between is none of it.
         struct Group {
             V z, m, grad_dz, grad_likelihood;
         } held[fixed ? fixed : 1];

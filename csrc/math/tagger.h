@@ -84,7 +84,7 @@ struct GaussianPixel {
         const V y = gaussian_exponent(e, s);
         if constexpr (scaled)
             return exp2_of(
-                if_less(enough, constant<V>(LF_TAGGER_ENOUGH), ((e + nearest) * s.scale) * (e - nearest), y));
+                if_less(enough, constant<V>(LF_TAGGER_ENOUGH), ((e - nearest) * s.scale) * (e + nearest), y));
         else
             return exp2_of(y);
     }
@@ -121,7 +121,7 @@ struct GaussianPixel {
         grad_z = a * over_v - (density * m) * turn;
         sum_x = sum_x - grad_z;
         if constexpr (scaled) {
-            const V far = (a * s.precision) * (e - nearest) * (e + nearest) - (grad_m * m) * turn;
+            const V far = ((a * (e - nearest)) * (e + nearest)) * s.precision - (grad_m * m) * turn;
             sum_v = sum_v + if_less(enough, constant<V>(LF_TAGGER_ENOUGH), far, e * grad_z);
         } else {
             sum_v = sum_v + e * grad_z;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -149,8 +150,10 @@ def split_sizes(num_train: int, num_test: int) -> tuple[int, int, int]:
     Raises TypeError unless they are whole numbers, ValueError where there would be none.
     """
     for name, number in (("num_train", num_train), ("num_test", num_test)):
-        if not isinstance(number, int):
-            raise TypeError(f"{name} must be a whole number, got {number!r}")
+        try:
+            operator.index(number)
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number, got {number!r}") from None
     if num_train < 1 or num_test < 1:
         raise ValueError(f"num_train and num_test must be at least 1, got {num_train} and {num_test}")
     return num_train, num_test, num_test

@@ -36,9 +36,9 @@ def read_textures(folder: str | Path) -> np.ndarray:
     for path in paths:
         try:
             with Image.open(path) as image:
-                # More than 8 bits would be cut off; as only ranks count, they can stay.
+                # Of a grey picture more than 8 bits would be cut off; as only ranks count, they can stay.
                 deep = image.mode.startswith("I") or image.mode == "F"
-                pictures.append(np.asarray(image if deep else image.convert("L"), dtype=np.float32))
+                pictures.append(np.asarray(image if deep else image.convert("L"), dtype=np.float64))
         except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: PIL's, of a broken PNG
             raise ValueError(f"{path} is not a picture that can be read: {error}") from error
     side = min(min(picture.shape) for picture in pictures)

@@ -75,7 +75,7 @@ class RTagger(Grouping):
             device=device,
             dtype=dtype,
         )
-        if not isinstance(image_shape, Sequence) or len(image_shape) != 2:
+        if not hasattr(image_shape, "__len__") or len(image_shape) != 2:
             raise ValueError(f"image_shape must be (height, width), got {image_shape!r}")
         check_num_classes(num_classes)
         self.image_shape = tuple(image_shape)

@@ -330,7 +330,7 @@ def prepare_variance(op: str, variance: Tensor | float, z: Tensor) -> Tensor:
     """The variance as a tensor without axes, checked."""
     scalar = _prepare_scalar(op, "variance", variance, z)
     value = given = _known_value(variance)
-    if not isinstance(variance, Tensor):
+    if not isinstance(variance, Tensor) and not torch.compiler.is_compiling():
         value = torch.tensor(given, dtype=scalar.dtype).item()  # 1e-46 is 0 in float32
     if value is not None and not 0 < value < math.inf:
         held = f" as {scalar.dtype}" if given is not None and 0 < given < math.inf else ""

@@ -27,7 +27,9 @@ FREE = {"graph", "data.data_dir", "data.download", "log_every", "checkpoint_step
 
 
 def default(recipe: Recipe) -> str:
-    """The folder of a run that was given none."""
+    """The folder of a run that was given none. Raises ValueError where the recipe's name is none of a folder."""
+    if any(character in recipe.name for character in "/\\"):
+        raise ValueError(f"name must be usable as that of a folder, without slashes, got {recipe.name!r}")
     last = f"-{recipe.seed + recipe.seeds - 1}" if recipe.seeds > 1 else ""
     return DEFAULT.format(recipe=recipe.name, seed=f"{recipe.seed}{last}")
 
@@ -72,8 +74,8 @@ def check_free(folder: Path) -> None:
     if any((folder / name).exists() for name in FILES):
         if not any((folder / name).exists() for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)):
             raise FileExistsError(
-                f"{folder} already holds a run, which has no checkpoint yet: replace it (--overwrite), or write "
-                "elsewhere (--out)"
+                f"{folder} already holds a run, without a checkpoint: replace it (--overwrite), start it again as it "
+                "was (--resume), or write elsewhere (--out)"
             )
         raise FileExistsError(
             f"{folder} already holds a run: continue it (--resume), replace it (--overwrite), or write "

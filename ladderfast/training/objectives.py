@@ -178,7 +178,7 @@ class LadderObjective(Objective):
             raise ValueError(
                 f"layers must begin with the {sample.numel()} values of a sample of {name}, got {model.layers[0]}"
             )
-        if last != classes:
+        if last < classes:
             raise ValueError(
                 f"layers must end with a unit for each of {name}'s {classes} classes, got {last}"
             )

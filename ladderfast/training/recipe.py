@@ -47,12 +47,16 @@ CIRCUMSTANCES = {
     "seed",
     "seeds",
     "accelerator",
-    "devices",
-    "num_nodes",
     "strategy",
     "precision",
     "graph",
     "threads",
+    "evaluate_every",
+    "log_every",
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "data.data_dir",
+    "data.download",
 } | {
     "evaluate_every",
     "log_every",
@@ -170,8 +174,6 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.graph not in GRAPH:
             raise ValueError(f"graph must be one of {', '.join(GRAPH)}, got {self.graph!r}")
-        if any(character in self.name for character in "/\\"):
-            raise ValueError(f"name must be usable as that of a folder, without slashes, got {self.name!r}")
         for name in ("batch_labelled", "batch_unlabelled"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

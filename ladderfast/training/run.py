@@ -155,8 +155,8 @@ class Run:
             )
         if recipe.seeds > 1 and not isinstance(self._dataset, Dataset):
             raise ValueError(
-                f"seeds={recipe.seeds} needs data whose labels are drawn by seed, got {type(self._dataset).__name__}; "
-                "train one seed after another (--seed)"
+                f"seeds={recipe.seeds} is for images with a label each (MNIST, CIFAR-10, Digits and the like), got "
+                f"{type(self._dataset).__name__}; train one seed after another (--seed)"
             )
         seeds = range(recipe.seed, recipe.seed + recipe.seeds)
         networks: list[nn.Module] = []

@@ -19,18 +19,16 @@ SEED = "{seed}"
 
 
 def start_from(networks: Sequence[nn.Module], where: str, seeds: Sequence[int]) -> None:
-    """Give each network what it shares with another run's, by name; its noise stays its own.
-
-    What only one of them has stays as it is: the layers that the network has more, and where one of them was the top
-    of the other network, with a scale that its activation now makes redundant, that scale.
+    """Give each network what it shares with another run's, by name and shape; its noise stays its own.
 
     where: the other run's folder. {seed} in it stands for each network's own seed, or for the seeds of several trained
     side by side, as in 1-10. In a folder of several seeds a network takes that of its own seed.
 
-    Warns where the other run is not finished, or has another seed than the network and so other labels.
+    Warns where the other run is not finished, has another seed than the network and so other labels, or has parameters
+    of the same name and another shape, which are not taken.
 
     Raises FileNotFoundError where a folder has no checkpoint, ValueError where the run in it has several seeds but not
-    the one that is needed, a network without any parameter of that name, or one whose layers have another width.
+    the one that is needed, or a network without any parameter of that name and shape.
     """
     folders = _find(where, seeds)
     sources: dict[Path, _Source] = {}
@@ -119,13 +117,16 @@ def _has_run(folder: Path) -> bool:
 
 def _take(model: nn.Module, given: dict[str, Any], folder: Path) -> None:
     own = model.state_dict()
-    taken = {k: v for k, v in given.items() if k in own and k.rpartition(".")[2] != "noise_state"}
+    shared = {k: v for k, v in given.items() if k in own and k.rpartition(".")[2] != "noise_state"}
+    taken = {k: v for k, v in shared.items() if v.shape == own[k].shape}
     if not taken:
         raise ValueError(f"start_from: the network in {folder} shares no parameter with this one")
-    for name, value in taken.items():
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"start_from: {name} has shape {tuple(value.shape)} in {folder} and {tuple(own[name].shape)} here; "
-                "the layers that both networks have must be of one width"
-            )
+    if others := [k for k in shared if k not in taken]:
+        name = others[0]
+        warnings.warn(
+            f"start_from: {len(others)} of {len(shared)} parameters and buffers have another shape than in {folder} "
+            f"and start anew, among them {name}: {tuple(shared[name].shape)} there, {tuple(own[name].shape)} here",
+            RuntimeWarning,
+            stacklevel=5,
+        )
     model.load_state_dict({**own, **taken})

@@ -97,8 +97,8 @@ class TaggerObjective(Objective):
             )
 
     def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
-        name, pixels = type(data).__name__, math.prod(data.image_shape)
-        if getattr(model, "num_pixels", pixels) != pixels:
+        name, pixels = type(data).__name__, math.prod(getattr(data, "image_shape", ()))
+        if hasattr(data, "image_shape") and getattr(model, "num_pixels", pixels) != pixels:
             raise ValueError(
                 f"num_pixels must be {pixels}, as many as an image of {name} has, got {model.num_pixels}"
             )

@@ -83,7 +83,7 @@ def _gaussian_compare(e, scale, top, nearest):
 @triton.jit
 def _gaussian_weight(e, scale, nearest):
     """2 to the power of a group's exponent less the largest one."""
-    return tl.exp2(((e + nearest) * scale) * (e - nearest))
+    return tl.exp2(((e - nearest) * scale) * (e + nearest))
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def _gaussian_inputs_backward_kernel(
         _store(grad_z_ptr, at, grad_z, mask)
         _store(grad_m_ptr, at, density * e, mask)
         sum_x -= grad_z
-        sum_v += (a * precision) * (e - nearest) * (e + nearest) - (density * e) * m * turn
+        sum_v += ((a * (e - nearest)) * (e + nearest)) * precision - (density * e) * m * turn
     _store(grad_x_ptr, row * pixels + d, sum_x, mask)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, sum_v, 0.0), axis=0))
 

@@ -180,7 +180,7 @@ def _gaussian_inputs_backward_kernel(
         _store(grad_z_ptr, at, grad_z + _load(grad_ptr, grad, mask), mask)
         m_dot += m * (density * e + _load(grad_ptr, grad + pixels, mask))
         sum_x -= grad_z
-        sum_v += (a * precision) * (e - nearest) * (e + nearest) - (density * e) * m * turn
+        sum_v += ((a * (e - nearest)) * (e + nearest)) * precision - (density * e) * m * turn
     for k in range(groups):
         at = base + k * pixels
         grad = (row * groups + k) * 4 * pixels + d

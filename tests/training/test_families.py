@@ -109,7 +109,7 @@ def test_what_the_objective_holds_is_resumed(tmp_path):
 
 
 def test_an_objective_with_a_state_or_data_without_labels_are_no_ensemble():
-    with pytest.raises(ValueError, match="labels are drawn by seed"):
+    with pytest.raises(ValueError, match="is for images with a label each"):
         Run(RECIPE, folder=None, progress=False, seeds=2)
     digits = {"class_path": "ladderfast.data.Digits"}
     with pytest.raises(ValueError, match="Twice keeps a state"):

@@ -226,11 +226,7 @@ def test_the_usual_folder(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize("left", ["recipe.yaml", "checkpoint.pt", "results.json"])
 def test_a_folder_with_a_run_is_not_overwritten(small, tmp_path, left):
     (tmp_path / left).touch()
-    what = (
-        r": continue it \(--resume\)"
-        if left == "checkpoint.pt"
-        else ", which has no checkpoint yet: replace it"
-    )
+    what = r": continue it \(--resume\)" if left == "checkpoint.pt" else ", without a checkpoint: replace it"
     with pytest.raises(FileExistsError, match=f"already holds a run{what}"):
         Run(small, folder=tmp_path)
 
