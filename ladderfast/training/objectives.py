@@ -168,16 +168,12 @@ class LadderObjective(Objective):
     def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
         if not isinstance(model, LadderNetwork) or not isinstance(data, Dataset):
             return
-        name, sample, classes = (
-            type(data).__name__,
-            data.x_unlabelled[0],
-            int(torch.cat([data.y_labelled, data.y_test]).max()) + 1,
-        )
-        first, last = math.prod(model.shapes[0]), math.prod(model.shapes[-1])
-        if sample.numel() != first:
+        name, values = type(data).__name__, data.x_unlabelled[0].numel()
+        if values != math.prod(model.shapes[0]):
             raise ValueError(
-                f"layers must begin with the {sample.numel()} values of a sample of {name}, got {model.layers[0]}"
+                f"layers must begin with the {values} values of a sample of {name}, got {model.layers[0]}"
             )
+        classes, last = int(max(data.y_labelled.max(), data.y_test.max())) + 1, math.prod(model.shapes[-1])
         if last < classes:
             raise ValueError(
                 f"layers must end with a unit for each of {name}'s {classes} classes, got {last}"

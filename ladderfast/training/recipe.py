@@ -57,13 +57,6 @@ CIRCUMSTANCES = {
     "checkpoint_minutes",
     "data.data_dir",
     "data.download",
-} | {
-    "evaluate_every",
-    "log_every",
-    "checkpoint_steps",
-    "checkpoint_minutes",
-    "data.data_dir",
-    "data.download",
 }
 
 
