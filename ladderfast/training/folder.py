@@ -90,6 +90,24 @@ def remove_run(folder: Path) -> None:
     shutil.rmtree(folder / EVENTS, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def opened(folder: Path, recipe: Recipe, *, overwrite: bool, fresh: bool) -> Iterator[None]:
+    """The folder with the resolved recipe in it, and no other process there meanwhile.
+
+    overwrite: remove the run that is in it. fresh: raise FileExistsError if there is one, for somebody may have come
+    first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        if overwrite:
+            remove_run(folder)
+        elif fresh:
+            check_free(folder)
+        text = recipe.to_yaml()
+        checkpoint.write_atomically(folder / RECIPE, lambda file: file.write(text.encode()))
+        yield
+
+
 def continued(
     folder: Path, saved: Mapping[str, Any] | None, recipe: Recipe, fields: Mapping[str, Any]
 ) -> Recipe:

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import platform
 import signal
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ladderfast.data import Dataset, DataSource, EnsembleBatches
+from ladderfast.data import EnsembleBatches
 
-from . import checkpoint
+from . import checkpoint, parts, processes, robustness
 from . import folder as folders
-from .adversarial import adversarial_noise, check_tau, input_gradient
-from .ensemble import Ensemble, EnsembleObjective
-from .graph import StaticStep, why_not
+from .costs import Costs
+from .ensemble import Ensemble
 from .logs import Log, ProgressBar, Row
 from .memory import keep_memory
-from .objectives import Objective
-from .recipe import Recipe, read_recipe
+from .recipe import read_recipe
+from .results import result_of, write_results
 from .schedule import Course
 from .signals import StopRequest
-from .start import start_from
-
-try:
-    from lightning_fabric import Fabric
-    from lightning_fabric.utilities.rank_zero import rank_zero_only
-except ImportError:  # the large package holds the same under another name
-    from lightning.fabric import Fabric  # type: ignore[no-redef]
-    from lightning.fabric.utilities.rank_zero import rank_zero_only  # type: ignore[no-redef]
+from .step import TrainingStep
 
 
 class Run:
@@ -104,14 +93,14 @@ class Run:
             saved = checkpoint.load(self.folder)
             if saved is None:
                 folders.check_results(self.folder)
-                if progress and getattr(rank_zero_only, "rank", 0) == 0:
+                if progress and processes.is_first():
                     warnings.warn(
                         f"{self.folder} holds no checkpoint: the run starts at its beginning",
                         RuntimeWarning,
                         stacklevel=2,
                     )
             self.recipe = folders.continued(self.folder, saved, self.recipe, fields)
-        elif self.folder is not None and not overwrite and getattr(rank_zero_only, "rank", 0) == 0:
+        elif self.folder is not None and not overwrite and processes.is_first():
             folders.check_free(self.folder)
         self._setup(fresh=saved is None)
         if saved is not None:
@@ -140,65 +129,25 @@ class Run:
 
     def _setup(self, *, fresh: bool) -> None:
         recipe = self.recipe
-        # Whatever can be wrong with the input is found before other processes are started.
-        self._dataset: DataSource = recipe.data.build("data", seed=recipe.seed)
-        self.objective: Objective = recipe.objective.build("objective")
-        if recipe.uses_validation:
-            _check_validation(recipe, self._dataset, self.objective)
-        self.course = Course(recipe, self.objective.metric.higher_is_better)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        if recipe.seeds > 1 and not recipe.on_one_device:
-            raise ValueError(
-                f"seeds={recipe.seeds} needs one device, as one process trains all of them; "
-                f"got devices={recipe.devices!r}, num_nodes={recipe.num_nodes}"
-            )
-        if recipe.seeds > 1 and not isinstance(self._dataset, Dataset):
-            raise ValueError(
-                f"seeds={recipe.seeds} is for images with a label each (MNIST, CIFAR-10, Digits and the like), got "
-                f"{type(self._dataset).__name__}; train one seed after another (--seed)"
-            )
-        seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-        networks: list[nn.Module] = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            networks.append(recipe.model.build("model"))
-        if fresh and recipe.start_from is not None:
-            start_from(networks, recipe.start_from, seeds)
-        for method in self.objective.forward_methods:
-            if not hasattr(networks[0], method):
-                got = type(networks[0]).__name__
-                raise TypeError(f"model must have the method {method} for this objective, got {got}")
-        self.objective.check(networks[0])
-        self.objective.check_data(networks[0], self._dataset, recipe.batch_labelled, recipe.batch_unlabelled)
-        model = networks[0]
-        if len(seeds) > 1:
-            model, self.objective = Ensemble(networks), EnsembleObjective(self.objective)
+        # Whatever can be wrong with the input is found before other processes are started.
+        built = parts.build(recipe, fresh=fresh)
+        self._dataset, self.objective, self.model = built.dataset, built.objective, built.model
+        self.course = Course(recipe, self.objective.metric.higher_is_better)
 
-        self.fabric = fabric = _make_fabric(recipe)
+        self.fabric = fabric = processes.make_fabric(recipe)
         fabric.launch()
-        device = fabric.device
-        if device.type == "cpu":
+        if fabric.device.type == "cpu":
             keep_memory()
-        fused = device.type in ("cpu", "cuda")
-        adam = torch.optim.Adam(model.parameters(), lr=self.course.learning_rate(0), fused=fused)
-        # `module` is the model as the objective calls it, wrapped where there are several processes.
-        self.module, self.optimizer = fabric.setup(model, adam)
-        self.model = model
-        if fabric.world_size > 1:
-            for method in self.objective.forward_methods:
-                self.module.mark_forward_method(method)
-        else:
-            self.module = model  # Fabric's wrapper has nothing to add, and takes its time
-        self._adam = adam
-        self.objective.prepare(model)
-        self.batches = self._make_batches(self._dataset)
-        self._static = self._make_static()
+        self._stepper = TrainingStep(fabric, recipe, self.model, self.objective, self.course.learning_rate(0))
+        self.objective.prepare(self.model)
+        self._train_with(self._dataset)
         if fabric.global_rank:
             torch.manual_seed(recipe.seed + (fabric.global_rank << 32))  # noise of its own for each process
-        self._own_noise()
+        processes.own_noise(fabric, self.model)
         # Whatever else draws random numbers before the first step has no part in the run.
-        self._random: dict[str, Tensor] | None = checkpoint.random_state(device)
+        self._random: dict[str, Tensor] | None = checkpoint.random_state(fabric.device)
         self._at_start = (self._random, copy.deepcopy(fabric.strategy.precision.state_dict()))
 
         self.epoch = 0  # complete ones of this stage
@@ -206,14 +155,12 @@ class Run:
         self._best: dict[str, Any] | None = None  # the network that early stopping would go back to
         self.step_in_epoch = 0
         self.history: list[Row] = []
-        self.seconds = 0.0
         self.result: dict[str, Any] | None = None
-        self._terms: list[str] = []
-        self._unread: list[Tensor] = []  # costs (terms,) of the steps since the last reading, on the device
-        self._read: list[Tensor] = []  # costs (steps, terms) of this epoch, on the CPU
-        self._clock: float | None = None
-        self._epoch_seconds = 0.0
-        self._timed_steps = 0
+        self._costs = Costs(fabric, range(recipe.seed, recipe.seed + recipe.seeds))
+
+    def _train_with(self, dataset: Any) -> None:
+        self.batches = self._make_batches(dataset)
+        self._stepper.use(self.objective, self.batches)
 
     def _make_batches(self, dataset: Any) -> Any:
         recipe = self.recipe
@@ -293,7 +240,7 @@ class Run:
                     bar.advance()
                 if pace.falls_on(self.global_step):
                     self._read_costs()
-                read = not self._unread
+                read = self._costs.all_read
                 ended = self.step_in_epoch == len(self.batches)
                 if ended:
                     row = self._end_epoch(measure=True)
@@ -306,8 +253,8 @@ class Run:
                     bar.show(self.epochs_done + 1, self.epochs_planned, self._current(), ended=False)
                 if self.finished or (self.fabric.world_size > 1 and not (ended or read)):
                     continue  # several processes agree on what to do next only where they meet anyway
-                stopping = self._any(stop.received is not None)
-                due = self._any(pace.due(self.global_step, epoch_ended=ended))
+                stopping = processes.in_any(self.fabric, stop.received is not None)
+                due = processes.in_any(self.fabric, pace.due(self.global_step, epoch_ended=ended))
                 if self.folder is not None and (stopping or due):
                     with pace.saving():
                         self._save()
@@ -315,7 +262,6 @@ class Run:
                     return self._stop(stop.received, bar)
             return self._finish(baseline, folder)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Figures on the test samples, with the statistics for evaluation as they are.
 
@@ -323,28 +269,13 @@ class Run:
         objective's `measure`. Of several networks the means, and with _std and _by_seed behind the name the deviation
         (n - 1) and what each has.
         """
-        training = self.model.training
-        self.model.eval()
-        with self.fabric.autocast():
-            figures = self.objective.measure(self.model, self.batches)
-        self.model.train(training)
-        return figures
+        with self._measuring():
+            return self.objective.measure(self.model, self.batches)
 
     def check_robustness(self, tau: float) -> None:
         """Raise the ValueErrors of `robustness`, before what takes long."""
-        check_tau("tau", tau)
-        if not hasattr(self.batches, "y_test"):
-            raise ValueError(
-                "robustness is measured of a classifier, and these data have no labelled test samples"
-            )
-        if self.recipe.seeds > 1:
-            raise ValueError(f"robustness is measured of one network, this run has {self.recipe.seeds}")
-        training = self.model.training
-        with torch.no_grad(), self.fabric.autocast():
-            logits = self.model.eval()(self.batches.x_test[:1])
-        self.model.train(training)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-            raise ValueError("robustness is measured of a classifier, and this network gives no logits")
+        with self._measuring():
+            robustness.check_robustness(self.model, self.batches, tau, self.recipe.seeds)
 
     def robustness(self, tau: float, *, seed: int = 1) -> dict[str, Any]:
         """Test errors in percent without noise and under two kinds of noise on the input of the same power.
@@ -354,21 +285,23 @@ class Run:
         Any classifier will do. Raises ValueError for a tau that is negative, or a run of several seeds.
         """
         self.check_robustness(tau)
+        with self._measuring():
+            return robustness.robustness(self.model, self.batches, tau, seed)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on training."""
+        return self._costs.seconds
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
         training = self.model.training
         self.model.eval()
-        generator = torch.Generator().manual_seed(seed)
-        x, y = self.batches.x_test, self.batches.y_test
-        wrong = dict.fromkeys(("test_error", "adversarial_error", "random_sign_error"), 0)
-        for part, labels in zip(x.split(500), y.split(500), strict=True):
-            with self.fabric.autocast():
-                adversarial = adversarial_noise(input_gradient(self.model, part, labels), "sign", tau)
-            signs = torch.randn(part.shape, generator=generator).sign().to(part)
-            inputs = (part, part + adversarial, part + tau * signs)
-            for name, noisy in zip(wrong, inputs, strict=True):
-                with torch.no_grad(), self.fabric.autocast():
-                    wrong[name] += int((self.model(noisy).argmax(1) != labels).sum())
-        self.model.train(training)
-        return {"tau": tau, **{name: 100 * count / len(y) for name, count in wrong.items()}}
+        try:
+            with torch.no_grad(), self.fabric.autocast():
+                yield
+        finally:
+            self.model.train(training)
 
     def network(self, index: int) -> nn.Module:
         """A copy of network number `index` of those trained side by side, counted from 0."""
@@ -385,116 +318,23 @@ class Run:
         if self._random is not None:
             checkpoint.restore_random_state(self._random, self.fabric.device)
             self._random = None
-        if self._clock is None:
-            self._clock = time.perf_counter()
+        self._costs.start_clock()
         if self.step_in_epoch == 0:
-            self._set_rate(self.course.learning_rate(self.epoch))
-
-        if self._static is not None:
-            costs = self._static(self.epoch, self.step_in_epoch)
-        else:
-            costs = self._train_on(self.batches.get(self.epoch, self.step_in_epoch))
+            self._stepper.rate = self.course.learning_rate(self.epoch)
+        costs = self._stepper(self.epoch, self.step_in_epoch)
+        self._costs.add(costs)
         self.step_in_epoch += 1
-        self._timed_steps += 1
-        self._unread.append(costs)
         if self.global_step % self.recipe.log_every == 0:
             self._read_costs()
-        return {"total": costs.sum(0), **dict(zip(self._terms, costs.unbind(), strict=True))}
-
-    def _train_on(self, batch: Any) -> Tensor:
-        """Costs, backward and update of one batch. Returns the costs, detached; `_terms` has their names."""
-        self._adam.zero_grad()
-        with self.fabric.autocast():
-            terms = self.objective(self.module, batch)
-            costs = torch.stack(tuple(terms.values()))
-            total = costs.sum()
-        del batch  # what the graph does not hold of it need not be there in backward
-        self.fabric.backward(total)
-        if self.recipe.clip_norm is not None:
-            self._clip(self.recipe.clip_norm)
-        self.optimizer.step()
-        self.objective.after_step(self.model)
-        self._terms = list(terms)
-        return costs.detach()
-
-    def _make_static(self) -> StaticStep | None:
-        """The step in a form that a CUDA graph can hold, where the recipe wants one and it can be had."""
-        recipe, device = self.recipe, self.fabric.device
-        if recipe.graph == "off":
-            return None
-        reason = why_not(
-            device,
-            self.batches,
-            processes=self.fabric.world_size,
-            precision=recipe.precision,
-            objective=self.objective,
-        )
-        if reason is not None:
-            if recipe.graph == "on":
-                raise ValueError(f"graph=on cannot be had: {reason}")
-            return None
-        rate = torch.zeros((), device=device)
-        for group in self._adam.param_groups:
-            group.update(lr=rate.fill_(float(group["lr"])), capturable=True)
-        return StaticStep(self.batches, self._train_on, self._changing, self._undo_warm_up)
-
-    def _changing(self) -> list[Tensor]:
-        """What a training step changes in place."""
-        optimizer = [
-            t for state in self._adam.state.values() for t in state.values() if isinstance(t, Tensor)
-        ]
-        return [*self.model.parameters(), *self.model.buffers(), *optimizer]
-
-    def _undo_warm_up(self) -> None:
-        """Gradients and what the optimiser had not had before are as before the first step."""
-        self._adam.zero_grad()
-        for state in self._adam.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
-
-    def _set_rate(self, rate: float) -> None:
-        for group in self._adam.param_groups:
-            if isinstance(group["lr"], Tensor):  # a captured step reads it from there
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-
-    def _clip(self, norm: float) -> None:
-        """Scale the gradient down to this norm where it is larger, each network's its own."""
-        if isinstance(self.model, Ensemble):
-            self.fabric.strategy.precision.unscale_gradients(self.optimizer)
-            self.model.clip_gradients(norm)
-        else:  # a gradient in 16 bits that is not finite is left for the scaler to skip
-            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=norm, error_if_nonfinite=False)
+        return {"total": costs.sum(0), **dict(zip(self._stepper.terms, costs.unbind(), strict=True))}
 
     def _read_costs(self) -> None:
-        """Bring the costs since the last reading to the CPU, and refuse any that is not finite."""
-        if not self._unread:
-            return
-        costs = self._reduce(torch.stack(self._unread), "mean").cpu().double()
-        first = self.global_step - len(self._unread) + 1
-        self._unread = []
-        self._read.append(costs if costs.dim() == 2 else costs.mean(-1))
-        if not costs.isfinite().all():
-            by_term = costs.reshape(len(costs), len(self._terms), -1)
-            row = int((~by_term.isfinite().flatten(1).all(1)).nonzero()[0])
-            bad = [
-                f"{t} = {v}" + (f" (seed {self.recipe.seed + i})" if self.recipe.seeds > 1 else "")
-                for t, values in zip(self._terms, by_term[row].tolist(), strict=True)
-                for i, v in enumerate(values)
-                if not math.isfinite(v)
-            ]
-            raise FloatingPointError(
-                f"the cost is not finite at step {first + row} (epoch {self.epochs_done + 1}): {', '.join(bad)}; "
-                "a lower learning_rate may help"
-            )
+        """Refuses what is not finite."""
+        self._costs.read(self.global_step, self.epochs_done + 1, self._stepper.terms)
 
     def _current(self) -> Row:
         """Figures of the epoch so far, as far as they have been read."""
-        assert self._clock is not None
-        costs = torch.cat(self._read).mean(0).tolist() if self._read else []
-        seconds = self._epoch_seconds + time.perf_counter() - self._clock
+        costs = self._costs.mean()
         metric = self.objective.metric
         shown = [metric.validation, metric.name] if self._dataset.validation_samples else [metric.name]
         return {
@@ -502,19 +342,19 @@ class Run:
             **({"stage": 1 + self.course.retraining} if self.recipe.retrain else {}),
             "step": self.global_step,
             "total": sum(costs),
-            **dict(zip(self._terms, costs, strict=True)),
+            **dict(zip(self._stepper.terms, costs, strict=True)),
             **{name: self.history[-1][name] if self.history else None for name in shown},
-            "learning_rate": float(self._adam.param_groups[0]["lr"]),
-            "steps_per_second": self._timed_steps / seconds,
+            "learning_rate": self._stepper.rate,
+            "steps_per_second": self._costs.steps_per_second(),
         }
 
     def _end_epoch(self, *, measure: bool) -> Row:
         """Close the epoch with a row of the history, and go to the next, or to the retraining."""
         self._read_costs()
         row = self._current()
-        self._stop_clock()
+        self._costs.stop_clock()
+        self._costs.new_epoch()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self._read, self._epoch_seconds, self._timed_steps = [], 0.0, 0
         recipe, course, metric = self.recipe, self.course, self.objective.metric
         if recipe.uses_validation and not course.retraining:
             figure = self._validate()
@@ -552,14 +392,10 @@ class Run:
             self._start_again()
         return row
 
-    @torch.no_grad()
     def _validate(self) -> float | None:
         """The metric on the validation samples, the same in all processes; None where it is not measured."""
-        training = self.model.training
-        self.model.eval()
-        with self.fabric.autocast():
+        with self._measuring():
             figure = self.objective.validate(self.model, self.batches)
-        self.model.train(training)
         if figure is None:
             return None
         if not math.isfinite(figure):
@@ -567,105 +403,39 @@ class Run:
                 f"{self.objective.metric.words} on the validation samples is {figure} after epoch {self.epochs_done}"
             )
         if self.fabric.world_size > 1:
-            figure = float(self._reduce(torch.tensor(figure, device=self.fabric.device), "mean"))
+            everywhere = torch.tensor(figure, device=self.fabric.device)
+            figure = processes.reduce(self.fabric, everywhere, "mean").item()
         return float(figure)
 
     def _start_again(self) -> None:
         """The second stage: everything as it was before the first step, but for the samples and what `course` knows."""
         self._steps_before = self.global_step
         self.epoch = 0
-        torch.manual_seed(self.recipe.seed)
-        network = self.recipe.model.build("model")
-        if self.recipe.start_from is not None:
-            start_from([network], self.recipe.start_from, [self.recipe.seed])
+        (network,) = parts.build_networks(self.recipe, [self.recipe.seed])
         self.model.load_state_dict(network.state_dict())
-        self._adam.state.clear()
+        self._stepper.forget()
         self.objective = self.recipe.objective.build("objective")
         self.objective.prepare(self.model)
-        self._own_noise()
+        processes.own_noise(self.fabric, self.model)
         self._random, precision = self._at_start
         self.fabric.strategy.precision.load_state_dict(copy.deepcopy(precision))
         self._begin_retraining()
 
     def _begin_retraining(self) -> None:
         self.course.retraining = True
-        self.batches = self._make_batches(self._dataset.with_validation_in_training())
-        self._static = self._make_static()
+        self._train_with(self._dataset.with_validation_in_training())
 
     def _steps_planned(self) -> int:
         return self._steps_before + self.course.epochs * len(self.batches)
 
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            took = time.perf_counter() - self._clock
-            self.seconds += took
-            self._epoch_seconds += took
-            self._clock = None
-
     def _finish(self, baseline: Mapping[str, Any] | None, folder: Path | None) -> dict[str, Any]:
         if self.result is None:
-            self.result = {
-                "recipe": self.recipe.name,
-                "title": self.recipe.title,
-                "seed": self.recipe.seed,
-                "seeds": self.recipe.seeds,
-                **self.evaluate(),
-                "published": self.recipe.published,
-                **({"changed": changed} if (changed := self.recipe.changed()) else {}),
-                "epochs": self.epochs_done,
-                **({} if self.recipe.patience is None else {"best_epoch": self.course.best}),
-                **({"retrained_epochs": self.epoch} if self.course.retraining else {}),
-                "steps": self.global_step,
-                "seconds": round(self.seconds, 2),
-                "parameters": sum(p.numel() for p in self.model.parameters()) // self.recipe.seeds,
-            }
+            self.result = result_of(self)
             if self.folder is not None:
                 self._save()
         if folder is not None:
-            from .report import write_report
-
-            text = json.dumps(self.result, indent=2, ensure_ascii=False) + "\n"
-            write_report(
-                folder,
-                title=self.recipe.title,
-                settings=self._settings(),
-                history=self.history,
-                result=self.result,
-                published=self.recipe.published,
-                figures=self.objective.figures(self.model, self.batches),
-                metric=self.objective.metric,
-                baseline=None if baseline is None else dict(baseline),
-            )
-            checkpoint.write_atomically(folder / folders.RESULTS, lambda file: file.write(text.encode()))
+            write_results(folder, self, self.result, baseline)
         return dict(self.result)
-
-    def _settings(self) -> dict[str, Any]:
-        device = self.fabric.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        return {
-            **self.recipe.flat(),
-            "device": f"{device.type} ({name})",
-            "processes": self.fabric.world_size,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-
-    def _own_noise(self) -> None:
-        """Give this process noise of its own: a buffer called noise_state holds a seed, which all have alike so far."""
-        if self.fabric.global_rank:
-            for name, buffer in self.model.named_buffers():
-                if name.rpartition(".")[2] == "noise_state":
-                    buffer[0] += self.fabric.global_rank
-
-    def _any(self, value: bool) -> bool:
-        """Whether it is so in any of the processes."""
-        if self.fabric.world_size == 1:
-            return value
-        flag = torch.tensor(float(value), device=self.fabric.device)
-        return bool(self._reduce(flag, "sum") > 0)
-
-    def _reduce(self, x: Tensor, how: str) -> Tensor:
-        return cast("Tensor", self.fabric.all_reduce(x, reduce_op=how))
 
     def _stop(self, number: int | None, bar: ProgressBar | None) -> dict[str, Any]:
         if bar is not None:
@@ -679,23 +449,14 @@ class Run:
 
     @contextlib.contextmanager
     def _open_folder(self, folder: Path) -> Iterator[None]:
-        """The folder with the resolved recipe in it, and no other process there meanwhile."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with folders.held(folder):
-            if self._overwrite:
-                folders.remove_run(folder)
-            elif self._fresh:
-                folders.check_free(folder)  # somebody may have come first
+        with folders.opened(folder, self.recipe, overwrite=self._overwrite, fresh=self._fresh):
             self._overwrite = self._fresh = False
-            text = self.recipe.to_yaml()
-            checkpoint.write_atomically(folder / folders.RECIPE, lambda file: file.write(text.encode()))
             yield
 
     def _save(self) -> None:
-        self._stop_clock()
+        self._costs.stop_clock()
         self._read_costs()
-        random = checkpoint.random_state(self.fabric.device)
-        everyone = self._gather(random)
+        everyone = processes.gather(self.fabric, checkpoint.random_state(self.fabric.device))
         if self.fabric.is_global_zero:
             assert self.folder is not None
             state = {
@@ -707,38 +468,18 @@ class Run:
                 "world_size": self.fabric.world_size,
                 "threads": torch.get_num_threads(),
                 "model": self.model.state_dict(),
-                "optimizer": self._optimizer_state(),
+                "optimizer": self._stepper.state_dict(),
                 "objective": self.objective.state_dict(),
                 "best": self._best,
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "random": everyone,
-                "terms": self._terms,
-                "costs": torch.cat(self._read) if self._read else None,
+                "terms": self._stepper.terms,
+                **self._costs.state_dict(),
                 "history": self.history,
-                "seconds": self.seconds,
-                "epoch_seconds": self._epoch_seconds,
-                "timed_steps": self._timed_steps,
                 "result": self.result,
             }
             checkpoint.save(self.folder, state)
         self.fabric.barrier()
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        """As it is without a graph."""
-        state = self._adam.state_dict()
-        groups = [{**g, "lr": float(g["lr"]), "capturable": False} for g in state["param_groups"]]
-        return {**state, "param_groups": groups}
-
-    def _gather(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        if self.fabric.world_size == 1:
-            return [state]
-        world = range(self.fabric.world_size)
-        gathered: dict[str, list[Tensor]] = {}
-        for name, tensor in state.items():
-            own = tensor.to(self.fabric.device)
-            gathered[name] = [torch.empty_like(own) for _ in world]
-            torch.distributed.all_gather(gathered[name], own)
-        return [{name: tensors[rank].cpu() for name, tensors in gathered.items()} for rank in world]
 
     def _restore(self, saved: dict[str, Any], *, random: bool = True) -> None:
         if random and saved["world_size"] != self.fabric.world_size:
@@ -758,47 +499,13 @@ class Run:
             self._begin_retraining()
         self._steps_before, self._best = saved["steps_before"], saved["best"]
         self.model.load_state_dict(saved["model"])
-        self._own_noise()
-        kept = [{name: group[name] for name in ("lr", "capturable")} for group in self._adam.param_groups]
-        self._adam.load_state_dict(saved["optimizer"])
-        rate = self._adam.param_groups[0]["lr"]
-        for group, own in zip(self._adam.param_groups, kept, strict=True):
-            group.update(own)  # how this run steps, on a GPU with a graph or without, is its own affair
-        self._set_rate(rate)
+        processes.own_noise(self.fabric, self.model)
+        self._stepper.load_state_dict(saved["optimizer"])
+        self._stepper.terms = saved["terms"]
         self.objective.load_state_dict(saved["objective"])
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if random:
             self._random = saved["random"][self.fabric.global_rank]
         self.epoch, self.step_in_epoch = saved["epoch"], saved["step_in_epoch"]
-        self.history, self.result, self.seconds = saved["history"], saved["result"], saved["seconds"]
-        self._epoch_seconds, self._timed_steps = saved["epoch_seconds"], saved["timed_steps"]
-        self._terms = saved["terms"]
-        self._read = [] if saved["costs"] is None else [saved["costs"]]
-
-
-def _check_validation(recipe: Recipe, dataset: DataSource, objective: Objective) -> None:
-    """Raise ValueError where the recipe's course needs a figure on validation samples and there will be none."""
-    need = "schedule=halve" if recipe.schedule == "halve" else f"patience={recipe.patience}"
-    if not dataset.validation_samples:
-        raise ValueError(f"{need} needs validation samples, and {type(dataset).__name__} holds none")
-    if not objective.validates:
-        raise ValueError(
-            f"{need} needs a figure on the validation samples, and {type(objective).__name__} measures none there of "
-            f"what the run is judged by, the {objective.metric.words}; test samples have no say in the training"
-        )
-
-
-def _make_fabric(recipe: Recipe) -> Fabric:
-    try:
-        return Fabric(
-            accelerator=recipe.accelerator,
-            strategy=recipe.strategy,
-            devices=recipe.devices,
-            num_nodes=recipe.num_nodes,
-            precision=recipe.precision,  # type: ignore[arg-type]  # Fabric lists the names and checks them itself
-        )
-    except Exception as error:  # each of its checks raises a class of its own
-        wanted = ", ".join(
-            f"{n}={getattr(recipe, n)!r}" for n in ("accelerator", "devices", "strategy", "precision")
-        )
-        raise ValueError(f"{wanted} cannot be had: {' '.join(str(error).split())}") from error
+        self.history, self.result = saved["history"], saved["result"]
+        self._costs.load_state_dict(saved)

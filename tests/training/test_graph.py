@@ -7,7 +7,7 @@ import torch
 
 from ladderfast.data import Digits
 from ladderfast.training import LadderObjective, Objective, Run
-from ladderfast.training import run as run_module
+from ladderfast.training import step as step_module
 from ladderfast.training.graph import StaticStep, why_not
 
 # A captured step reads the learning rate as a float32: these are as good in that as in Python's float.
@@ -25,14 +25,14 @@ def losses(run, steps):
 @pytest.fixture
 def static(monkeypatch):
     """Every run takes static steps: what a GPU captures, the CPU does one by one."""
-    monkeypatch.setattr(run_module, "why_not", lambda *args, **kind: None)
+    monkeypatch.setattr(step_module, "why_not", lambda *args, **kind: None)
 
 
 @pytest.mark.parametrize("fields", [{}, {"seeds": 2}], ids=["alone", "ensemble"])
 def test_a_static_step_is_the_step(small, static, fields):
     one, other = quiet(small, graph="off", **fields), quiet(small, **fields)
-    assert one._static is None
-    assert isinstance(other._static, StaticStep)
+    assert one._stepper.static is None
+    assert isinstance(other._stepper.static, StaticStep)
     expected, got = losses(one, 10), losses(other, 10)  # two epochs: other orders, and a rate that falls
     assert torch.equal(expected, got)
     for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
@@ -55,9 +55,9 @@ def test_a_static_run_is_resumed_and_changed_for_an_ordinary_one(small, static, 
         run._save()
     for graph in ("auto", "off"):
         again = quiet(small, folder=tmp_path / "run", resume=True, graph=graph)
-        assert (again._static is None) == (graph == "off")
+        assert (again._stepper.static is None) == (graph == "off")
         assert torch.equal(losses(again, 5), whole[3:])
-        rate = again._adam.param_groups[0]["lr"]
+        rate = again._stepper.optimizer.param_groups[0]["lr"]
         assert isinstance(rate, float) == (graph == "off")
 
 
@@ -91,7 +91,7 @@ def test_captured_steps_are_the_steps(small, fields):
     expected = losses(quiet(small, graph="off", **fields), 10)
     run = quiet(small, graph="on", **fields)
     assert torch.equal(losses(run, 10), expected)
-    assert run._static._graph is not None
+    assert run._stepper.static._graph is not None
 
 
 @pytest.mark.gpu

@@ -74,7 +74,7 @@ def test_the_optimiser_has_the_learning_rate_of_the_epoch(small):
     for _ in range(6):
         for _ in range(5):
             run.step()
-            found.append(run.optimizer.param_groups[0]["lr"])
+            found.append(run._stepper.rate)
     expected = [0.002] * 15 + [r for r in (0.0015, 0.001, 0.0005) for _ in range(5)]
     assert found == pytest.approx(expected)
 
