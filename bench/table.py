@@ -1,9 +1,13 @@
-"""Turns the JSON of a benchmark run into a table: python bench/table.py RUN.json --out TABLE.md [--readme README.md]"""
+"""Turns the JSON of benchmark runs into a table: python bench/table.py RUN.json... --out TABLE.md [--readme README.md]
+
+Of several runs, each a process of its own, every figure is the median over the runs.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 START, END = "<!-- speed table: written by make bench -->", "<!-- end of speed table -->"
@@ -28,11 +32,36 @@ NETWORKS = (
 )
 
 
+def merged(runs: list[dict]) -> dict:
+    """One run whose medians, and numbers beside them, are the medians over `runs`; `medians` has those of each."""
+    by_name = [{bench["fullname"]: bench for bench in run["benchmarks"]} for run in runs]
+    names = [name for name in by_name[0] if all(name in one for one in by_name)]
+    benchmarks = []
+    for name in names:
+        each = [one[name] for one in by_name]
+        medians = [bench["stats"]["median"] for bench in each]
+        info = dict(each[0]["extra_info"])
+        for key, value in info.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                info[key] = statistics.median(bench["extra_info"][key] for bench in each)
+        stats = {"median": statistics.median(medians)}
+        benchmarks.append({"extra_info": info, "stats": stats, "medians": medians})
+    return {**runs[-1], "benchmarks": benchmarks, "runs": len(runs)}
+
+
+def ratio(theirs: dict, ours: dict) -> str:
+    """How many times faster: the median over the runs, and from which to which where there are several."""
+    each = sorted(a / b for a, b in zip(theirs["medians"], ours["medians"], strict=True))
+    spread = f" ({each[0]:.1f} to {each[-1]:.1f})" if len(each) > 1 else ""
+    return f"{statistics.median(each):.1f}{spread}"
+
+
 def machine_line(run: dict) -> str:
     info = run["machine_info"]
     where = info.get("gpu") or info.get("cpu", {}).get("brand_raw", info.get("machine", "?"))
     threads = "" if "gpu" in info else f", {info['threads']} threads"
-    return f"Measured {run['datetime'][:10]} on {where}{threads}, torch {info['torch']}; medians."
+    several = f" of {run['runs']} runs, each a process of its own" if run["runs"] > 1 else ""
+    return f"Measured {run['datetime'][:10]} on {where}{threads}, torch {info['torch']}; medians{several}."
 
 
 def cases_of(run: dict) -> dict[tuple[str, ...], dict[str, dict]]:
@@ -62,7 +91,7 @@ def table(run: dict, *, phases: tuple[str, ...] = ("forward", "backward", "both"
             kept = info["bytes_kept"] / 2**20, variants["plain"]["extra_info"]["bytes_kept"] / 2**20
             lines.append(
                 f"| {label} | {shape} | {phase} | {ours * 1e3:.3g} | {plain:.3g} | {compiled:.3g} "
-                f"| {compiled / ours / 1e3:.1f} | {info['bytes_moved'] / ours / 1e9:.0f} "
+                f"| {ratio(variants['compile'], variants[name])} | {info['bytes_moved'] / ours / 1e9:.0f} "
                 f"| {info['copy_seconds'] / ours:.0%} | {floor / ours:.0%} | {kept[0]:.3g} | {kept[1]:.3g} |"
             )
         if "torch.nn.LSTM" in variants:
@@ -133,11 +162,11 @@ def draw_growth(run: dict, path: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--readme", type=Path)
     args = parser.parse_args()
-    run = json.loads(args.run.read_text())
+    run = merged([json.loads(path.read_text()) for path in args.runs])
     steps = step_table(run)
     if steps:
         steps = (
