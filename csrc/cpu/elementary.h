@@ -196,15 +196,57 @@ LF_HD Vec<T> log_of(Vec<T> x) {
     return {n * T(0.6931471805599453) + (z - w * (z - r * w2) + rest)};
 }
 
+#if LF_VECTOR_BYTES == 64
+// Of 2^(k/32) the bits, less those that k adds to the exponent when an integer that ends with it is shifted there.
+struct Exp2Bits {
+    alignas(64) int32_t of[32];
+
+    constexpr Exp2Bits() : of() {
+        for (int k = 0; k < 32; ++k) of[k] = __builtin_bit_cast(int32_t, exp2_table[k]) - k * (1 << 18);
+    }
+};
+static constexpr Exp2Bits exp2_bits;
+
+// As exp2_parts, for |y| <= 125. What looks after larger ones there keeps the units that add busy: vreduceps and
+// vscalefps take both of them.
+LF_HD void exp2_parts_of_calm(VecTraits<float>::Raw y, VecTraits<float>::Raw& r, VecTraits<float>::Raw& scale) {
+    using V = VecTraits<float>::Raw;
+    const V magic = V{} + 393216.0f, shifted = y + magic;
+    r = y - (shifted - magic);
+    const __m512i bits = (__m512i)shifted, *table = reinterpret_cast<const __m512i*>(exp2_bits.of);
+    const __m512i fraction = _mm512_permutex2var_epi32(_mm512_load_si512(table), bits, _mm512_load_si512(table + 1));
+    scale = (V)_mm512_add_epi32(fraction, _mm512_slli_epi32(bits, 18));
+}
+#endif
+
+// 2^y for |y| <= 125.
 template <class T>
-LF_HD Vec<T> logistic(Vec<T> x) {
-    return sigmoid(x).value;
+LF_HD Vec<T> exp2_of_calm(Vec<T> y) {
+#if LF_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+        VecTraits<float>::Raw r, scale;
+        exp2_parts_of_calm(y.raw, r, scale);
+        return {((r * 0.240226507f + 0.693157344f) * r) * scale + scale};
+    }
+#endif
+    return exp2_of(y);
 }
 
-// Like sigmoid's value, but with `inverse`: there is one slow unit that divides.
-LF_HD Vec<float> logistic(Vec<float> x) {
-    const Vec<float> e = exp2_of(smaller(constant<Vec<float>>(125), x * -1.44269504f));
-    return inverse(constant<Vec<float>>(1) + e);
+// 1 / (1 + 2^y), of any y or of |y| <= 125: with `inverse`, for there is one slow unit that divides.
+template <class T>
+LF_HD Vec<T> logistic_of(Vec<T> y) {
+    return inverse(constant<Vec<T>>(1) + exp2_of(smaller(constant<Vec<T>>(sizeof(T) == 4 ? 125 : 1000), y)));
+}
+template <class T>
+LF_HD Vec<T> logistic_of_calm(Vec<T> y) {
+#if LF_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+        VecTraits<float>::Raw r, scale;
+        exp2_parts_of_calm(y.raw, r, scale);
+        return inverse(Vec<T>{((r * 0.240226507f + 0.693157344f) * r + 1.0f) * scale + 1.0f});
+    }
+#endif
+    return logistic_of(y);
 }
 
 template <class T>

@@ -21,7 +21,7 @@ namespace ladderfast::cpu {
 
 static const int64_t kOutputsBlock = 64;   // pixels of an item of the outputs, at most
 static const int64_t kOutputsLanes = 16;   // its pixels are a multiple of these but for the last
-static const int64_t kOutputsTile = 1024;  // pixels and groups of a tile of rows
+static const int64_t kOutputsTile = 1024;  // pixels of a tile of rows, times groups where each leaves something
 
 // Items of a seed: their number is a multiple of eight where there are pixels enough, so that threads have equal
 // shares. Sums over a chunk of about 64 rows and groups are made in T and added up in double.
@@ -291,6 +291,15 @@ static LF_HD V read(const T* from, int64_t n) {
 template <class V>
 struct Columns {
     V mean_z, scale_z, b1, mean_m, scale_m;
+
+    LF_HD V z(V z_pre) const { return (z_pre - mean_z) * scale_z + b1; }
+    LF_HD V logit(V m_pre) const { return (m_pre - mean_m) * scale_m; }
+    // The same with the logit to the base 2 and, for Bernoulli groups, the argument of `logistic_of` in the place of z.
+    template <bool gaussian>
+    LF_HD Columns powers_of_two() const {
+        const V up = constant<V>(LF_TAGGER_LOG2E), down = constant<V>(-LF_TAGGER_LOG2E);
+        return {mean_z, gaussian ? scale_z : scale_z * down, gaussian ? b1 : b1 * down, mean_m, scale_m * up};
+    }
 };
 
 // One item of the outputs: pixels [first, last) of the rows of a seed, the first of which is `row`.
@@ -331,11 +340,18 @@ struct OutputsItem {
                 read<whole, V>(stats + 3 * width + d, n) * V::broadcast(c2)};
     }
 
-    template <class V>
-    static LF_HD V activated(V z) {
-        if constexpr (gaussian) return z;
-        return logistic(z);
+    // Whether Bernoulli groups need not look for large logits and arguments of a sigmoid: a value that was normalised
+    // over n others is sqrt(n) at most.
+    LF_HD bool calm() const {
+        if constexpr (gaussian) return false;
+        const T most = (T)(LF_TAGGER_CALM / LF_TAGGER_LOG2E), reach = (T)sqrt((double)(plan.rows * groups));
+        bool calm = reach * magnitude(c2) <= most;
+        for (int64_t d = first; d < last; ++d) calm &= reach * magnitude(c1[d]) + magnitude(b1[d]) <= most;
+        return calm;
     }
+
+  private:
+    static LF_HD T magnitude(T x) { return x < 0 ? -x : x; }
 };
 
 // step<V, whole>(pixel, count, row, row_end) for the pixels of an item.
@@ -385,7 +401,16 @@ static inline void outputs_statistics(const Item& item, T* stats, double eps) {
     }
 }
 
-template <bool gaussian, int fixed, class T>
+// z of a group: what the columns, in powers of two, say, or the sigmoid of it.
+template <bool gaussian, bool calm, class V>
+static LF_HD V activated(V z) {
+    if constexpr (gaussian)
+        return z;
+    else
+        return calm ? logistic_of_calm(z) : logistic_of(z);
+}
+
+template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsPass {
     OutputsItem<gaussian, fixed, T> item;
     T *z_out, *logits_out, *nll;
@@ -397,7 +422,7 @@ struct OutputsPass {
         : item(item), z_out(z_out), logits_out(logits_out), nll(nll) {}
 
     LF_HD void run() {
-        const int64_t tile = tile_rows(item.groups), row_end = item.row + item.plan.rows;
+        const int64_t tile = kOutputsTile / kOutputsBlock, row_end = item.row + item.plan.rows;
         for (int64_t r = item.row; r < row_end; r += tile) {
             const int64_t end = min_of(r + tile, row_end);
             LF_OVER_PIXELS(groups, r, end)
@@ -408,20 +433,22 @@ struct OutputsPass {
     template <class V, bool whole>
     LF_HD void groups(int64_t d, int64_t n, int64_t begin, int64_t end) {
         const auto c = item.template columns<V, whole>(d, n);
+        const auto powers = c.template powers_of_two<gaussian>();
         const auto scalars = broadcast<V>(item.scalars);
         for (int64_t r = begin; r < end; ++r) {
             const V x = item.x.template load<V, whole>(r, 0, d, n);
             const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
             T *to_z = z_out + item.packed(r, d), *to_logits = logits_out + item.packed(r, d);
             V l[kept<fixed>], z[kept<fixed>];
-            MaskPixel<V> masks, joint;
+            MaskPixel<V, !calm> masks;
+            MaskPixel<V> joint;
             LF_EACH_GROUP(k, item.groups) {
-                z[k] = item.activated((read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z) * c.scale_z + c.b1);
-                const V logit = (read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m) * c.scale_m;
+                z[k] = activated<gaussian, calm>(powers.z(read<whole, V>(z_at + k * item.z_stride, n)));
+                const V logit = c.logit(read<whole, V>(m_at + k * item.m_stride, n));
                 write<whole>(z[k], to_z + k * item.width, n);
                 write<whole>(logit, to_logits + k * item.width, n);
                 l[k] = logit_exponent(logit);
-                masks.compare(l[k]);
+                if constexpr (!calm) masks.compare(l[k]);
                 if constexpr (gaussian) {
                     z[k] = l[k] + gaussian_exponent(x - z[k], scalars);
                     joint.compare(z[k]);
@@ -467,15 +494,18 @@ template <bool gaussian, int fixed, class T>
 static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, const TaggerShape& s,
                            int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-        OutputsPass<gaussian, fixed, T> pass(OutputsItem<gaussian, fixed, T>(in, s, stats, i), z, logits, nll);
-        outputs_statistics(pass.item, stats, eps);
-        pass.run();
+        const OutputsItem<gaussian, fixed, T> item(in, s, stats, i);
+        outputs_statistics(item, stats, eps);
+        if (item.calm())
+            OutputsPass<gaussian, !gaussian, fixed, T>(item, z, logits, nll).run();
+        else
+            OutputsPass<gaussian, false, fixed, T>(item, z, logits, nll).run();
     }
 }
 
 // First leaves the gradients of c1 z_hat + b1 and of the logits where those of z_pre and m_pre will be, and their sums
 // over rows and groups, each alone and times z_pre or m_pre less its mean; then goes on through the normalisation.
-template <bool gaussian, int fixed, class T>
+template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsBackward {
     OutputsItem<gaussian, fixed, T> item;
     TaggerView<T> grad_z, grad_logits, grad_nll;
@@ -497,7 +527,7 @@ struct OutputsBackward {
         memset(totals, 0, sizeof(totals));
     }
 
-    LF_HD void run() {
+    LF_HD void run(int64_t number) {
         const int64_t tile = tile_rows(item.groups), count = item.last - item.first;
         for (int64_t chunk = 0; chunk < item.plan.chunks; ++chunk) {
             const int64_t row_end = item.row + item.plan.row_begin(chunk + 1);
@@ -515,6 +545,8 @@ struct OutputsBackward {
         }
         parameters(count);
         LF_OVER_PIXELS(finish, item.row, item.row + item.plan.rows)
+        to.c2[number] = c2;
+        if constexpr (gaussian) to.variance[number] = variance;
     }
 
     // Writes the gradients of c1 and b1 and leaves the means for `finish` in sums.
@@ -538,18 +570,19 @@ struct OutputsBackward {
 
     template <class V, bool whole>
     LF_HD void weights(int64_t d, int64_t n, int64_t begin, int64_t end) {
-        const auto c = item.template columns<V, whole>(d, n);
+        const auto powers = item.template columns<V, whole>(d, n).template powers_of_two<gaussian>();
         const auto scalars = broadcast<V>(item.scalars);
         for (int64_t r = begin; r < end; ++r) {
             const V x = item.x.template load<V, whole>(r, 0, d, n);
             const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
             const int64_t at = tile_at(r - begin, d), groups_at = tile_at((r - begin) * item.groups, d);
             V l[kept<fixed>], other[kept<fixed>];
-            MaskPixel<V> masks, joint;
+            MaskPixel<V, !calm> masks;
+            MaskPixel<V> joint;
             LF_EACH_GROUP(k, item.groups) {
-                other[k] = item.activated((read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z) * c.scale_z + c.b1);
-                l[k] = logit_exponent((read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m) * c.scale_m);
-                masks.compare(l[k]);
+                other[k] = activated<gaussian, calm>(powers.z(read<whole, V>(z_at + k * item.z_stride, n)));
+                l[k] = powers.logit(read<whole, V>(m_at + k * item.m_stride, n));
+                if constexpr (!calm) masks.compare(l[k]);
                 if constexpr (gaussian) {
                     other[k] = l[k] + gaussian_exponent(x - other[k], scalars);
                     joint.compare(other[k]);
@@ -668,10 +701,11 @@ template <bool gaussian, int fixed, class T>
 static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, const TaggerShape& s,
                                     int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-        OutputsBackward<gaussian, fixed, T> pass(OutputsItem<gaussian, fixed, T>(in, s, to.stats, i), to);
-        pass.run();
-        to.c2[i] = pass.c2;
-        if constexpr (gaussian) to.variance[i] = pass.variance;
+        const OutputsItem<gaussian, fixed, T> item(in, s, to.stats, i);
+        if (item.calm())
+            OutputsBackward<gaussian, !gaussian, fixed, T>(item, to).run(i);
+        else
+            OutputsBackward<gaussian, false, fixed, T>(item, to).run(i);
     }
 }
 

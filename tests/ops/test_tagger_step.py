@@ -244,6 +244,27 @@ def test_extremes(target, name):
             assert ((a.double() - b).abs().max() / scale) < (1e-2 if "outputs" in name else 1e-4), k
 
 
+@pytest.mark.parametrize(
+    ("c1", "b1", "c2"), [(4, 2, 6.5), (4, 2, 6.9), (4, 70, 1), (-30, 2, 1), (1, 900, 300)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_steep_parameters(target, dtype, c1, b1, c2):
+    """The CPU's kernel goes another way where no value that was normalised over 148 others, and so is at most their
+    root, can overflow an exponential: up to c2 = 6.7 here."""
+    name = "bernoulli_step_outputs"
+    if dtype == torch.float64 and target.backend != "cpu":
+        pytest.skip("of the CPU's kernel alone")
+    inputs, grads = make(name, (37, 4, 20), dtype=dtype, device=target.device)
+    for z in inputs[1:3]:  # values that come near the root
+        z[5, 1, :10], z[7, 2, 10:] = 1e4, -1e4
+    inputs[3].fill_(c1)
+    inputs[4].fill_(b1)
+    inputs[5].fill_(c2)
+    found = run(ours(name), name, inputs, grads)
+    assert all(t.isfinite().all() for t in found)
+    assert_as_good_as_torch(found, name, inputs, grads)
+
+
 def test_masks_of_exactly_zero_and_one(target):
     logits = torch.tensor([[[0.0], [-200.0], [-math.inf]]], device=target.device)
     x = torch.zeros(1, 1, device=target.device)
