@@ -13,7 +13,7 @@ RUNS ?= 5
 help:
 	@echo "make demo       train a Ladder network on real digits and compare it with the plain network"
 	@echo "make test       run all tests"
-	@echo "make bench      measure the kernels and write $(CPU_RESULTS).md and the README's table"
+	@echo "make bench      measure the kernels and write $(CPU_RESULTS).md and the README's table (RUNS=$(RUNS) processes)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: build for it, run its tests and benchmarks"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measuring import DEVICES, bytes_kept, record, time_it
+from measuring import DEVICES, bytes_kept, compiled, record, time_it
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
@@ -45,7 +45,7 @@ def plain(u, z, params, clean_z, mean, var):
 def function_of(variant: str):
     if variant == "compile":
         functorch_config.donated_buffer = False  # backward runs more than once on one graph
-        return torch.compile(plain)
+        return compiled(plain)
     return plain if variant == "plain" else ladder_decoder
 
 

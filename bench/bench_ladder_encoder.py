@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-from measuring import DEVICES, bytes_kept, record, time_it
+from measuring import DEVICES, bytes_kept, compiled, record, time_it
 
 import ladderfast
 from ladderfast.ops import backend, ladder_encoder
@@ -71,7 +71,7 @@ def measure_layer(benchmark, device, shape, num_labelled, num_clean, dtype, phas
     beta = torch.randn(shape[1], device=device, dtype=dtype)
     inputs = [t.requires_grad_() for t in (z_pre, beta)]
     state = torch.tensor([1, 2], device=device)
-    layer = torch.compile(plain) if variant == "compile" else plain
+    layer = compiled(plain) if variant == "compile" else plain
 
     def function(z_pre, beta):
         if variant in ("plain", "compile"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measuring import DEVICES, bytes_kept, record, sync_timer, time_it
+from measuring import DEVICES, bytes_kept, compiled, record, sync_timer, time_it
 from torch import nn
 
 import ladderfast
@@ -50,7 +50,9 @@ def step(benchmark, device, shape, phase, variant, norm="layer"):
     c, grad_h, grad_c = (torch.randn(shape, device=device) for _ in range(3))
     vectors = [torch.randn(size, device=device) for size in (gates[1], gates[1], shape[1], shape[1])]
     inputs = [t.requires_grad_() for t in (x, rec, c, *vectors[: 4 if cell else 2])]
-    chosen = {"plain": reference, "compile": torch.compile(reference)}.get(variant, ln_convlstm_step)
+    chosen = reference if variant == "plain" else ln_convlstm_step
+    if variant == "compile":
+        chosen = compiled(reference)
 
     def function(x, rec, c, weight, bias, cell_weight=None, cell_bias=None):
         options = {"norm": "batch" if norm == "batch" else "layer"}
@@ -146,7 +148,7 @@ def sequence(variant: str, shape: tuple[int, ...], device: str):
         grads = [gates] * (2 * shape[0] - 1)
     else:
         module = ours if variant == "ladderfast" else Plain(ours)
-        module = torch.compile(module) if variant == "compile" else module
+        module = compiled(module) if variant == "compile" else module
         args, wanted, grads = (x,), list(ours.parameters()), torch.randn(shape, device=device)
 
     def run():
@@ -219,9 +221,7 @@ def bench_dense_sequence(benchmark, device, shape, variant):
             outputs.append(h)
         return (torch.stack(outputs),)
 
-    function = {"ladderfast": ours, "torch.nn.LSTM": theirs, "plain": plain}.get(variant) or torch.compile(
-        plain
-    )
+    function = {"ladderfast": ours, "torch.nn.LSTM": theirs, "plain": plain}.get(variant) or compiled(plain)
     wanted = list((theirs if variant == "torch.nn.LSTM" else ours).parameters())
 
     def run():

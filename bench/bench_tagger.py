@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measuring import DEVICES, bytes_kept, record, time_it
+from measuring import DEVICES, bytes_kept, compiled, record, time_it
 
 import ladderfast
 from ladderfast import ops
@@ -39,7 +39,7 @@ def elements_moved(name: str, shape: tuple[int, int, int], phase: str) -> int:
 
 def function_of(name: str, variant: str):
     if variant == "compile":
-        return torch.compile(getattr(reference, name))
+        return compiled(getattr(reference, name))
     return getattr(reference if variant == "plain" else ops, name)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_tagger import CASES, PHASES, VARIANTS
-from measuring import bytes_kept, record, time_it
+from measuring import bytes_kept, compiled, record, time_it
 
 import ladderfast
 from ladderfast import ops
@@ -32,7 +32,7 @@ def elements_moved(name: str, shape: tuple[int, int, int], phase: str) -> int:
 
 def function_of(name: str, variant: str):
     function = getattr(reference if variant in ("plain", "compile") else ops, name)
-    return torch.compile(function) if variant == "compile" else function
+    return compiled(function) if variant == "compile" else function
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

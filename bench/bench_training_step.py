@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from measuring import DEVICES, peak_memory, sync_timer
+from measuring import DEVICES, compiled, peak_memory, sync_timer
 from torch import Tensor
 
 import ladderfast
@@ -120,7 +120,7 @@ class Compiled(Objective):
     """An objective whose call is compiled."""
 
     def __init__(self, objective: Objective) -> None:
-        self.call = torch.compile(objective)
+        self.call = compiled(objective)
 
     def __call__(self, model, batch) -> dict[str, Tensor]:
         return self.call(model, batch)

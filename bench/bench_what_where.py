@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measuring import DEVICES, bytes_kept, record, time_it
+from measuring import DEVICES, bytes_kept, compiled, record, time_it
 from torch.nn import functional
 
 import ladderfast
@@ -70,8 +70,7 @@ def bench(benchmark, op, function, inputs, grads, moved, shape, device, dtype, k
     if variant == "ladderfast-triton" and (reason := backend.unavailable("triton", device, dtype)):
         pytest.skip(reason)
     if variant == "compile":
-        torch.compiler.reset()  # a new window would otherwise count as a recompilation, of which there are only so many
-        function = torch.compile(function)
+        function = compiled(function)
 
     def forward():
         with torch.no_grad():

@@ -8,11 +8,13 @@ import pytest
 import torch
 from measuring import GPU
 
+THREADS = 2
+
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info["node"] = "-"
     machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
+    machine_info["threads"] = THREADS
     machine_info["platform"] = platform.platform()
     if GPU:
         machine_info["gpu"] = torch.cuda.get_device_name(0)
@@ -21,8 +23,8 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
 
 @pytest.fixture(autouse=True)
 def _two_threads():
-    """The figures are for two threads on the CPU."""
+    """So many on the CPU, whatever the machine has."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,12 @@ def call_seconds(phase: str, device: str) -> float:
 
         _calls[key] = measure({"forward": forward, "backward": backward, "both": both}[phase], 300)
     return _calls[key]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of it for the shapes of one case: by itself it is for any shape from the second case on."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def peak_memory(function: Callable[[], object]) -> int:

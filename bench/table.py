@@ -35,9 +35,10 @@ NETWORKS = (
 def merged(runs: list[dict]) -> dict:
     """One run whose medians, and numbers beside them, are the medians over `runs`; `medians` has those of each."""
     by_name = [{bench["fullname"]: bench for bench in run["benchmarks"]} for run in runs]
-    names = [name for name in by_name[0] if all(name in one for one in by_name)]
+    if any(one.keys() != by_name[0].keys() for one in by_name):
+        raise SystemExit("the runs are not of the same benchmarks")
     benchmarks = []
-    for name in names:
+    for name in by_name[0]:
         each = [one[name] for one in by_name]
         medians = [bench["stats"]["median"] for bench in each]
         info = dict(each[0]["extra_info"])

@@ -226,7 +226,7 @@ LF_HD Vec<T> exp2_of_calm(Vec<T> y) {
     if constexpr (sizeof(T) == 4) {
         VecTraits<float>::Raw r, scale;
         exp2_parts_of_calm(y.raw, r, scale);
-        return {((r * 0.240226507f + 0.693157344f) * r) * scale + scale};
+        return {exp2_fraction(r) * scale + scale};
     }
 #endif
     return exp2_of(y);
@@ -243,7 +243,7 @@ LF_HD Vec<T> logistic_of_calm(Vec<T> y) {
     if constexpr (sizeof(T) == 4) {
         VecTraits<float>::Raw r, scale;
         exp2_parts_of_calm(y.raw, r, scale);
-        return inverse(Vec<T>{((r * 0.240226507f + 0.693157344f) * r + 1.0f) * scale + 1.0f});
+        return inverse(Vec<T>{(exp2_fraction(r) + 1.0f) * scale + 1.0f});
     }
 #endif
     return logistic_of(y);

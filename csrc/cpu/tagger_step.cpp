@@ -21,7 +21,7 @@ namespace ladderfast::cpu {
 
 static const int64_t kOutputsBlock = 64;   // pixels of an item of the outputs, at most
 static const int64_t kOutputsLanes = 16;   // its pixels are a multiple of these but for the last
-static const int64_t kOutputsTile = 1024;  // pixels of a tile of rows, times groups where each leaves something
+static const int64_t kOutputsTile = 1024;  // values that a tile of rows may leave: by pixel or by pixel and group
 
 // Items of a seed: their number is a multiple of eight where there are pixels enough, so that threads have equal
 // shares. Sums over a chunk of about 64 rows and groups are made in T and added up in double.
@@ -340,11 +340,12 @@ struct OutputsItem {
                 read<whole, V>(stats + 3 * width + d, n) * V::broadcast(c2)};
     }
 
-    // Whether Bernoulli groups need not look for large logits and arguments of a sigmoid: a value that was normalised
-    // over n others is sqrt(n) at most.
-    LF_HD bool calm() const {
-        if constexpr (gaussian) return false;
-        const T most = (T)(LF_TAGGER_CALM / LF_TAGGER_LOG2E), reach = (T)sqrt((double)(plan.rows * groups));
+    // Whether Bernoulli groups need not look for large logits and arguments of a sigmoid. Of n values, one is at most
+    // sqrt(n - 1) standard deviations from their mean, and n / sqrt(n - 1) from their mean as T has it: rounding goes
+    // to the nearest number, so that it errs by no more than the nearest of the values is away.
+    LF_HD bool is_calm() const {
+        const double n = (double)(plan.rows * groups);
+        const T most = (T)(LF_TAGGER_CALM / LF_TAGGER_LOG2E), reach = n > 1 ? (T)(n / sqrt(n - 1)) : 0;
         bool calm = reach * magnitude(c2) <= most;
         for (int64_t d = first; d < last; ++d) calm &= reach * magnitude(c1[d]) + magnitude(b1[d]) <= most;
         return calm;
@@ -422,6 +423,7 @@ struct OutputsPass {
         : item(item), z_out(z_out), logits_out(logits_out), nll(nll) {}
 
     LF_HD void run() {
+        // Groups leave nothing of their own here.
         const int64_t tile = kOutputsTile / kOutputsBlock, row_end = item.row + item.plan.rows;
         for (int64_t r = item.row; r < row_end; r += tile) {
             const int64_t end = min_of(r + tile, row_end);
@@ -496,10 +498,13 @@ static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* 
     for (int64_t i = begin; i < end; ++i) {
         const OutputsItem<gaussian, fixed, T> item(in, s, stats, i);
         outputs_statistics(item, stats, eps);
-        if (item.calm())
-            OutputsPass<gaussian, !gaussian, fixed, T>(item, z, logits, nll).run();
-        else
-            OutputsPass<gaussian, false, fixed, T>(item, z, logits, nll).run();
+        if constexpr (!gaussian) {
+            if (item.is_calm()) {
+                OutputsPass<gaussian, true, fixed, T>(item, z, logits, nll).run();
+                continue;
+            }
+        }
+        OutputsPass<gaussian, false, fixed, T>(item, z, logits, nll).run();
     }
 }
 
@@ -527,7 +532,7 @@ struct OutputsBackward {
         memset(totals, 0, sizeof(totals));
     }
 
-    LF_HD void run(int64_t number) {
+    LF_HD void run(int64_t item_index) {
         const int64_t tile = tile_rows(item.groups), count = item.last - item.first;
         for (int64_t chunk = 0; chunk < item.plan.chunks; ++chunk) {
             const int64_t row_end = item.row + item.plan.row_begin(chunk + 1);
@@ -545,8 +550,8 @@ struct OutputsBackward {
         }
         parameters(count);
         LF_OVER_PIXELS(finish, item.row, item.row + item.plan.rows)
-        to.c2[number] = c2;
-        if constexpr (gaussian) to.variance[number] = variance;
+        to.c2[item_index] = c2;
+        if constexpr (gaussian) to.variance[item_index] = variance;
     }
 
     // Writes the gradients of c1 and b1 and leaves the means for `finish` in sums.
@@ -570,7 +575,8 @@ struct OutputsBackward {
 
     template <class V, bool whole>
     LF_HD void weights(int64_t d, int64_t n, int64_t begin, int64_t end) {
-        const auto powers = item.template columns<V, whole>(d, n).template powers_of_two<gaussian>();
+        const auto c = item.template columns<V, whole>(d, n);
+        const auto powers = c.template powers_of_two<gaussian>();
         const auto scalars = broadcast<V>(item.scalars);
         for (int64_t r = begin; r < end; ++r) {
             const V x = item.x.template load<V, whole>(r, 0, d, n);
@@ -581,7 +587,8 @@ struct OutputsBackward {
             MaskPixel<V> joint;
             LF_EACH_GROUP(k, item.groups) {
                 other[k] = activated<gaussian, calm>(powers.z(read<whole, V>(z_at + k * item.z_stride, n)));
-                l[k] = powers.logit(read<whole, V>(m_at + k * item.m_stride, n));
+                const V m_pre = read<whole, V>(m_at + k * item.m_stride, n);
+                l[k] = gaussian ? logit_exponent(c.logit(m_pre)) : powers.logit(m_pre);
                 if constexpr (!calm) masks.compare(l[k]);
                 if constexpr (gaussian) {
                     other[k] = l[k] + gaussian_exponent(x - other[k], scalars);
@@ -702,10 +709,13 @@ static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputs
                                     int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const OutputsItem<gaussian, fixed, T> item(in, s, to.stats, i);
-        if (item.calm())
-            OutputsBackward<gaussian, !gaussian, fixed, T>(item, to).run(i);
-        else
-            OutputsBackward<gaussian, false, fixed, T>(item, to).run(i);
+        if constexpr (!gaussian) {
+            if (item.is_calm()) {
+                OutputsBackward<gaussian, true, fixed, T>(item, to).run(i);
+                continue;
+            }
+        }
+        OutputsBackward<gaussian, false, fixed, T>(item, to).run(i);
     }
 }
 

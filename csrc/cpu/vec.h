@@ -310,6 +310,9 @@ LF_HD void exp2_parts(__m512 y, VecTraits<float>::Raw& r, VecTraits<float>::Raw&
     scale = (V)_mm512_scalef_ps(fraction, y - (__m512)r);  // times 2^floor
 }
 
+// 2^r - 1 for |r| <= 1/64, within 2^r times half a rounding.
+LF_HD VecTraits<float>::Raw exp2_fraction(VecTraits<float>::Raw r) { return (r * 0.240226507f + 0.693157344f) * r; }
+
 // float with AVX-512, for the argument in powers of two. The slope's absolute error is that of s.
 LF_HD Vec<float> sigmoid_argument(Vec<float> x) { return {x.raw * -1.44269504f}; }
 
@@ -317,7 +320,7 @@ LF_HD Sigmoid<Vec<float>> sigmoid_of(Vec<float> argument) {
     using V = VecTraits<float>::Raw;
     V r, scale;
     exp2_parts((__m512)argument.raw, r, scale);
-    const V p = (r * 0.240226507f + 0.693157344f) * r + 1.0f;
+    const V p = exp2_fraction(r) + 1.0f;
     const V s = 1.0f / (p * scale + 1.0f);
     return {{s}, {s - s * s}};
 }

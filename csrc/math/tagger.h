@@ -34,7 +34,7 @@
 
 #define LF_TAGGER_ENOUGH 0x1p-32
 #define LF_TAGGER_LOWEST (-3.4e38)  // no finite exponent of float is less
-#define LF_TAGGER_CALM 118
+#define LF_TAGGER_CALM 110          // 64 groups add 6 to an exponent, and a clipped z times a power is still normal
 #define LF_TAGGER_LOG2E 1.4426950408889634
 
 template <class V>

@@ -88,7 +88,7 @@ class Costs:
         return self._steps / (self._epoch_seconds + time.perf_counter() - self._clock)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it when everything has been read."""
+        """Without what has not been read."""
         return {
             "costs": torch.cat(self._read) if self._read else None,
             "seconds": self.seconds,
@@ -97,6 +97,7 @@ class Costs:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of `state`, which may hold more, the entries that state_dict has."""
         self._read = [] if state["costs"] is None else [state["costs"]]
         self.seconds, self._epoch_seconds = state["seconds"], state["epoch_seconds"]
         self._steps = state["timed_steps"]

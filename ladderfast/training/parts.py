@@ -26,7 +26,8 @@ class Parts:
 
 
 def build(recipe: Recipe, *, fresh: bool) -> Parts:
-    """The recipe's parts. Sets the seed of torch's global generators, of which networks take their start values.
+    """The recipe's parts. Sets torch's threads, if the recipe says how many, and the seed of its global generators, of
+    which networks take their start values.
 
     fresh: the networks start as the recipe says; else a checkpoint will say what they are.
 
@@ -36,6 +37,8 @@ def build(recipe: Recipe, *, fresh: bool) -> Parts:
     objective: Objective = recipe.objective.build("objective")
     if recipe.uses_validation:
         _check_validation(recipe, dataset, objective)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     if recipe.seeds > 1:
         _check_several(recipe, dataset)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
@@ -52,7 +55,7 @@ def build(recipe: Recipe, *, fresh: bool) -> Parts:
 
 
 def build_networks(recipe: Recipe, seeds: Sequence[int], *, fresh: bool = True) -> list[nn.Module]:
-    """A network for each seed, as it is before its first step."""
+    """A network for each seed, as it is before its first step, or, not `fresh`, before it takes from another run."""
     networks: list[nn.Module] = []
     for seed in seeds:
         torch.manual_seed(seed)

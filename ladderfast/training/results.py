@@ -37,24 +37,23 @@ def result_of(run: Run) -> dict[str, Any]:
     }
 
 
-def write_results(
-    folder: Path, run: Run, result: Mapping[str, Any], baseline: Mapping[str, Any] | None
-) -> None:
-    """report.html and, last, results.json. baseline: another run's figures."""
+def write_results(folder: Path, run: Run, baseline: Mapping[str, Any] | None) -> None:
+    """report.html and, last, results.json, of a run that has its result. baseline: another run's figures."""
     from .report import write_report  # brings matplotlib in
 
+    assert run.result is not None
     write_report(
         folder,
         title=run.recipe.title,
         settings=_settings(run),
         history=run.history,
-        result=dict(result),
+        result=run.result,
         published=run.recipe.published,
         figures=run.objective.figures(run.model, run.batches),
         metric=run.objective.metric,
         baseline=None if baseline is None else dict(baseline),
     )
-    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(run.result, indent=2, ensure_ascii=False) + "\n"
     checkpoint.write_atomically(folder / folders.RESULTS, lambda file: file.write(text.encode()))
 
 

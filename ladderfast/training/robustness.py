@@ -12,7 +12,6 @@ from .adversarial import adversarial_noise, check_tau, input_gradient
 SAMPLES = 500  # at a time
 
 
-@torch.no_grad()
 def check_robustness(model: nn.Module, data: Any, tau: float, networks: int) -> None:
     """Raise the ValueErrors of `robustness`, before what takes long. networks: how many `model` is."""
     check_tau("tau", tau)
@@ -27,15 +26,15 @@ def check_robustness(model: nn.Module, data: Any, tau: float, networks: int) -> 
         raise ValueError("robustness is measured of a classifier, and this network gives no logits")
 
 
-@torch.no_grad()
 def robustness(model: nn.Module, data: Any, tau: float, seed: int) -> dict[str, Any]:
-    """What `Run.robustness` says, of a model in evaluation mode and data with x_test and y_test."""
+    """What `Run.robustness` says, of a model in evaluation mode and data with x_test and y_test; without autograd."""
     generator = torch.Generator().manual_seed(seed)
     x, y = data.x_test, data.y_test
     wrong = dict.fromkeys(("test_error", "adversarial_error", "random_sign_error"), 0)
     for part, labels in zip(x.split(SAMPLES), y.split(SAMPLES), strict=True):
         adversarial = adversarial_noise(input_gradient(model, part, labels), "sign", tau)
-        signs = torch.randn(part.shape, generator=generator).sign().to(part)
+        # In float32 whatever the precision: half precision has zeros, which have no sign.
+        signs = torch.randn(part.shape, generator=generator, dtype=torch.float32).sign().to(part)
         inputs = (part, part + adversarial, part + tau * signs)
         for name, noisy in zip(wrong, inputs, strict=True):
             wrong[name] += int((model(noisy).argmax(1) != labels).sum())

@@ -22,6 +22,7 @@ from .costs import Costs
 from .ensemble import Ensemble
 from .logs import Log, ProgressBar, Row
 from .memory import keep_memory
+from .objectives import Objective
 from .recipe import read_recipe
 from .results import result_of, write_results
 from .schedule import Course
@@ -129,18 +130,18 @@ class Run:
 
     def _setup(self, *, fresh: bool) -> None:
         recipe = self.recipe
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
         # Whatever can be wrong with the input is found before other processes are started.
         built = parts.build(recipe, fresh=fresh)
-        self._dataset, self.objective, self.model = built.dataset, built.objective, built.model
-        self.course = Course(recipe, self.objective.metric.higher_is_better)
+        self._dataset, self.model = built.dataset, built.model
+        self.course = Course(recipe, built.objective.metric.higher_is_better)
 
         self.fabric = fabric = processes.make_fabric(recipe)
         fabric.launch()
         if fabric.device.type == "cpu":
             keep_memory()
-        self._stepper = TrainingStep(fabric, recipe, self.model, self.objective, self.course.learning_rate(0))
+        self._stepper = TrainingStep(
+            fabric, recipe, self.model, built.objective, self.course.learning_rate(0)
+        )
         self.objective.prepare(self.model)
         self._train_with(self._dataset)
         if fabric.global_rank:
@@ -160,7 +161,7 @@ class Run:
 
     def _train_with(self, dataset: Any) -> None:
         self.batches = self._make_batches(dataset)
-        self._stepper.use(self.objective, self.batches)
+        self._stepper.use(self.batches)
 
     def _make_batches(self, dataset: Any) -> Any:
         recipe = self.recipe
@@ -171,6 +172,15 @@ class Run:
             return EnsembleBatches([dataset.with_seed(s) for s in seeds], *sizes, seeds=seeds, **kind)
         kind.update(rank=self.fabric.global_rank, world_size=self.fabric.world_size)
         return dataset.batches(*sizes, seed=recipe.seed, **kind)
+
+    @property
+    def objective(self) -> Objective:
+        """What the steps minimise and what is measured."""
+        return self._stepper.objective
+
+    @objective.setter
+    def objective(self, objective: Objective) -> None:
+        self._stepper.objective = objective
 
     @property
     def global_step(self) -> int:
@@ -186,6 +196,11 @@ class Run:
     def epochs_planned(self) -> int:
         """What `epochs_done` will be at the end, as far as is known: more if there will be a retraining."""
         return self.epochs_done - self.epoch + self.course.epochs
+
+    @property
+    def seconds(self) -> float:
+        """Spent on training."""
+        return self._costs.seconds
 
     @property
     def finished(self) -> bool:
@@ -288,21 +303,6 @@ class Run:
         with self._measuring():
             return robustness.robustness(self.model, self.batches, tau, seed)
 
-    @property
-    def seconds(self) -> float:
-        """Spent on training."""
-        return self._costs.seconds
-
-    @contextlib.contextmanager
-    def _measuring(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.fabric.autocast():
-                yield
-        finally:
-            self.model.train(training)
-
     def network(self, index: int) -> nn.Module:
         """A copy of network number `index` of those trained side by side, counted from 0."""
         if not 0 <= index < self.recipe.seeds:
@@ -392,6 +392,17 @@ class Run:
             self._start_again()
         return row
 
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """The model as it answers, in the run's precision and without autograd; then as it was."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.fabric.autocast():
+                yield
+        finally:
+            self.model.train(training)
+
     def _validate(self) -> float | None:
         """The metric on the validation samples, the same in all processes; None where it is not measured."""
         with self._measuring():
@@ -434,7 +445,7 @@ class Run:
             if self.folder is not None:
                 self._save()
         if folder is not None:
-            write_results(folder, self, self.result, baseline)
+            write_results(folder, self, baseline)
         return dict(self.result)
 
     def _stop(self, number: int | None, bar: ProgressBar | None) -> dict[str, Any]:
@@ -468,12 +479,11 @@ class Run:
                 "world_size": self.fabric.world_size,
                 "threads": torch.get_num_threads(),
                 "model": self.model.state_dict(),
-                "optimizer": self._stepper.state_dict(),
+                **self._stepper.state_dict(),
                 "objective": self.objective.state_dict(),
                 "best": self._best,
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "random": everyone,
-                "terms": self._stepper.terms,
                 **self._costs.state_dict(),
                 "history": self.history,
                 "result": self.result,
@@ -500,8 +510,7 @@ class Run:
         self._steps_before, self._best = saved["steps_before"], saved["best"]
         self.model.load_state_dict(saved["model"])
         processes.own_noise(self.fabric, self.model)
-        self._stepper.load_state_dict(saved["optimizer"])
-        self._stepper.terms = saved["terms"]
+        self._stepper.load_state_dict(saved)
         self.objective.load_state_dict(saved["objective"])
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if random:

@@ -21,30 +21,35 @@ class TrainingStep:
         fabric: the model is put on its device, and wrapped where there are several processes.
         recipe: of its fields, clip_norm, graph and precision.
         model: the network, or the `Ensemble` of several.
-        objective: whose forward methods the wrapper lets through.
+        objective: of the costs; the wrapper lets its forward methods through.
         rate: the first learning rate.
 
-    `use` says what to train with, and is called before the first step.
+    `use` says which batches, and is called before the first step.
     """
 
     def __init__(
         self, fabric: Fabric, recipe: Recipe, model: nn.Module, objective: Objective, rate: float
     ) -> None:
         self._fabric, self._recipe, self._model = fabric, recipe, model
+        self.objective = objective
         self._adam = torch.optim.Adam(
             model.parameters(), lr=rate, fused=fabric.device.type in ("cpu", "cuda")
         )
-        module, self.optimizer = fabric.setup(model, self._adam)
+        module, self.optimizer = fabric.setup(
+            model, self._adam
+        )  # the same as Fabric steps it, with its precision
         if fabric.world_size > 1:
             for method in objective.forward_methods:
                 module.mark_forward_method(method)
         # As the objective calls it. Alone, Fabric's wrapper has nothing to add, and takes its time.
         self._module = module if fabric.world_size > 1 else model
         self.terms: list[str] = []  # names of the costs
+        self._batches: Any = None
+        self.static: StaticStep | None = None  # how the steps are done where a graph could hold them
 
-    def use(self, objective: Objective, batches: Any) -> None:
+    def use(self, batches: Any) -> None:
         """Train with these from now on. Raises ValueError where graph=on cannot be had with them."""
-        self._objective, self._batches = objective, batches
+        self._batches = batches
         self.static = self._make_static()
 
     def __call__(self, epoch: int, step: int) -> Tensor:
@@ -71,14 +76,16 @@ class TrainingStep:
         self._adam.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's, as it is without a graph."""
+        """The optimiser's, as it is without a graph, and the terms' names."""
         state = self._adam.state_dict()
         groups = [{**g, "lr": float(g["lr"]), "capturable": False} for g in state["param_groups"]]
-        return {**state, "param_groups": groups}
+        return {"optimizer": {**state, "param_groups": groups}, "terms": self.terms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of `state`, which may hold more, the entries that state_dict has."""
+        self.terms = state["terms"]
         kept = [{name: group[name] for name in ("lr", "capturable")} for group in self._adam.param_groups]
-        self._adam.load_state_dict(state)
+        self._adam.load_state_dict(state["optimizer"])
         rate = self.rate
         for group, own in zip(self._adam.param_groups, kept, strict=True):
             group.update(own)  # how this run steps, on a GPU with a graph or without, is its own affair
@@ -87,7 +94,7 @@ class TrainingStep:
     def _train_on(self, batch: Any) -> Tensor:
         self._adam.zero_grad()
         with self._fabric.autocast():
-            terms = self._objective(self._module, batch)
+            terms = self.objective(self._module, batch)
             costs = torch.stack(tuple(terms.values()))
             total = costs.sum()
         del batch  # what the graph does not hold of it need not be there in backward
@@ -95,7 +102,7 @@ class TrainingStep:
         if self._recipe.clip_norm is not None:
             self._clip(self._recipe.clip_norm)
         self.optimizer.step()
-        self._objective.after_step(self._model)
+        self.objective.after_step(self._model)
         self.terms = list(terms)
         return costs.detach()
 
@@ -117,7 +124,7 @@ class TrainingStep:
             self._batches,
             processes=self._fabric.world_size,
             precision=recipe.precision,
-            objective=self._objective,
+            objective=self.objective,
         )
         if reason is not None:
             if recipe.graph == "on":

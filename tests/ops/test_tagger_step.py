@@ -245,17 +245,18 @@ def test_extremes(target, name):
 
 
 @pytest.mark.parametrize(
-    ("c1", "b1", "c2"), [(4, 2, 6.5), (4, 2, 6.9), (4, 70, 1), (-30, 2, 1), (1, 900, 300)]
+    ("c1", "b1", "c2"),
+    [(4, 2, 6.2), (4, 2, 6.3), (6, 2, 1), (6.2, 2, 1), (4, 70, 1), (-30, 2, 1), (1, 900, 300)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_steep_parameters(target, dtype, c1, b1, c2):
-    """The CPU's kernel goes another way where no value that was normalised over 148 others, and so is at most their
-    root, can overflow an exponential: up to c2 = 6.7 here."""
+    """The CPU's kernel goes another way where no value that was normalised over 148, and so is at most 12.2, can
+    overflow an exponential: up to 12.2 c2 = 76.2 and 12.2 c1 + b1 = 76.2."""
     name = "bernoulli_step_outputs"
     if dtype == torch.float64 and target.backend != "cpu":
         pytest.skip("of the CPU's kernel alone")
     inputs, grads = make(name, (37, 4, 20), dtype=dtype, device=target.device)
-    for z in inputs[1:3]:  # values that come near the root
+    for z in inputs[1:3]:  # values that come near the largest
         z[5, 1, :10], z[7, 2, 10:] = 1e4, -1e4
     inputs[3].fill_(c1)
     inputs[4].fill_(b1)
@@ -263,6 +264,23 @@ def test_steep_parameters(target, dtype, c1, b1, c2):
     found = run(ours(name), name, inputs, grads)
     assert all(t.isfinite().all() for t in found)
     assert_as_good_as_torch(found, name, inputs, grads)
+
+
+@pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
+def test_steep_parameters_where_the_mean_is_rounded():
+    """Two values next to each other whose mean is neither as a float: one is 0 after normalisation, the other 2."""
+    m = torch.tensor([1e8, 1e8 + 8]).view(1, 2, 1)
+    with ladderfast.use_backend("cpu"):
+        _, logits, nll = ops.bernoulli_step_outputs(
+            torch.ones(1, 1),
+            torch.tensor([-1.0, 1.0]).view(1, 2, 1),
+            m,
+            *torch.ones(2, 1),
+            torch.tensor(50.0),
+        )
+    assert logits.abs().max() > 90
+    z = torch.sigmoid(torch.tensor(2.0))  # of the group that has the larger logit, c1 + b1
+    torch.testing.assert_close(nll, -z.log().view(1, 1), rtol=1e-4, atol=0)
 
 
 def test_masks_of_exactly_zero_and_one(target):

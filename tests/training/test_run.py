@@ -68,6 +68,12 @@ def test_the_first_step_is_the_objectives_gradient_through_adam(small):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
+def test_another_objective_may_be_put_in_its_place(small):
+    run = quiet(small)
+    run.objective = LadderObjective([0, 0, 0])
+    assert list(run.step()) == ["total", "cross_entropy"]
+
+
 def test_the_optimiser_has_the_learning_rate_of_the_epoch(small):
     run = quiet(small, epochs=6, decay_from=0.5)
     found = []
