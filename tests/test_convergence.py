@@ -11,12 +11,24 @@ from ladderfast import _extension
 STEPS = 60
 
 
-def losses(backend: str, dtype: torch.dtype) -> torch.Tensor:
+def losses(backend: str, dtype: torch.dtype, accelerator: str = "cpu") -> torch.Tensor:
     """Costs (STEPS, terms) of the first steps of the recipe `digits`."""
-    precision = {torch.float32: "32-true", torch.float64: "64-true"}[dtype]
+    fields = {
+        "precision": {torch.float32: "32-true", torch.float64: "64-true"}[dtype],
+        "accelerator": accelerator,
+    }
     with ladderfast.use_backend(backend):
-        run = ladderfast.Run("digits", folder=None, progress=False, seed=3, precision=precision)
-        return torch.stack([torch.stack(list(run.step().values())).double() for _ in range(STEPS)])
+        run = ladderfast.Run("digits", folder=None, progress=False, seed=3, **fields)
+        return torch.stack([torch.stack(list(run.step().values())).double().cpu() for _ in range(STEPS)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_kernels_of_a_gpu_train_as_the_reference_does(backend):
+    exact = losses("reference", torch.float64)
+    drift = (losses("reference", torch.float32, "cuda") - exact).abs()
+    ours = (losses(backend, torch.float32, "cuda") - exact).abs()
+    assert ours.max() <= 2 * drift.max() + 1e-5
 
 
 @pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +15,37 @@ from ladderfast.ops import backend
 
 def test_it_knows_every_op():
     assert set(info.OPS) == set(ops.__all__)
+
+
+def test_versions_and_what_was_built():
+    """As a program of its own, which is how one runs it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ladderfast.info"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert f"ladderfast        {ladderfast.__version__}" in lines
+    assert f"torch             {torch.__version__}" in lines
+    assert any(line.startswith("GPU ") for line in lines)
+    built = _extension.module
+    if built is not None:
+        assert f"extension         built against torch {built.torch_version} with {built.compiler}" in lines
+        assert f"CPU kernels       in use: {built.instruction_set()}, of avx512, avx2, baseline" in lines
+
+
+def test_cuda_architectures(monkeypatch):
+    class Built:
+        cuda, cuda_architectures, cuda_version = True, "8.0;9.0+PTX", "13.0"
+        torch_version, compiler = torch.__version__, "a compiler"
+
+        @staticmethod
+        def instruction_set():
+            return "avx2"
+
+    monkeypatch.setattr(_extension, "module", Built)
+    text = "\n".join(info._extension_lines())
+    assert "CUDA kernels      for 8.0;9.0+PTX, CUDA 13.0" in text
+    assert "in use: avx2" in text
 
 
 def test_every_backend_but_the_chosen_one_has_its_reason():

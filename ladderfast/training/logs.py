@@ -71,6 +71,7 @@ class ProgressBar:
     """A bar on a terminal; elsewhere a line now and then."""
 
     SECONDS_BETWEEN_LINES = 5.0
+    BESIDE = 18  # columns for a bar, a time and the gaps
 
     def __init__(
         self, title: str, steps: int, done: int, metric: Metric = _ERROR, *, file: IO[str] | None = None
@@ -78,12 +79,11 @@ class ProgressBar:
         self._console = Console(stderr=True) if file is None else Console(file=file)
         self._title, self._steps, self._done, self._metric = title, steps, done, metric
         self._said = time.monotonic()
-        self._narrow = self._console.width < 100
         columns = (
             TextColumn("[progress.description]{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
-            *(() if self._narrow else (TimeElapsedColumn(),)),
+            *(() if self._console.width < 100 else (TimeElapsedColumn(),)),
             TimeRemainingColumn(),
         )
         self._bar: Progress | None = None
@@ -105,25 +105,30 @@ class ProgressBar:
     def show(self, epoch: int, epochs: int, figures: Mapping[str, float | None], *, ended: bool) -> None:
         """The latest figures, as far as they are known: the metric, also of validation, total, steps_per_second.
 
-        ended: whether they are of the whole epoch; elsewhere than on a terminal only those are shown.
+        ended: whether they are of the whole epoch; elsewhere than on a terminal only those are shown. A terminal shows
+        of them what has room beside a bar.
         """
-        parts = []
-        if figures.get(self._metric.name) is not None:
-            parts.append(
-                f"{self._metric.words} {self._metric.text({self._metric.name: figures[self._metric.name]})}"
-            )
-        if (held_out := figures.get(self._metric.validation)) is not None:
-            parts.append(f"validation {self._metric.text({self._metric.name: held_out})}")
-        if (total := figures.get("total")) is not None and not (self._narrow and self._bar is not None):
-            parts.append(f"cost {total:.4g}")
-        if (speed := figures.get("steps_per_second")) is not None:
-            parts.append(f"{speed:.1f} steps/s")
-        text = ", ".join(parts)
+        name, metric = self._metric.name, self._metric
+        measured = None if figures.get(name) is None else metric.text({name: figures[name]})
+        held_out, total, speed = (figures.get(n) for n in (metric.validation, "total", "steps_per_second"))
+        cost = None if total is None else f"cost {total:.4g}"
+        named = measured and f"{metric.words} {measured}"
+        full = (
+            named,
+            held_out if held_out is None else f"validation {metric.text({name: held_out})}",
+            cost,
+            speed if speed is None else f"{speed:.1f} steps/s",
+        )
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{self._title} {epoch}/{epochs}", figures=text)
+            pace = speed if speed is None else f"{speed:.1f}/s"
+            forms = [", ".join(filter(None, f)) for f in (full, (named, cost, pace), (measured, cost, pace))]
+            description = f"{self._title} {epoch}/{epochs}"
+            room = self._console.width - len(description) - self.BESIDE
+            text = next((form for form in forms if len(form) <= room), forms[-1])
+            self._bar.update(self._task, description=description, figures=text)
         elif ended and (epoch == epochs or time.monotonic() - self._said >= self.SECONDS_BETWEEN_LINES):
             self._said = time.monotonic()
-            self.say(f"{self._title}: epoch {epoch}/{epochs}, {text}")
+            self.say(f"{self._title}: epoch {epoch}/{epochs}, {', '.join(filter(None, full))}")
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -57,6 +57,18 @@ def randomised(name, num_features, **kwargs):
     return module
 
 
+@pytest.mark.parametrize("squash_v", [False, True])
+def test_published_start_values_of_the_gaussian(squash_v):
+    """a2 = a7 = 1, the others 0: at the start the output shows nothing of a2 and a7, but gradients of a1 and a6 do."""
+    module = GaussianCombinator(3, squash_v=squash_v)
+    expected = torch.zeros(10, 3)
+    expected[1] = expected[6] = 1
+    assert torch.equal(module.weight.detach(), expected)
+    torch.nn.init.normal_(module.weight)
+    module.reset_parameters()
+    assert torch.equal(module.weight.detach(), expected)
+
+
 def test_every_name_has_its_formula_here():
     assert set(FORMULAS) == set(AT_START) == set(NAMES)
 

@@ -179,12 +179,14 @@ def test_where_the_sigmoid_looks_up_its_table(target):
     )
 
 
-@pytest.mark.parametrize("which", ["channels_last", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("which", ["channels_last", "all_channels_last", "transposed", "sliced", "expanded"])
 @pytest.mark.usefixtures("poisoned")
 def test_strides(target, which):
     z, u, params, grad = make((4, 6, 5, 8), dtype=torch.float32, device=target.device)
     if which == "channels_last":
         z, grad = (t.contiguous(memory_format=torch.channels_last) for t in (z, grad))  # u stays contiguous
+    elif which == "all_channels_last":
+        z, u, grad = (t.contiguous(memory_format=torch.channels_last) for t in (z, u, grad))
     elif which == "transposed":
         z, u, grad = (t.transpose(0, 3).transpose(1, 2) for t in (z, u, grad))
         params = torch.randn(5, 10, device=target.device).t()
@@ -197,7 +199,7 @@ def test_strides(target, which):
     out = gaussian_combinator(*inputs)
     ours = [out.detach(), *torch.autograd.grad(out, inputs, grad)]
     assert_as_good_as_torch(ours, z, u, params, grad, squash_v=False)
-    if which == "channels_last":
+    if which.endswith("channels_last"):
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -239,33 +241,44 @@ def test_backward_keeps_only_its_inputs(target):
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in inputs}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("squash_v", [False, True])
 @pytest.mark.parametrize("shape", [(4096, 64), (130, 3, 40, 40), (500, 10)], ids=str)
 @pytest.mark.usefixtures("two_threads")
-def test_same_bits(target, shape):
-    """From run to run and for one and two threads."""
+def test_same_bits(target, shape, squash_v, dtype):
+    """From run to run and for one and two threads, images with the channels last too."""
+    if dtype not in target.dtypes:
+        pytest.skip(f"{target.backend} on {target.device} takes no {dtype}")
     if target.backend == "reference" or (target.backend, target.device) == ("triton", "cpu"):
         pytest.skip("a promise of the kernels; the interpreter has one thread and is slow")
-    data = make(shape, dtype=torch.float32, device=target.device)
-    runs = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        runs.append(run(gaussian_combinator, *data))
-    for other in runs[1:]:
-        for a, b in zip(runs[0], other, strict=True):
-            assert torch.equal(a, b)
+    z, u, params, grad = make(shape, dtype=dtype, device=target.device)
+    formats = [torch.contiguous_format, torch.channels_last] if len(shape) == 4 else [torch.contiguous_format]
+    for memory_format in formats:
+        data = [
+            t.contiguous(memory_format=memory_format) if t.dim() == len(shape) > 2 else t
+            for t in (z, u, params, grad)
+        ]
+        runs = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            runs.append(run(gaussian_combinator, *data, squash_v=squash_v))
+        for other in runs[1:]:
+            for a, b in zip(runs[0], other, strict=True):
+                assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("squash_v", [False, True])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e4, -1e4])
 @pytest.mark.parametrize("shape", [(40, 20), (5, 3, 6, 6)], ids=str)
-def test_extremes_stay_where_they_are(target, shape, bad):
+def test_extremes_stay_where_they_are(target, shape, bad, squash_v):
     """One extreme element: the other elements, and the other channels' parameters, get what they got without it."""
     z, u, params, grad = make(shape, dtype=torch.float32, device=target.device)
-    calm = run(gaussian_combinator, z, u, params, grad)
+    calm = run(gaussian_combinator, z, u, params, grad, squash_v=squash_v)
     where = (3, 2, *([1] * (len(shape) - 2)))
-    for tensor in (z, u):
+    for tensor in (z, u, grad):
         before = tensor[where].item()
         tensor[where] = bad
-        struck = run(gaussian_combinator, z, u, params, grad)
+        struck = run(gaussian_combinator, z, u, params, grad, squash_v=squash_v)
         tensor[where] = before
         elsewhere = torch.ones(shape, dtype=torch.bool, device=target.device)
         elsewhere[where] = False
@@ -276,7 +289,7 @@ def test_extremes_stay_where_they_are(target, shape, bad):
         if abs(bad) == 1e4:
             assert all(t.isfinite().all() for t in struck)
         elif math.isnan(bad):
-            assert struck[0][where].isnan()
+            assert struck[1 if tensor is grad else 0][where].isnan()
 
 
 def test_saturation_is_finite(target):
@@ -413,7 +426,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[b[2] for b in BAD])
 def test_errors_name_the_argument(change, error, message):
     z, u, params, _ = make((4, 3), dtype=torch.float32)
-    for name in ("reference", "cpu"):
+    for name in ("reference", "cpu", "triton"):
         if backend.unavailable(name, "cpu", torch.float32) is None:
             with ladderfast.use_backend(name), pytest.raises(error, match="gaussian_combinator: " + message):
                 gaussian_combinator(*change(z, u, params))
@@ -439,11 +452,17 @@ def test_every_instruction_set(isa):
     """One binary: each instruction set up to this machine's gives the reference's values."""
     code = (
         "import torch, ladderfast._C as c\n"
+        "from tests.conftest import Target\n"
         "from tests.ops.test_combinator import *\n"
         "for shape in SHAPES:\n"
         "    for dtype in (torch.float32, torch.float64):\n"
-        "        data = make(shape, dtype=dtype)\n"
-        "        assert_as_good_as_torch(run(gaussian_combinator, *data), *data, squash_v=False)\n"
+        "        for squash_v in (False, True):\n"
+        "            data = make(shape, dtype=dtype)\n"
+        "            ours = run(gaussian_combinator, *data, squash_v=squash_v)\n"
+        "            assert_as_good_as_torch(ours, *data, squash_v=squash_v)\n"
+        "test_saturation_is_finite(Target('cpu', 'cpu', ()))\n"
+        "for bad in (math.inf, math.nan, 1e4):\n"
+        "    test_extremes_stay_where_they_are(Target('cpu', 'cpu', ()), (40, 20), bad, False)\n"
         "print(c.instruction_set())\n"
     )
     env = {**os.environ, "LADDERFAST_ISA": isa, "LADDERFAST_BACKEND": "cpu"}

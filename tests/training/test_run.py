@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ladderfast
@@ -83,6 +84,21 @@ def test_the_optimiser_has_the_learning_rate_of_the_epoch(small):
             found.append(run._stepper.rate)
     expected = [0.002] * 15 + [r for r in (0.0015, 0.001, 0.0005) for _ in range(5)]
     assert found == pytest.approx(expected)
+
+
+def test_a_decayed_rate_takes_smaller_steps(small):
+    """The first step at half the rate, from the same state, is half the step."""
+    moves = []
+    for decay_from in (0.5, 1.0):
+        run = quiet(small, decay_from=decay_from)  # of two epochs
+        for _ in range(5):
+            run.step()
+        before = [p.detach().double() for p in run.model.parameters()]
+        run.step()
+        moves.append([p.detach().double() - b for p, b in zip(run.model.parameters(), before, strict=True)])
+    for half, whole in zip(*moves, strict=True):
+        torch.testing.assert_close(2 * half, whole, rtol=1e-3, atol=1e-7)
+        assert whole.abs().max() > 1e-5
 
 
 def test_a_learning_rate_near_0_moves_nothing(small):
@@ -195,8 +211,19 @@ def test_a_run_leaves_a_folder_and_only_with_fit(small, tmp_path):
     assert any((folder / "tensorboard").iterdir())
     assert json.loads((folder / "results.json").read_text()) == result
     assert result["test_error"] == run.evaluate()["test_error"]
-    assert small["title"] in (folder / "report.html").read_text()
+    report = (folder / "report.html").read_text()
+    assert small["title"] in report
+    assert "Test images, corrupted and reconstructed" in report
+    assert all(f"Combinator of layer {layer}" in report for layer in range(3))
+    assert "batch_unlabelled" in report
     assert Run(folder / "recipe.yaml", folder=None, progress=False).recipe == run.recipe
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for name in ("total", "cross_entropy", "denoising_2", "learning_rate", "test_error"):
+        drawn = [(e.step, e.value) for e in events.Scalars(name)]
+        kept = [(row["step"], pytest.approx(row[name])) for row in run.history if row[name] is not None]
+        assert drawn == kept, name
 
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
