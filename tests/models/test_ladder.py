@@ -281,7 +281,17 @@ def test_networks_made_one_after_the_other_have_noise_of_their_own():
     assert first.noise_state[1] == 0
 
 
-@pytest.mark.parametrize("combinator", ["sigmoid", "sigmoid_no_product", "bilinear", "additive"])
+@pytest.mark.parametrize(
+    "combinator",
+    [
+        "sigmoid",
+        "sigmoid_no_product",
+        "bilinear",
+        "additive",
+        ["gaussian", "bilinear", "sigmoid", "gaussian_squashed"],  # each layer its own
+    ],
+    ids=str,
+)
 def test_other_combinators_train(combinator):
     model = make(combinator=combinator)
     output = model.training_pass(*halves())

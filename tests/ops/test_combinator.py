@@ -339,9 +339,10 @@ def test_second_order_transforms():
 
 
 @pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
-def test_opcheck():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(device):
     for shape, seeds in (((6, 3), 0), ((2, 3, 4, 4), 0), ((4, 3), 2)):
-        z, u, params, grad = make(shape, seeds=seeds, dtype=torch.float32)
+        z, u, params, grad = make(shape, seeds=seeds, dtype=torch.float32, device=device)
         torch.library.opcheck(torch.ops.ladderfast.combinator.default, (z, u, params, True))
         torch.library.opcheck(torch.ops.ladderfast.combinator_backward.default, (grad, z, u, params, False))
     z = z.transpose(-1, -2).contiguous().transpose(-1, -2)
