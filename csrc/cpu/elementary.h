@@ -242,7 +242,7 @@ LF_HD Vec<T> logistic_of_calm(Vec<T> y) {
 #if LF_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4) {
         VecTraits<float>::Raw r, scale;
-        exp2_parts_of_calm(y.raw, r, scale);
+        exp2_parts_of_calm(y.raw, r, scale);  // not by exp2_of_calm, which would cost an addition more
         return inverse(Vec<T>{(exp2_fraction(r) + 1.0f) * scale + 1.0f});
     }
 #endif

@@ -6,6 +6,13 @@
 //
 // Outputs: an item is a few neighbouring columns of all rows and groups of a seed. It goes over them twice in either
 // direction, to sum and with what the sums say, and the second time finds them in the second-level cache.
+//
+// Floor: in float32 the inputs move 25 bytes for an element of z forward and 34 backward, the outputs 18 and 27. One
+// AVX-512 core of the machine in bench/results takes, at 100 x 4 x 784, .27 and .42 ns an element for Bernoulli inputs
+// (.31 and .40 Gaussian), near the third-level cache's 100 GB/s, and .33 and .56 for Bernoulli outputs (.37 and .64):
+// of these forward a quarter goes to the statistics, at that pace, half to sigmoids and exponentials, whose additions
+// two units share, a fifth to costs; backward a fifth each to the weights and to `finish`, at the second-level cache's
+// pace.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger_step.cpp"
 
