@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run in that folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     train.add_argument(
-        "--compare", metavar="BASELINE", help="train this recipe too, and set the errors side by side"
+        "--compare", metavar="BASELINE", help="train this recipe too, and set the figures side by side"
     )
     train.add_argument(
         "--seeds",
@@ -306,7 +306,34 @@ def _table(results: dict[str, dict[str, Any]], metric: Metric) -> str:
         f"{recipe} has a {metric.words} of {metric.text(better)}, {baseline} of {metric.text(worse)}: "
         f"{points:.2f} {unit}{what}."
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_beside(results, metric)])
+
+
+def _beside(results: dict[str, dict[str, Any]], metric: Metric) -> list[str]:
+    """What else both runs have measured, and what they took: a line each."""
+    said = {metric.name, f"{metric.name}_std", "seed", "seeds", "test_errors", "test_samples"}
+    both = list(results.values())
+    rows = [
+        [name, *(f"{one[name]:.4g}" if isinstance(one[name], float) else str(one[name]) for one in both)]
+        for name in both[1]
+        if name not in said and all(isinstance(one.get(name), (int, float)) for one in both)
+    ]
+    if not rows:
+        return []
+    rows.insert(0, ["", *results])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "",
+        *(
+            "  ".join(
+                [
+                    name.ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)),
+                ]
+            )
+            for name, *cells in rows
+        ),
+    ]
 
 
 @contextlib.contextmanager

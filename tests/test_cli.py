@@ -89,7 +89,7 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
     (recipe.parent / "plain.yaml").write_text(yaml.safe_dump(content))
     code, out, _ = call(capsys, "train", recipe, "--compare", "plain.yaml", "--seeds", 2, "--out", "both")
     assert code == 0
-    head, plain, small, said, report = out.splitlines()
+    head, plain, small, said, _, names, *beside, report = out.splitlines()
     assert head.split() == ["test", "error", "in", "%", "seed", "1", "seed", "2", "mean"]
     assert [plain.split()[0], small.split()[0]] == ["plain", "small"]
     means = []
@@ -100,6 +100,12 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
         assert mean == pytest.approx(sum(errors) / 2, abs=0.01)
         assert spread == pytest.approx(abs(errors[0] - errors[1]) / 2**0.5, abs=0.02)
     assert said.startswith(f"small has a test error of {means[1]} %, plain of {means[0]} %: ")
+    assert names.split() == ["plain", "small"]
+    shown = dict((name, values) for name, *values in map(str.split, beside))
+    assert {"test_cross_entropy", "epochs", "seconds", "parameters"} <= set(shown)
+    assert shown["epochs"] == ["2", "2"]
+    assert all(len(values) == 2 for values in shown.values())
+    assert not {"test_error", "test_error_std", "seed", "seeds"} & set(shown)
     assert report == "both/report.html"
     for folder in ("both", "both/plain"):
         assert (recipe.parent / folder / "results.json").exists()
@@ -107,7 +113,7 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
 
     code, out, _ = call(capsys, "train", recipe, "--compare", "plain.yaml", "--out", "one")
     assert code == 0
-    said, report = out.splitlines()
+    said, *_, report = out.splitlines()
     assert said.startswith(f"small has a test error of {small.split()[1]} %, plain of {plain.split()[1]} %: ")
     assert report == "one/report.html"
     assert "already holds a run" in refused(

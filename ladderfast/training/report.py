@@ -95,8 +95,14 @@ def write_report(
     if pictures:
         sections.append(_section("What it has learned", f'<div class="figures">{"".join(pictures)}</div>'))
     shown = {metric.name, "published", "title", "changed"}
-    figures_of_run = {_words(key): value for key, value in result.items() if key not in shown}
-    sections.append(_section("Figures of the run", _table(figures_of_run)))
+    names = [key for key in result if key not in shown]
+    if baseline is None:
+        figures_of_run = _table({_words(key): result[key] for key in names})
+    else:
+        figures_of_run = _table(
+            {_words(key): (result[key], baseline.get(key)) for key in names}, head=(title, baseline["title"])
+        )
+    sections.append(_section("Figures of the run", figures_of_run))
     sections.append(_section("Settings", _settings(settings)))
     changed = ""
     if result.get("changed"):
@@ -224,12 +230,18 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return f'<div class="settings">{"".join(tables)}</div>'
 
 
-def _table(entries: Mapping[str, Any]) -> str:
+def _table(entries: Mapping[str, Any], head: Sequence[str] = ()) -> str:
+    """A row an entry; with a head, entries are tuples of a cell for each of its columns."""
+
+    def cells(value: Any) -> str:
+        return "".join(f"<td>{escape(_text(cell))}</td>" for cell in (value if head else (value,)))
+
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     rows = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_text(value))}</td></tr>\n'
-        for key, value in entries.items()
+        f'<tr><th scope="row">{escape(str(key))}</th>{cells(value)}</tr>\n' for key, value in entries.items()
     )
-    return f"<table><tbody>{rows}</tbody></table>"
+    above = f"<thead><tr><td></td>{columns}</tr></thead>" if head else ""
+    return f"<table>{above}<tbody>{rows}</tbody></table>"
 
 
 def _words(key: str) -> str:

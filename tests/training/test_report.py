@@ -108,6 +108,13 @@ def test_says_the_error_beside_the_published_one_and_the_baseline(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_the_figures_of_a_baseline_stand_beside_the_runs(tmp_path):
+    result = {"test_error": 1.0, "ami": 0.75, "cost_1": 3.5}
+    text = write(tmp_path, result=result, baseline={"test_error": 2.0, "ami": 0.5, "title": "Plain"}).text
+    at = text.index("Figures of the run")
+    assert text[at + 1 : at + 9] == ["A run", "Plain", "ami", "0.75", "0.5", "cost 1", "3.5", "–"]
+
+
 def test_says_on_which_input_an_error_was_measured(tmp_path):
     text = write(tmp_path, result={"test_error": 3.2, "clean_test_error": 1.25}).text
     assert text[text.index("3.20 %") - 1] == "test error, input corrupted as in training"
