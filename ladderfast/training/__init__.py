@@ -4,6 +4,10 @@ It needs the packages of the extra `train`; the modules and ops do not.
 """
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run import Run as Run
 
 _NEEDED = ("jsonargparse", "lightning_fabric", "matplotlib", "rich", "sklearn", "tensorboard", "yaml")
 _INSTEAD = {"lightning_fabric": "lightning"}  # the larger package has it as well
@@ -27,7 +31,6 @@ from .music_objective import PianoRollObjective  # noqa: E402
 from .objectives import LadderObjective, Objective  # noqa: E402
 from .recipe import Recipe, read_recipe, recipe_names  # noqa: E402
 from .rladder_objective import RLadderObjective  # noqa: E402
-from .run import Run  # noqa: E402
 from .swwae_objective import EquivarianceObjective, SWWAEObjective, WhereObjective  # noqa: E402
 from .tagger_objective import TaggerObjective  # noqa: E402
 
@@ -46,3 +49,12 @@ __all__ = [
     "read_recipe",
     "recipe_names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # With Run comes Lightning Fabric, a second's import, which a list of recipes does without.
+    if name == "Run":
+        from .run import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
