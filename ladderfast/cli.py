@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("folder", metavar="RUN_FOLDER", help="what `train` left")
     evaluate.add_argument("--data-dir", metavar="FOLDER", help="where the data's files are now")
+    evaluate.add_argument("--textures", metavar="FOLDER", help="where its pictures of textures are now")
     evaluate.add_argument("--accelerator", metavar="NAME", default="auto", help="cpu, cuda, mps or auto")
     evaluate.add_argument(
         "--adversarial",
@@ -215,7 +216,10 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(2):
         from ladderfast.training import Run
 
-        run = Run.load(arguments.folder, data_dir=arguments.data_dir, accelerator=arguments.accelerator)
+        moved = {} if arguments.textures is None else {"data.textures": arguments.textures}
+        run = Run.load(
+            arguments.folder, data_dir=arguments.data_dir, accelerator=arguments.accelerator, **moved
+        )
         if arguments.adversarial is not None:
             run.check_robustness(arguments.adversarial)
     with _errors(1):

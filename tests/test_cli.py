@@ -70,6 +70,8 @@ def test_train_evaluate_and_continue(recipe, capsys):
     assert code == 0
     assert evaluated.splitlines()[0] == line
     assert evaluated.splitlines()[1].startswith("test_cross_entropy ")
+    message = refused(capsys, "evaluate", "runs/small-seed3", "--textures", "moved")
+    assert "unknown field data.textures" in message  # only images of textures have them
 
     assert "already holds a run" in refused(capsys, "train", recipe, "--seed", 3)
     message = refused(capsys, "train", recipe, "--seed", 3, "--resume", "--epochs", 3)
@@ -101,7 +103,7 @@ def test_compare_sets_a_baseline_beside(recipe, capsys):
         assert spread == pytest.approx(abs(errors[0] - errors[1]) / 2**0.5, abs=0.02)
     assert said.startswith(f"small has a test error of {means[1]} %, plain of {means[0]} %: ")
     assert names.split() == ["plain", "small"]
-    shown = dict((name, values) for name, *values in map(str.split, beside))
+    shown = {name: values for name, *values in map(str.split, beside)}
     assert {"test_cross_entropy", "epochs", "seconds", "parameters"} <= set(shown)
     assert shown["epochs"] == ["2", "2"]
     assert all(len(values) == 2 for values in shown.values())

@@ -21,12 +21,14 @@ def read_textures(folder: str | Path) -> np.ndarray:
     replaced by their rank, from 0 to 1: a texture is then told by its pattern, not by its brightness, and the mean is
     1/2.
 
-    Raises FileNotFoundError where there are not two pictures, ValueError for a file that cannot be read, or a picture
-    of one brightness all over.
+    Raises FileNotFoundError without the folder or two pictures in it, ValueError for a file that cannot be read, or a
+    picture of one brightness all over.
     """
     from PIL import Image  # matplotlib's, of the extra `train`
 
     folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"textures: there is no folder {folder}")
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < 2:
         raise FileNotFoundError(

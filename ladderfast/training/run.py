@@ -111,8 +111,9 @@ class Run:
     def load(cls, folder: str | Path, *, data_dir: str | Path | None = None, **fields: Any) -> Run:
         """The run in `folder` at its last checkpoint, in this process alone, to evaluate or to use its model.
 
-        Nothing is written to the folder. fields: may change where it is computed: accelerator, devices,
-        precision. Raises FileNotFoundError if there is no checkpoint, ValueError if none is whole.
+        Nothing is written to the folder. fields: may change where it is computed, accelerator, devices or
+        precision, and where data are found, {"data.textures": folder}. Raises FileNotFoundError if there is no
+        checkpoint, ValueError if none is whole.
         """
         folder = Path(folder).expanduser()
         saved = checkpoint.load(folder)

@@ -195,6 +195,8 @@ def test_pictures_of_a_folder(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="must hold at least two pictures"):
         read_textures(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        read_textures(tmp_path / "moved")
     grey = np.arange(60, dtype=np.uint8).reshape(6, 10) * 4
     Image.fromarray(grey).save(tmp_path / "b.png")
     Image.fromarray(np.stack([grey.T] * 3, -1)).save(tmp_path / "a.png")
