@@ -51,7 +51,7 @@ struct GaussianInputs : TaggerPass<T> {
             LF_EACH_GROUP(k, this->groups) {
                 const V apart = x - this->z.template load<V, whole>(r, k, d, n);
                 unscaled.weigh(apart, v);
-                pixel.compare(apart, v);
+                pixel.compare(apart);
             }
             pixel.unless_enough(unscaled.total);
         }
@@ -113,7 +113,7 @@ struct GaussianInputsBackward : TaggerPass<T> {
             LF_EACH_GROUP(k, this->groups) {
                 const V apart = x - this->z.template load<V, whole>(r, k, d, n);
                 unscaled.weigh(apart, v);
-                pixel.compare(apart, v);
+                pixel.compare(apart);
             }
             pixel.unless_enough(unscaled.total);
         }
@@ -260,16 +260,15 @@ struct GaussianNll : TaggerPass<T> {
         if constexpr (scaled) {
             GaussianMixture<V, false> unscaled;
             LF_EACH_GROUP(k, this->groups) {
-                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+                const V apart = x - this->z.template load<V, whole>(r, k, d, n);
                 const V m = this->m.template load<V, whole>(r, k, d, n);
-                unscaled.weigh(y, m, v);
-                pixel.compare(y, m);
+                unscaled.weigh(apart, m, v);
+                pixel.compare(apart, m, v);
             }
             pixel.unless_enough(unscaled.total);
         }
         LF_EACH_GROUP(k, this->groups)
-        pixel.weigh(gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v),
-                    this->m.template load<V, whole>(r, k, d, n), v);
+        pixel.weigh(x - this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n), v);
         if constexpr (!scaled) {
             if (any_less(pixel.total, T(LF_TAGGER_ENOUGH), n)) {
                 *this = scaled_pixels<V, whole>(*this, r, d, n);
@@ -303,16 +302,16 @@ struct GaussianNllBackward : TaggerPass<T> {
         if constexpr (scaled) {
             GaussianMixture<V, false> unscaled;
             LF_EACH_GROUP(k, this->groups) {
-                const V y = gaussian_exponent(x - this->z.template load<V, whole>(r, k, d, n), v);
+                const V apart = x - this->z.template load<V, whole>(r, k, d, n);
                 const V m = this->m.template load<V, whole>(r, k, d, n);
-                unscaled.weigh(y, m, v);
-                pixel.compare(y, m);
+                unscaled.weigh(apart, m, v);
+                pixel.compare(apart, m, v);
             }
             pixel.unless_enough(unscaled.total);
         }
         LF_EACH_GROUP(k, this->groups) {
             const V apart = x - this->z.template load<V, whole>(r, k, d, n);
-            const V weight = pixel.weigh(gaussian_exponent(apart, v), this->m.template load<V, whole>(r, k, d, n), v);
+            const V weight = pixel.weigh(apart, this->m.template load<V, whole>(r, k, d, n), v);
             if (fixed || k < kKept) {
                 e[k] = apart;
                 w[k] = weight;
@@ -329,7 +328,7 @@ struct GaussianNllBackward : TaggerPass<T> {
         LF_EACH_GROUP(k, this->groups) {
             const bool held = fixed || k < kKept;
             const V apart = held ? e[k] : x - this->z.template load<V, whole>(r, k, d, n);
-            const V weight = held ? w[k] : exp2_of(smaller(v.most, gaussian_exponent(apart, v) - pixel.top));
+            const V weight = held ? w[k] : pixel.weight(apart, v);
             V out_z, out_m;
             pixel.backward(apart, this->m.template load<V, whole>(r, k, d, n), weight, v, out_z, out_m, sum_v);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);

@@ -106,7 +106,7 @@ struct GaussianStepInputs : StepInputs<T, fixed> {
             w[k] = x - this->z.template load<V, whole>(r, k, d, n);
             if constexpr (scaled) {
                 unscaled.weigh(w[k], v);
-                pixel.compare(w[k], v);
+                pixel.compare(w[k]);
             }
         }
         if constexpr (scaled) pixel.unless_enough(unscaled.total);
@@ -212,7 +212,7 @@ struct GaussianStepInputsBackward : StepInputsBackward<T, fixed> {
             w[k] = x - this->z.template load<V, whole>(r, k, d, n);
             if constexpr (scaled) {
                 unscaled.weigh(w[k], v);
-                pixel.compare(w[k], v);
+                pixel.compare(w[k]);
             }
         }
         if constexpr (scaled) pixel.unless_enough(unscaled.total);

@@ -27,7 +27,7 @@ struct GaussianInputs {
         LF_EACH_GROUP(k) {
             const V d = x - in.z.template load<whole>(p, r, k);
             if (held) e.at[k] = d;
-            pixel.compare(d, v);
+            pixel.compare(d);
         }
         LF_EACH_GROUP(k) {
             const V weight = pixel.weigh(held ? e.at[k] : x - in.z.template load<whole>(p, r, k), v);
@@ -63,7 +63,7 @@ struct GaussianInputsBackward {
         LF_EACH_GROUP(k) {
             const V d = x - in.z.template load<whole>(p, r, k);
             if (held) e.at[k] = d;
-            pixel.compare(d, v);
+            pixel.compare(d);
         }
         LF_EACH_GROUP(k) {
             const V grad = grad_likelihood.template load<whole>(p, r, k);
@@ -164,18 +164,18 @@ struct GaussianNll {
     template <int held, bool whole>
     __device__ __forceinline__ void row(const Plan& plan, const Place& p, const Scalar& v, int64_t r,
                                         Compute<T>&) const {
-        Kept<V, held> y, m;
+        Kept<V, held> e, m;
         const V x = in.x.template load<whole>(p, r, 0);
         GaussianMixture<V> pixel;
         LF_EACH_GROUP(k) {
-            const V exponent = gaussian_exponent(x - in.z.template load<whole>(p, r, k), v);
+            const V d = x - in.z.template load<whole>(p, r, k);
             const V mask = in.m.template load<whole>(p, r, k);
-            pixel.compare(exponent, mask);
-            if (held) y.at[k] = exponent;
+            pixel.compare(d, mask, v);
+            if (held) e.at[k] = d;
             if (held) m.at[k] = mask;
         }
         LF_EACH_GROUP(k)
-        pixel.weigh(held ? y.at[k] : gaussian_exponent(x - in.z.template load<whole>(p, r, k), v),
+        pixel.weigh(held ? e.at[k] : x - in.z.template load<whole>(p, r, k),
                     held ? m.at[k] : in.m.template load<whole>(p, r, k), v);
         write<whole>(nll, p, r, plan.pixels, pixel.nll(v));
     }
@@ -199,12 +199,12 @@ struct GaussianNllBackward {
         LF_EACH_GROUP(k) {
             const V d = x - in.z.template load<whole>(p, r, k);
             const V mask = in.m.template load<whole>(p, r, k);
-            pixel.compare(gaussian_exponent(d, v), mask);
+            pixel.compare(d, mask, v);
             if (held) e.at[k] = d;
             if (held) m.at[k] = mask;
         }
         LF_EACH_GROUP(k) {
-            const V weight = pixel.weigh(gaussian_exponent(held ? e.at[k] : x - in.z.template load<whole>(p, r, k), v),
+            const V weight = pixel.weigh(held ? e.at[k] : x - in.z.template load<whole>(p, r, k),
                                          held ? m.at[k] : in.m.template load<whole>(p, r, k), v);
             if (held) w.at[k] = weight;
         }
@@ -212,7 +212,7 @@ struct GaussianNllBackward {
         pixel.finish(sum_v);
         LF_EACH_GROUP(k) {
             const V d = held ? e.at[k] : x - in.z.template load<whole>(p, r, k);
-            const V weight = held ? w.at[k] : exp2_of(smaller(v.most, gaussian_exponent(d, v) - pixel.top));
+            const V weight = held ? w.at[k] : pixel.weight(d, v);
             V out_z, out_m;
             pixel.backward(d, held ? m.at[k] : in.m.template load<whole>(p, r, k), weight, v, out_z, out_m, sum_v);
             write<whole>(grad_z, p, r * plan.groups + k, plan.pixels, out_z);

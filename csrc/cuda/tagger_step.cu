@@ -68,7 +68,7 @@ struct GaussianStepInputs : StepInputs<T, N> {
         LF_EACH_GROUP(k) {
             const V e = x - this->in.z.template load<whole>(p, r, k);
             if (held) w.at[k] = e;
-            pixel.compare(e, v);
+            pixel.compare(e);
         }
         LF_EACH_GROUP(k) {
             const V weight = pixel.weigh(held ? w.at[k] : x - this->in.z.template load<whole>(p, r, k), v);
@@ -158,7 +158,7 @@ struct GaussianStepInputsBackward : StepInputsBackward<T, N> {
         const V x = in.x.template load<whole>(p, r, 0);
         GaussianPixel<V> pixel;
         MaskPixel<V> masks;
-        LF_EACH_GROUP(k) pixel.compare(x - in.z.template load<whole>(p, r, k), v);
+        LF_EACH_GROUP(k) pixel.compare(x - in.z.template load<whole>(p, r, k));
         LF_EACH_GROUP(k)
         pixel.weigh(x - in.z.template load<whole>(p, r, k), v,
                     this->template of<whole>(Base::kLikelihood, plan, p, r, k));

@@ -52,41 +52,40 @@ LF_HD V gaussian_exponent(V e, const GaussianScalar<V>& s) {
     return (e * s.scale) * e;
 }
 
+// y_k - y_j of two groups: far exponents differ by less than they are rounded by, not so the e of which they are made.
+template <class V>
+LF_HD V gaussian_difference(V e, V other, const GaussianScalar<V>& s) {
+    return ((e - other) * s.scale) * (e + other);
+}
+
+template <class V>
+LF_HD V magnitude(V e) {
+    return larger(e, constant<V>(0) - e);
+}
+
 template <class V>
 LF_HD V top_unless_enough(V unscaled_total, V top) {
     return if_less(unscaled_total, constant<V>(LF_TAGGER_ENOUGH), top, constant<V>(0));
 }
 
-// 1. where scaled, top = max_k y_k, and the e of that group, the nearest. 2. of w_k = 2^(y_k - top): total, and in
-// backward dot = sum_k w_k grad_likelihood_k.
+// 1. where scaled, the e of the nearest group, whose exponent is top. 2. of w_k = 2^(y_k - top): total, and in backward
+// dot = sum_k w_k grad_likelihood_k.
 template <class V, bool scaled = true>
 struct GaussianPixel {
-    V top, nearest, total, dot;
+    V nearest, total, dot;
     V enough;  // where scaled, of the unscaled total: whether top is 0
     V share, peak, sum_x;
 
     LF_HD GaussianPixel()
-        : top(constant<V>(scaled ? LF_TAGGER_LOWEST : 0)),
-          nearest(constant<V>(0)),
-          total(nearest),
-          dot(nearest),
-          enough(nearest) {}
-    LF_HD void compare(V e, const GaussianScalar<V>& s) {
-        const V y = gaussian_exponent(e, s);
-        nearest = if_less(top, y, e, nearest);
-        top = larger(y, top);
-    }
-    LF_HD void unless_enough(V unscaled_total) {
-        enough = unscaled_total;
-        top = top_unless_enough(unscaled_total, top);
-    }
-    // Far exponents differ by less than they are rounded by, not so the e of which they are made. That of the nearest
-    // group is 0 besides: where it is all there is, its likelihood is 1 and the gradient through it 0.
+        : nearest(constant<V>(-(LF_TAGGER_LOWEST))), total(constant<V>(0)), dot(total), enough(total) {}
+    // Not by exponents: rounded, they may tie where one is nearer, and its difference from the other would be positive.
+    LF_HD void compare(V e) { nearest = if_less(magnitude(e), magnitude(nearest), e, nearest); }
+    LF_HD void unless_enough(V unscaled_total) { enough = unscaled_total; }
+    // The exponent of the nearest group is 0: where it is all there is, its likelihood is 1 and the gradient through it 0.
     LF_HD V weight(V e, const GaussianScalar<V>& s) const {
         const V y = gaussian_exponent(e, s);
         if constexpr (scaled)
-            return exp2_of(
-                if_less(enough, constant<V>(LF_TAGGER_ENOUGH), ((e - nearest) * s.scale) * (e + nearest), y));
+            return exp2_of(if_less(enough, constant<V>(LF_TAGGER_ENOUGH), gaussian_difference(e, nearest, s), y));
         else
             return exp2_of(y);
     }
@@ -102,7 +101,8 @@ struct GaussianPixel {
     }
     LF_HD void finish(const GaussianScalar<V>& s) {
         share = constant<V>(1) / total;
-        peak = scaled ? exp2_of(top) * s.norm : s.norm;
+        peak = s.norm;
+        if constexpr (scaled) peak = exp2_of(top_unless_enough(enough, gaussian_exponent(nearest, s))) * s.norm;
         dot = dot * share;
         sum_x = constant<V>(0);
     }
@@ -131,26 +131,42 @@ struct GaussianPixel {
     }
 };
 
-// 1. where scaled, top: close above or below the largest of log2 m_k + y_k, within a factor of two of its power. 2. of
-// w_k = 2^(y_k - top), total = sum_k m_k w_k.
+// 1. where scaled, the group whose log2 m_k + y_k is largest, within a factor of two of its power: its e, `nearest`, and
+// its log2 m, rounded down, `power`. 2. of w_k = 2^(y_k - top), where top is the sum of that group's, total = sum_k m_k w_k.
 // A group of mask 0 may lie above top by any amount, and the gradient of its mask grows alike: it is held within
 // `limit`.
 template <class V, bool scaled = true>
 struct GaussianMixture {
-    V top, total;
+    V nearest, power, total;
+    V enough;  // where scaled, of the unscaled total: whether top is 0
     V share, sum_x;
 
-    LF_HD GaussianMixture() : top(constant<V>(scaled ? LF_TAGGER_LOWEST : 0)), total(constant<V>(0)) {}
-    LF_HD void compare(V y, V m) {
-        top = larger(if_less(constant<V>(0), m, y + exponent_of(m), constant<V>(LF_TAGGER_LOWEST)), top);
+    LF_HD GaussianMixture()
+        : nearest(constant<V>(0)), power(constant<V>(LF_TAGGER_LOWEST)), total(nearest), enough(nearest) {}
+    LF_HD void compare(V e, V m, const GaussianScalar<V>& s) {
+        const V zero = constant<V>(0), own = exponent_of(m);
+        const V ahead = if_less(zero, m, gaussian_difference(e, nearest, s) + (own - power), zero);
+        nearest = if_less(zero, ahead, e, nearest);
+        power = if_less(zero, ahead, own, power);
     }
-    LF_HD void unless_enough(V unscaled_total) { top = top_unless_enough(unscaled_total, top); }
-    LF_HD V weigh(V y, V m, const GaussianScalar<V>& s) {
-        const V w = exp2_of(scaled ? smaller(s.most, y - top) : y);
+    LF_HD void unless_enough(V unscaled_total) { enough = unscaled_total; }
+    LF_HD V weight(V e, const GaussianScalar<V>& s) const {
+        const V y = gaussian_exponent(e, s);
+        if constexpr (scaled) {
+            const V relative = gaussian_difference(e, nearest, s) - power;
+            return exp2_of(smaller(s.most, if_less(enough, constant<V>(LF_TAGGER_ENOUGH), relative, y)));
+        } else {
+            return exp2_of(y);
+        }
+    }
+    LF_HD V weigh(V e, V m, const GaussianScalar<V>& s) {
+        const V w = weight(e, s);
         total = total + m * w;
         return w;
     }
     LF_HD V nll(const GaussianScalar<V>& s) const {
+        V top = constant<V>(0);
+        if constexpr (scaled) top = top_unless_enough(enough, gaussian_exponent(nearest, s) + power);
         return (s.offset - constant<V>(0.693147180559945309) * top) - log_of(total);
     }
     LF_HD void finish(V grad) {

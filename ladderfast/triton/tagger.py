@@ -51,12 +51,6 @@ def _store(ptr, at, value, mask):
 
 
 @triton.jit
-def _larger(a, b):
-    """The larger one; b if either is NaN."""
-    return tl.where(a > b, a, b)
-
-
-@triton.jit
 def _at_least(x, low: tl.constexpr):
     return tl.where(x < low, low, x)
 
@@ -74,16 +68,29 @@ def _exponent(x):
 
 
 @triton.jit
-def _gaussian_compare(e, scale, top, nearest):
-    """The largest exponent and the e of its group, with one group more."""
-    y = (e * scale) * e
-    return _larger(y, top), tl.where(y > top, e, nearest)
+def _nearer(e, nearest):
+    """The e of the nearest group, with one group more. Exponents, rounded, may tie where one is nearer."""
+    return tl.where(tl.abs(e) < tl.abs(nearest), e, nearest)
 
 
 @triton.jit
-def _gaussian_weight(e, scale, nearest):
-    """2 to the power of a group's exponent less the largest one."""
-    return tl.exp2(((e - nearest) * scale) * (e + nearest))
+def _difference(e, other, scale):
+    """One group's exponent less another's: far ones differ by less than they are rounded by."""
+    return ((e - other) * scale) * (e + other)
+
+
+@triton.jit
+def _ahead(e, m, scale, nearest, power):
+    """The e and the log2 m, rounded down, of the group whose mask times density is largest, with one group more."""
+    own = _exponent(m)
+    ahead = (m > 0) & (_difference(e, nearest, scale) + (own - power) > 0)
+    return tl.where(ahead, e, nearest), tl.where(ahead, own, power)
+
+
+@triton.jit
+def _mixture_weight(e, scale, nearest, power):
+    """2 to the power of a group's exponent less that of `_ahead`'s."""
+    return tl.exp2(_at_most(_difference(e, nearest, scale) - power, MOST))
 
 
 @triton.jit
@@ -105,21 +112,20 @@ def _gaussian_inputs_kernel(
     scale = -0.5 / (v * LN2)
     x = _load(x_ptr, row * pixels + d, mask)
     base = row * groups * pixels + d
-    top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
-    nearest = tl.zeros([BLOCK], dtype=tl.float32)
+    nearest = tl.full([BLOCK], -LOWEST, dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        top, nearest = _gaussian_compare(e, scale, top, nearest)
+        nearest = _nearer(e, nearest)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        total += _gaussian_weight(e, scale, nearest)
+        total += tl.exp2(_difference(e, nearest, scale))
     share = 1.0 / total
-    peak = tl.exp2(top) / tl.sqrt(v * TWO_PI)
+    peak = tl.exp2((nearest * scale) * nearest) / tl.sqrt(v * TWO_PI)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        w = _gaussian_weight(e, scale, nearest)
+        w = tl.exp2(_difference(e, nearest, scale))
         _store(dz_ptr, at, e * _load(m_ptr, at, mask) * (w * peak), mask)
         _store(likelihood_ptr, at, w * share, mask)
 
@@ -147,28 +153,27 @@ def _gaussian_inputs_backward_kernel(
     scale, precision = -0.5 / (v * LN2), 1.0 / v
     x = _load(x_ptr, row * pixels + d, mask)
     base = row * groups * pixels + d
-    top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
-    nearest = tl.zeros([BLOCK], dtype=tl.float32)
+    nearest = tl.full([BLOCK], -LOWEST, dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        top, nearest = _gaussian_compare(e, scale, top, nearest)
+        nearest = _nearer(e, nearest)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     dot = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        w = _gaussian_weight(e, scale, nearest)
+        w = tl.exp2(_difference(e, nearest, scale))
         total += w
         dot += w * _load(grad_likelihood_ptr, at, mask)
     share = 1.0 / total
     dot *= share
-    peak = tl.exp2(top) / tl.sqrt(v * TWO_PI)
+    peak = tl.exp2((nearest * scale) * nearest) / tl.sqrt(v * TWO_PI)
     sum_x = tl.zeros([BLOCK], dtype=tl.float32)
     sum_v = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        w = _gaussian_weight(e, scale, nearest)
+        w = tl.exp2(_difference(e, nearest, scale))
         scaled = e * precision
         density = _load(grad_dz_ptr, at, mask) * (w * peak)
         a = (w * share) * (_load(grad_likelihood_ptr, at, mask) - dot)
@@ -201,17 +206,18 @@ def _gaussian_nll_kernel(
     scale = -0.5 / (v * LN2)
     x = _load(x_ptr, row * pixels + d, mask)
     base = row * groups * pixels + d
-    top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
+    nearest = tl.zeros([BLOCK], dtype=tl.float32)
+    power = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        m = _load(m_ptr, at, mask)
-        top = _larger(tl.where(m > 0, (e * scale) * e + _exponent(m), LOWEST), top)
+        nearest, power = _ahead(e, _load(m_ptr, at, mask), scale, nearest, power)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        total += _load(m_ptr, at, mask) * tl.exp2(_at_most((e * scale) * e - top, MOST))
+        total += _load(m_ptr, at, mask) * _mixture_weight(e, scale, nearest, power)
+    top = (nearest * scale) * nearest + power
     _store(nll_ptr, row * pixels + d, (0.5 * tl.log(v * TWO_PI) - top * LN2) - tl.log(total), mask)
 
 
@@ -237,24 +243,24 @@ def _gaussian_nll_backward_kernel(
     scale, precision = -0.5 / (v * LN2), 1.0 / v
     x = _load(x_ptr, row * pixels + d, mask)
     base = row * groups * pixels + d
-    top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
+    nearest = tl.zeros([BLOCK], dtype=tl.float32)
+    power = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        m = _load(m_ptr, at, mask)
-        top = _larger(tl.where(m > 0, (e * scale) * e + _exponent(m), LOWEST), top)
+        nearest, power = _ahead(e, _load(m_ptr, at, mask), scale, nearest, power)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        total += _load(m_ptr, at, mask) * tl.exp2(_at_most((e * scale) * e - top, MOST))
+        total += _load(m_ptr, at, mask) * _mixture_weight(e, scale, nearest, power)
     sum_v = _load(grad_ptr, row * pixels + d, mask)
     share = sum_v / total
     sum_x = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         at = base + k * pixels
         e = x - _load(z_ptr, at, mask)
-        w = tl.exp2(_at_most((e * scale) * e - top, MOST))
+        w = _mixture_weight(e, scale, nearest, power)
         grad_m = _at_least(_at_most(-share * w, LIMIT), -LIMIT)
         grad_z = -(share * (_load(m_ptr, at, mask) * w)) * (e * precision)
         _store(grad_z_ptr, at, grad_z, mask)

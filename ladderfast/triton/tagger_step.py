@@ -31,12 +31,11 @@ from ladderfast.triton.tagger import (
     _at_most,
     _bernoulli_backward,
     _denominator,
+    _difference,
     _empty,
     _gaussian_backward,
-    _gaussian_compare,
-    _gaussian_weight,
-    _larger,
     _load,
+    _nearer,
     _off_pole,
     _place,
     _store,
@@ -47,6 +46,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 CHUNKS = 64  # of a seed's rows, at most
 COLUMNS = 128  # pixels of a program that sums
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger one; b if either is NaN."""
+    return tl.where(a > b, a, b)
 
 
 @triton.jit
@@ -88,15 +93,14 @@ def _inputs_kernel(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     if GAUSSIAN:
         scale = -0.5 / (scalar * LN2)
-        top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
-        nearest = tl.zeros([BLOCK], dtype=tl.float32)
+        nearest = tl.full([BLOCK], -LOWEST, dtype=tl.float32)
         for k in range(groups):
             e = x - _load(z_ptr, base + k * pixels, mask)
-            top, nearest = _gaussian_compare(e, scale, top, nearest)
+            nearest = _nearer(e, nearest)
         for k in range(groups):
             e = x - _load(z_ptr, base + k * pixels, mask)
-            total += _gaussian_weight(e, scale, nearest)
-        factor = tl.exp2(top) / tl.sqrt(scalar * TWO_PI)
+            total += tl.exp2(_difference(e, nearest, scale))
+        factor = tl.exp2((nearest * scale) * nearest) / tl.sqrt(scalar * TWO_PI)
     else:
         keep = 1.0 - 2.0 * scalar
         sign = x + x - 1.0
@@ -113,7 +117,7 @@ def _inputs_kernel(
         z = _load(z_ptr, at, mask)
         m = _mask_of(m_ptr, at, m_top, m_share, mask)
         if GAUSSIAN:
-            w = _gaussian_weight(x - z, scale, nearest)
+            w = tl.exp2(_difference(x - z, nearest, scale))
             dz = (x - z) * m * (w * factor)
         else:
             w = _at_least((1.0 - x) + (z * keep + scalar) * sign, LEAST)
@@ -148,21 +152,20 @@ def _gaussian_inputs_backward_kernel(
     x = _load(x_ptr, row * pixels + d, mask)
     base = row * groups * pixels + d
     m_top, m_share = _softmax(m_ptr, base, groups, pixels, mask, BLOCK)
-    top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
-    nearest = tl.zeros([BLOCK], dtype=tl.float32)
+    nearest = tl.full([BLOCK], -LOWEST, dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        top, nearest = _gaussian_compare(e, scale, top, nearest)
+        nearest = _nearer(e, nearest)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     dot = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         e = x - _load(z_ptr, base + k * pixels, mask)
-        w = _gaussian_weight(e, scale, nearest)
+        w = tl.exp2(_difference(e, nearest, scale))
         total += w
         dot += w * _load(grad_ptr, (row * groups + k) * 4 * pixels + 3 * pixels + d, mask)
     share = 1.0 / total
     dot *= share
-    peak = tl.exp2(top) / tl.sqrt(v * TWO_PI)
+    peak = tl.exp2((nearest * scale) * nearest) / tl.sqrt(v * TWO_PI)
     sum_x = tl.zeros([BLOCK], dtype=tl.float32)
     sum_v = tl.zeros([BLOCK], dtype=tl.float32)
     m_dot = tl.zeros([BLOCK], dtype=tl.float32)
@@ -171,7 +174,7 @@ def _gaussian_inputs_backward_kernel(
         grad = (row * groups + k) * 4 * pixels + d
         e = x - _load(z_ptr, at, mask)
         m = _mask_of(m_ptr, at, m_top, m_share, mask)
-        w = _gaussian_weight(e, scale, nearest)
+        w = tl.exp2(_difference(e, nearest, scale))
         scaled = e * precision
         density = _load(grad_ptr, grad + 2 * pixels, mask) * (w * peak)
         a = (w * share) * (_load(grad_ptr, grad + 3 * pixels, mask) - dot)
@@ -186,7 +189,7 @@ def _gaussian_inputs_backward_kernel(
         grad = (row * groups + k) * 4 * pixels + d
         e = x - _load(z_ptr, at, mask)
         m = _mask_of(m_ptr, at, m_top, m_share, mask)
-        density = _load(grad_ptr, grad + 2 * pixels, mask) * (_gaussian_weight(e, scale, nearest) * peak)
+        density = _load(grad_ptr, grad + 2 * pixels, mask) * (tl.exp2(_difference(e, nearest, scale)) * peak)
         _store(grad_m_ptr, at, m * ((density * e + _load(grad_ptr, grad + pixels, mask)) - m_dot), mask)
     _store(grad_x_ptr, row * pixels + d, sum_x, mask)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, sum_v, 0.0), axis=0))

@@ -461,6 +461,43 @@ def test_near_ties_far_off(target, variance):
         assert a <= allowed, f"{name}: {a} is off, plain PyTorch by {b}"
 
 
+@pytest.mark.parametrize("variance", [1e-8, 1e-7, 1e-6])
+def test_the_nearer_of_two_neighbouring_numbers(target, variance):
+    """Reconstructions that are next to each other and far from x: of one rounded exponent, though one of them is nearer
+    by so much that it is all there is. The likelihood is 1 there, and nothing is infinite or NaN."""
+    n = 400
+    first = -torch.linspace(8, 400, n, dtype=torch.float32).reshape(n, 1, 1)
+    z = torch.cat([torch.nextafter(first, torch.tensor(-1e9)), first], 1).expand(n, 2, 40).to(target.device)
+    x, m = torch.zeros(n, 40, device=target.device), torch.full_like(z, 0.5)
+    v = torch.tensor(variance, device=target.device)
+    for given in (z, z.flip(1)):
+        inputs, grads = [x, given.contiguous(), m, v], [torch.ones_like(z), torch.randn_like(z)]
+        found = run(ops.gaussian_group_inputs, "gaussian_group_inputs", inputs, grads)
+        assert all(t.isfinite().all() for t in found)
+        e = (x.unsqueeze(1) - given).double()
+        exact = torch.softmax(-e.square() / (2 * v.double()), 1)
+        if target.backend != "reference":  # plain PyTorch rounds the exponents
+            torch.testing.assert_close(found[1].double(), exact, rtol=0, atol=1e-5)
+
+
+def test_a_mixture_of_far_groups(target):
+    """Exponents of 1e9 and more, which are rounded by hundreds: the group that explains the pixel is told by the
+    distances and masks, and its gradient is that of a single group."""
+    z = [[[0.0] * 3, [1.0] * 3]]
+    m = [[[0.5, 1.0, 1 - 1e-7], [0.5, 1e-7, 2.6e-41]]]
+    x, z, m, v = tensors(target.device, [[7.0, -7.0, 7.0]], z, m, 3e-9)
+    inputs, grads = [x, z, m, v], [torch.ones_like(x)]
+    found = run(ops.gaussian_mixture_nll, "gaussian_mixture_nll", inputs, grads)
+    expected = [36 / 6e-9, 49 / 6e-9, 36 / 6e-9]
+    assert found[0][0].tolist() == pytest.approx(expected, rel=1e-6)
+    if target.backend != "reference":  # whose autograd divides by a mask that has no reciprocal
+        assert all(t.isfinite().all() for t in found)
+    assert found[2][0, 0, :2].tolist() == pytest.approx([0.0, 7 / 3e-9], rel=1e-5)
+    assert found[2][0, 1, :2].tolist() == pytest.approx([-6 / 3e-9, 0.0], rel=1e-5)
+    if target.backend != "reference":
+        assert found[2][0, :, 2].tolist() == pytest.approx([0.0, -6 / 3e-9], rel=1e-5)
+
+
 def test_a_variance_near_the_least_number(target):
     """Exponents near the largest number, of which the larger one still decides."""
     x, z, m, v = tensors(target.device, [[0.0]], [[[1.0], [1.5]]], [[[0.5], [0.5]]], 1e-38)
