@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ladderfast.checks import check_whole
 
 from .dataset import Batches, DataSource
 from .shuffle import DRAW, check_seed, draw_labels, shuffles
@@ -21,7 +22,8 @@ class GroupedImages(DataSource):
     (N, C) and (M, C) zeros and ones where an image has several. `num_labels` images are labelled (None: all, 0: none),
     drawn by `seed`, with single classes the same number of each. They stay among the unlabelled ones.
 
-    Raises ValueError for lengths or numbers of pixels that do not agree, or more labels than there are.
+    Raises ValueError for lengths or numbers of pixels that do not agree, or more labels than there are, and TypeError
+    for a num_labels that is no whole number.
     """
 
     def __init__(
@@ -150,10 +152,7 @@ def split_sizes(num_train: int, num_test: int) -> tuple[int, int, int]:
     Raises TypeError unless they are whole numbers, ValueError where there would be none.
     """
     for name, number in (("num_train", num_train), ("num_test", num_test)):
-        try:
-            operator.index(number)
-        except TypeError:
-            raise TypeError(f"{name} must be a whole number, got {number!r}") from None
+        check_whole(name, number)
     if num_train < 1 or num_test < 1:
         raise ValueError(f"num_train and num_test must be at least 1, got {num_train} and {num_test}")
     return num_train, num_test, num_test
@@ -163,6 +162,7 @@ def _draw(y: Tensor, num_labels: int | None, seed: int) -> Tensor:
     if y.dim() == 1 or num_labels is None:
         return draw_labels(y, num_labels, seed=seed)
     check_seed(seed)
+    check_whole("num_labels", num_labels)
     if not 1 <= num_labels <= len(y):
         raise ValueError(f"num_labels must be from 0 to {len(y)}, or None for all, got {num_labels}")
     return torch.from_numpy(shuffles(len(y), seed=seed, stream=DRAW)[0][:num_labels]).sort().values

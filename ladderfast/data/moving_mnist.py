@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ladderfast.checks import check_whole
+
 from .dataset import Batch, DataSource
 from .draws import HELD_OUT_SEED, MOVING_DIGITS, Draws
 from .mnist import MNIST
@@ -41,7 +43,8 @@ class MovingMNIST(DataSource):
         num_test: test sequences.
         download: fetch MNIST's files that are not there.
 
-    Raises FileNotFoundError, ValueError and OSError as `MNIST` does; ValueError for sizes that make no sequence.
+    Raises FileNotFoundError, ValueError and OSError as `MNIST` does; TypeError or ValueError for sizes that make no
+    sequence.
 
     Source: Srivastava et al., "Unsupervised Learning of Video Representations using LSTMs", 2015; the sequences are
     our own.
@@ -57,6 +60,9 @@ class MovingMNIST(DataSource):
         *,
         download: bool = False,
     ) -> None:
+        sizes = {"frames": frames, "side": side, "num_train": num_train, "num_test": num_test}
+        for name, size in sizes.items():
+            check_whole(name, size)
         if frames < 2 or side <= DIGIT or num_train < 1 or num_test < 1:
             raise ValueError(
                 f"frames must be at least 2, side above {DIGIT}, num_train and num_test at least 1, got {frames}, "

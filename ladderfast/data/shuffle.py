@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ladderfast.checks import check_whole
+
 # Streams of one seed that must not share numbers.
 UNLABELLED, LABELLED, DRAW = 0, 1, 2
 AUGMENT_UNLABELLED, AUGMENT_LABELLED = 16, 17
@@ -49,11 +51,13 @@ def draw_labels(y: Tensor, num_labels: int | None, *, seed: int) -> Tensor:
     does not divide `num_labels`, classes chosen by the seed give one sample more. Returns int64 indices
     (num_labels,), sorted, so that what is stored does not depend on the order of the draw.
 
-    Raises ValueError where num_labels is not positive or a class has too few samples.
+    Raises TypeError unless num_labels is a whole number, ValueError where it is not positive or a class has too few
+    samples.
     """
     check_seed(seed)
     if num_labels is None:
         return torch.arange(len(y))
+    check_whole("num_labels", num_labels)
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, or None for all, got {num_labels}")
     labels = y.cpu().numpy()

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ladderfast.checks import check_whole
+
 from .draws import HELD_OUT_SEED, TEXTURED_DIGITS, TEXTURED_MNIST, Draws
 from .grouped import GroupedImages
 from .mnist import MNIST
+from .shuffle import check_seed
 from .textures import TexturePatches, generate_textures, read_textures
 
 SIDE = 28
@@ -35,7 +38,8 @@ class TexturedMNIST(GroupedImages):
         seed: draws the training images' textures, and labels; the test images are the same for every seed.
         download: fetch MNIST's files that are not there.
 
-    Raises FileNotFoundError, ValueError and OSError as `MNIST` and `read_textures` do.
+    Raises FileNotFoundError, ValueError and OSError as `MNIST` and `read_textures` do; before, TypeError or ValueError
+    for numbers and a seed that are none.
 
     Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 4.2 (with Brodatz textures).
     """
@@ -51,6 +55,7 @@ class TexturedMNIST(GroupedImages):
         seed: int = 1,
         download: bool = False,
     ) -> None:
+        _check(seed, num_labels=num_labels, num_train=num_train, num_test=num_test)
         mnist = MNIST(data_dir, download=download)
         pictures = generate_textures() if textures is None else read_textures(textures)
         patches = TexturePatches(pictures, SIDE, (1.5, 3.0))
@@ -97,7 +102,8 @@ class FrequencyMNIST(GroupedImages):
         seed: draws training images and labels; the test images are the same for every seed.
         download: fetch MNIST's files that are not there.
 
-    Raises FileNotFoundError, ValueError and OSError as `MNIST` does.
+    Raises FileNotFoundError, ValueError and OSError as `MNIST` does; before, TypeError or ValueError for numbers and a
+    seed that are none.
     """
 
     def __init__(
@@ -110,6 +116,7 @@ class FrequencyMNIST(GroupedImages):
         seed: int = 1,
         download: bool = False,
     ) -> None:
+        _check(seed, num_labels=num_labels, num_train=num_train, num_test=num_test)
         mnist = MNIST(data_dir, download=download)
         parts = []
         for first, x, y, count, drawn_by in _parts(mnist, num_train, num_test, seed):
@@ -176,6 +183,14 @@ def thickened(digits: np.ndarray) -> np.ndarray:
     wide[:, :, 1:] |= thick[:, :, :-1]
     wide[:, :, :-1] |= thick[:, :, 1:]
     return wide
+
+
+def _check(seed: int, **numbers: int | None) -> None:
+    """Before any file is read."""
+    check_seed(seed)
+    for name, number in numbers.items():
+        if number is not None:
+            check_whole(name, number)
 
 
 def _parts(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ladderfast.checks import check_whole
 
 
 def check_floating(name: str, t: Any) -> None:
@@ -23,19 +24,21 @@ def check_input(name: str, t: Any, network: nn.Module, *, half: bool = False) ->
     """
     check_floating(name, t)
     dtype = next((p.dtype for p in network.parameters()), t.dtype)
-    if t.dtype == dtype:
-        return
-    half = half or torch.is_autocast_enabled(t.device.type)
-    if not half or torch.float64 in (t.dtype, dtype):
+    if not _fits(t, dtype, half):
         raise TypeError(f"{name} must be {dtype}, as the network's parameters are, got {t.dtype}")
 
 
-def check_whole(name: str, value: Any) -> None:
-    """TypeError unless value is a whole number."""
-    try:
-        operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+def check_like(name: str, t: Tensor, x: Tensor) -> None:
+    """TypeError unless t is on x's device and of its dtype, or of one that autocast takes beside it."""
+    if t.device != x.device or not _fits(t, x.dtype):
+        raise TypeError(f"{name} must be {x.dtype} on {x.device}, as x is, got {t.dtype} on {t.device}")
+
+
+def _fits(t: Tensor, dtype: torch.dtype, half: bool = False) -> bool:
+    if t.dtype == dtype:
+        return True
+    half = half or torch.is_autocast_enabled(t.device.type)
+    return half and torch.float64 not in (t.dtype, dtype)
 
 
 def check_num_classes(num_classes: Any) -> None:

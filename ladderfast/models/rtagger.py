@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderfast.checks import check_whole
 from ladderfast.nn.recurrent_ladder import StepBatchNorm, averaged_statistics
 from ladderfast.ops import bernoulli_mixture_nll, gaussian_mixture_nll
 
@@ -42,6 +43,8 @@ class RTagger(Grouping):
 
     Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017, section 4.
     """
+
+    batch_statistics = False
 
     def __init__(
         self,
@@ -77,6 +80,10 @@ class RTagger(Grouping):
         )
         if not hasattr(image_shape, "__len__") or len(image_shape) != 2:
             raise ValueError(f"image_shape must be (height, width), got {image_shape!r}")
+        for name, size in zip(("height", "width"), image_shape, strict=True):
+            check_whole(f"{name} of image_shape", size)
+        if min(image_shape) < 1:
+            raise ValueError(f"image_shape must be positive, got {image_shape!r}")
         check_num_classes(num_classes)
         self.image_shape = tuple(image_shape)
         self.num_pixels, self.num_classes = self.image_shape[0] * self.image_shape[1], num_classes

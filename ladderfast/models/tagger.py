@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladderfast.models.checks import check_floating, check_input, check_num_classes, check_whole
+from ladderfast.checks import check_number, check_whole
+from ladderfast.models.checks import check_floating, check_input, check_like, check_num_classes
 from ladderfast.models.layers import Dense
 from ladderfast.nn import GaussianCombinator
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
@@ -137,11 +138,13 @@ class LadderMapping(nn.Module):
 class Grouping(nn.Module):
     """What a `Tagger` and an `RTagger` share: corruption, what groups are told, the cost, and the iterations.
 
-    A subclass has `num_pixels` and `num_classes`, and an `_iterate`.
+    A subclass has `num_pixels` and `num_classes`, and an `_iterate`; `batch_statistics` says whether it normalises with
+    the statistics of the batch at hand in evaluation too.
     """
 
     num_pixels: int
     num_classes: int
+    batch_statistics: bool
 
     def __init__(
         self,
@@ -173,6 +176,11 @@ class Grouping(nn.Module):
                 raise ValueError(
                     f"{name} means nothing to {inputs} inputs (binary={binary}), got {given[name]!r}"
                 )
+        numbers = {"noise": noise, "input_mean": input_mean, "variance_start": variance_start}
+        for name, number in numbers.items():
+            check_number(name, number)
+        if not math.isfinite(input_mean):
+            raise ValueError(f"input_mean must be finite, got {input_mean}")
         if not 0 <= noise < math.inf or (binary and noise > 0.5):
             wanted = "from 0 to 0.5" if binary else "finite and not negative"
             raise ValueError(f"noise must be {wanted}, got {noise}")
@@ -246,7 +254,7 @@ class Grouping(nn.Module):
             )
         if len(x) == 0:
             raise ValueError("x must hold at least one sample, got 0")
-        if len(x) * num_groups < 2:
+        if len(x) * num_groups < 2 and (self.training or self.batch_statistics):
             raise ValueError(
                 f"x must hold at least two samples for a single group, as there is no variance in one, got {len(x)}"
             )
@@ -254,10 +262,12 @@ class Grouping(nn.Module):
         if corrupted is None:
             corrupted = self.corrupt(x, generator=generator)
         _check("corrupted", corrupted, tuple(x.shape))
+        check_like("corrupted", corrupted, x)
         if mask is None:
             mask_logits = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
         else:
             _check("mask", mask, shape)
+            check_like("mask", mask, x)
             mask_logits = mask.clamp(min=torch.finfo(mask.dtype).tiny).log()
         z = torch.full(shape, self.input_mean, device=x.device, dtype=x.dtype)
         unsquashed: Tensor | None = None
@@ -363,6 +373,8 @@ class Tagger(Grouping):
     Gaussian mixture in the cost of algorithm 3 is a slip: this is the Bernoulli one.)
     """
 
+    batch_statistics = True
+
     def __init__(
         self,
         num_pixels: int,
@@ -427,18 +439,27 @@ class Tagger(Grouping):
 
     def _iterate(self, told: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
         h = self.project(told, want_z=False).h
-        y = self.inner(h)
-        logits: Any = None
-        if isinstance(y, tuple):
-            y, logits = y
-        elif self.num_classes:
-            raise TypeError("inner must return a pair, (N K, H) and the classes' logits, for num_classes")
+        y, logits = self._parted(self.inner(h))
         if y.shape != h.shape:
             raise ValueError(f"inner must return {tuple(h.shape)}, what it is given, got {tuple(y.shape)}")
         if self.num_classes and logits.shape != (len(h), self.num_classes + 1):
             wanted = (len(h), self.num_classes + 1)
             raise ValueError(f"inner must return logits {wanted} for num_classes, got {tuple(logits.shape)}")
         return self.read(y.to(self.read.weight.dtype)), logits, None
+
+    def _parted(self, found: Any) -> tuple[Tensor, Any]:
+        """What the inner network returned, as (N K, H) and the classes' logits, which only `num_classes` needs."""
+        pair = isinstance(found, tuple) and len(found) == 2
+        y, logits = found if pair else (found, None)
+        if not isinstance(y, Tensor) or (self.num_classes and not isinstance(logits, Tensor)):
+            wanted = "a pair of tensors, (N K, H) and the classes' logits, for num_classes"
+            if not self.num_classes:
+                wanted = "a tensor (N K, H), or a pair of it and logits"
+            got = type(found).__name__
+            if isinstance(found, tuple):
+                got = f"a tuple of ({', '.join(type(part).__name__ for part in found)})"
+            raise TypeError(f"inner must return {wanted}, got {got}")
+        return y, logits
 
     def _outputs(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z_pre, mask_pre = pre.chunk(2, 2)

@@ -331,10 +331,13 @@ class DecoderGate(nn.Module):
             a = a.expand(*a.shape[:2], *e.shape[2:])
         if self.norm is not None:
             a = self.norm(a, step)
-        dtype = torch.promote_types(a.dtype, e.dtype)
-        if dtype in HALF and a.device.type == "cpu":
-            dtype = torch.float32  # the least that the CPU's kernel takes
-        a, e = a.to(dtype), e.to(dtype)
+        given = torch.promote_types(a.dtype, e.dtype)
+        # float32 is the least that the CPU's kernel takes; the next level's weights are as given.
+        dtype = torch.float32 if given in HALF and a.device.type == "cpu" else given
+        return self._combined(e.to(dtype), a.to(dtype)).to(given)
+
+    def _combined(self, e: Tensor, a: Tensor) -> Tensor:
+        """d of e and of what is normalised of v, and of both."""
         if self.combinator is not None:
             return gaussian_combinator(e, a, for_op(self.combinator.weight, a))
         first, second = a.chunk(2, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NORMALISERS = ("arithmetic", "max")
+MANY = 64  # labels from here on are renumbered, as there is a place for each in a table
 TERMS = 1 << 22  # of the expectation computed at a time, 8 bytes each and some ten such arrays
 
 
@@ -70,10 +71,18 @@ def _contingency(truth: Tensor, predicted: Tensor) -> Tensor:
     images = len(truth)
     if not truth.numel():
         return truth.new_zeros(images, 1, 1)
+    truth, predicted = (_renumbered(t) if int(t.max()) >= MANY else t for t in (truth, predicted))
     owners, groups = int(truth.max()) + 1, int(predicted.max()) + 1
     place = (torch.arange(images)[:, None] * owners + truth) * groups + predicted
     counts = torch.bincount(place.reshape(-1), minlength=images * owners * groups)
     return counts.reshape(images, owners, groups)[:, 1:]
+
+
+def _renumbered(labels: Tensor) -> Tensor:
+    """Each image's labels (N, P) without gaps, in their order: 0 stays 0, and the others are from 1 on."""
+    ordered, place = labels.sort(1)
+    new = ordered.diff(dim=1, prepend=labels.new_zeros(len(labels), 1)) > 0
+    return torch.empty_like(labels).scatter_(1, place, new.cumsum(1))
 
 
 def _expected(size: Tensor, a: Tensor, b: Tensor) -> Tensor:

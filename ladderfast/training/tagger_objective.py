@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ladderfast.checks import check_number, check_whole
 from ladderfast.data import Batch
+from ladderfast.ops.function import readable
 
 from .metric import Metric
 from .mutual_information import NORMALISERS, adjusted_mutual_information
@@ -58,7 +60,8 @@ class TaggerObjective(Objective):
         judged_by: "ami" or, for labelled images, "test_error", both at the last iteration (the mean, of sequences).
         test_batch: test images normalised together.
 
-    Raises ValueError for arguments out of range, or labels of a model or of data without classes.
+    Raises TypeError for what is no number, ValueError for arguments out of range, labels of a model or of data without
+    classes, or labels that are none of the model's classes.
     """
 
     def __init__(
@@ -81,8 +84,10 @@ class TaggerObjective(Objective):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name, number in (("groups", groups), ("iterations", iterations), ("test_batch", test_batch)):
+            check_whole(name, number)
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        check_number("class_weight", class_weight)
         if not 0 <= class_weight < math.inf:
             raise ValueError(f"class_weight must be finite and not negative, got {class_weight}")
         self.groups, self.iterations, self.test_batch = groups, iterations, test_batch
@@ -95,6 +100,11 @@ class TaggerObjective(Objective):
             raise ValueError(
                 f"class_weight needs a model with num_classes, got {self.class_weight:g} and one without"
             )
+        if self.test_batch == 1 and self._least(model) > 1:
+            raise ValueError(
+                f"test_batch must be at least 2 for groups=1 of a {type(model).__name__}, which has no variance in one "
+                "image, got 1"
+            )
 
     def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
         name, pixels = type(data).__name__, math.prod(getattr(data, "image_shape", ()))
@@ -102,6 +112,15 @@ class TaggerObjective(Objective):
             raise ValueError(
                 f"num_pixels must be {pixels}, as many as an image of {name} has, got {model.num_pixels}"
             )
+        if self.class_weight and not batch_labelled:
+            raise ValueError(
+                f"batch_labelled must be at least 1 for class_weight={self.class_weight:g}, the weight of a cost of "
+                "labelled images, got 0"
+            )
+        if classes := getattr(model, "num_classes", 0):
+            for labels in (getattr(data, "y_labelled", None), getattr(data, "y_test", None)):
+                if labels is not None:
+                    _check_labels(labels, classes)
         frames = getattr(data, "frames", None)
         if frames is not None and self.iterations >= frames:
             raise ValueError(
@@ -147,6 +166,10 @@ class TaggerObjective(Objective):
             return None
         self._renew_statistics(model, data)
         return float(self._figures(model, data.x_valid, data.owner_valid, None)["ami"])
+
+    def _least(self, model: Any) -> int:
+        """Images that the model needs at once in evaluation: a single group's variance in one of them is none."""
+        return 2 if self.groups == 1 and getattr(model, "batch_statistics", False) else 1
 
     def _renew_statistics(self, model: Any, data: Any, *, corrupted: bool = True) -> None:
         """An RTagger's statistics for evaluation, from the first training batches; a Tagger has none."""
@@ -213,7 +236,8 @@ class TaggerObjective(Objective):
         self, model: Any, x: Tensor, owner: Tensor, labels: Tensor | None, *, corrupted: bool = True
     ) -> dict[str, Any]:
         generator = torch.Generator(x.device).manual_seed(NOISE)
-        parts = -(-len(x) // self.test_batch)
+        # As many as fill batches, unless that left an image by itself where it needs another.
+        parts = max(1, min(-(-len(x) // self.test_batch), len(x) // self._least(model)))
         ami = torch.zeros(self.iterations, dtype=torch.float64)
         cost, wrong = torch.zeros_like(ami), torch.zeros_like(ami)
         asked = 0
@@ -252,13 +276,23 @@ def _log_classes(out: Any) -> Tensor:
     return found
 
 
+def _check_labels(y: Tensor, classes: int) -> None:
+    """ValueError unless labels (N,) or (N, C) are of so many classes."""
+    if y.dim() > 1 and y.shape[1] != classes:
+        raise ValueError(f"the images have {y.shape[1]} classes, and the model {classes}")
+    if y.dim() == 1 and len(y) and readable(y):
+        least, most = (int(label) for label in y.aminmax())
+        if least < 0 or most >= classes:
+            raise ValueError(
+                f"labels must be from 0 to {classes - 1}, as the model has {classes} classes, got {least} to {most}"
+            )
+
+
 def _k_hot(y: Tensor, log_classes: Tensor) -> Tensor:
     """Labels (N,) or (N, C) as zeros and ones (N, C)."""
     classes = log_classes.shape[-1]
-    k_hot = F.one_hot(y, classes) if y.dim() == 1 else y
-    if k_hot.shape[1] != classes:
-        raise ValueError(f"the images have {k_hot.shape[1]} classes, and the model {classes}")
-    return k_hot.to(log_classes.dtype)
+    _check_labels(y, classes)
+    return (F.one_hot(y, classes) if y.dim() == 1 else y).to(log_classes.dtype)
 
 
 def _missed(log_classes: Tensor, y: Tensor) -> Tensor:

@@ -132,6 +132,22 @@ def test_images_of_several_classes_are_labelled_at_random():
         numbered(y_train=y, num_labels=31)
 
 
+@pytest.mark.parametrize("y", [torch.eye(30), torch.arange(30) % 3])
+def test_a_number_of_labels_that_is_no_whole_number(y):
+    with pytest.raises(TypeError, match=r"num_labels must be a whole number, got 1\.5"):
+        numbered(y_train=y, num_labels=1.5)
+
+
+@pytest.mark.parametrize("made", [TexturedMNIST, FrequencyMNIST])
+def test_numbers_are_looked_at_before_any_file(made, tmp_path):
+    for name in ("num_train", "num_test", "num_labels"):
+        with pytest.raises(TypeError, match=rf"{name} must be a whole number, got 1\.5"):
+            made(str(tmp_path), **{name: 1.5})
+    for seed in (-1, 1.5):
+        with pytest.raises(ValueError, match=rf"seed must be an integer from 0 to .*, got {seed}"):
+            made(str(tmp_path), seed=seed)
+
+
 def test_lengths_that_do_not_agree():
     with pytest.raises(ValueError, match="x_train and y_train must be of one length, got 30 and 4"):
         numbered(y_train=torch.zeros(4))

@@ -63,3 +63,6 @@ def test_batches_are_made_as_they_are_asked_for(source):
         source.batches(0, 13, seed=1)
     with pytest.raises(ValueError, match="frames must be at least 2, side above 28"):
         MovingMNIST(side=28)
+    for name in ("frames", "side", "num_train", "num_test"):
+        with pytest.raises(TypeError, match=rf"{name} must be a whole number, got 30\.5"):
+            MovingMNIST(**{name: 30.5})

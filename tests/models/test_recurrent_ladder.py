@@ -1,5 +1,7 @@
 """The recurrent Ladder: its connections, its state, its sequences."""
 
+import copy
+
 import pytest
 import torch
 
@@ -264,6 +266,25 @@ def test_a_state_can_be_folded_with_the_batch():
     alone, _ = model.step(x[:, 2], state)
     torch.testing.assert_close(both.prediction[::2], alone.prediction)
     assert not any(t.requires_grad for t in tensors(state.detach()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_of_16_bits(name, norm, training):
+    """Beside the same network in float64, of the same values; all that passes between layers is of 16 bits."""
+    model = make(name, norm=norm, dtype=torch.bfloat16).train(training)
+    wide = copy.deepcopy(model).double()
+    x = torch.randn(32, T, *NETWORKS[name][0]).bfloat16()  # statistics of a few would magnify what is rounded
+    output, state = model(x)
+    expected, _ = wide(x.double())
+    results = [t for t in output if t is not None]
+    assert {t.dtype for t in (*results, *tensors(state))} == {torch.bfloat16}
+    for found, right in zip(results, (t for t in expected if t is not None), strict=True):
+        away = (found.double() - right).abs().mean() / right.abs().mean()
+        assert away < 0.04
+    sum(t.float().sum() for t in results).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_it_computes_in_16_bits_under_autocast():

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -114,6 +115,10 @@ def test_groups_and_steps_are_chosen_at_the_call():
         RTagger(28, LEVELS)
     with pytest.raises(ValueError, match=r"image_shape must be \(height, width\), got \(1, 6, 6\)"):
         RTagger((1, 6, 6), LEVELS)
+    with pytest.raises(TypeError, match=r"width of image_shape must be a whole number, got 6\.0"):
+        RTagger((6, 6.0), LEVELS)
+    with pytest.raises(ValueError, match=r"image_shape must be positive, got \(0, 6\)"):
+        RTagger((0, 6), LEVELS)
 
 
 def test_statistics_for_evaluation_are_computed_anew():
@@ -142,6 +147,33 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch():
             torch.testing.assert_close(getattr(whole, name)[t][:1], getattr(alone, name)[t])
     torch.testing.assert_close(whole.cost[:, :1], alone.cost)
     torch.testing.assert_close(whole.log_classes[:, :1], alone.log_classes)
+
+
+def test_one_image_in_one_group_is_evaluated():
+    model, x = make(), data(N)
+    model.recompute_statistics([data(N)], 1, 2)
+    model.eval()
+    whole, alone = (model(x[:n], 1, 2, corrupted=x[:n]) for n in (N, 1))
+    torch.testing.assert_close(whole.z[1][:1], alone.z[1])
+    with pytest.raises(ValueError, match=r"at least two samples for a single group, .* got 1"):
+        model.train()(x[:1], 1, 2)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_weights_of_16_bits(kind, binary):
+    model = RTagger((SIDE, SIDE), LEVELS, num_classes=2, binary=binary, dtype=torch.bfloat16)
+    wide = copy.deepcopy(model).double()
+    x, m = data(N, binary=binary).to(kind), masks().to(kind)
+    out, right = (
+        net(x.to(t), K, 2, corrupted=x.to(t), mask=m.to(t))
+        for net, t in ((model, kind), (wide, torch.float64))
+    )
+    assert out.z[0].dtype == out.cost.dtype == kind
+    torch.testing.assert_close(out.m[0].double(), right.m[0], atol=0.1, rtol=0)
+    torch.testing.assert_close(out.cost[0].double(), right.cost[0], atol=0, rtol=0.1)
+    out.cost.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_clean_input_has_statistics_of_its_own():

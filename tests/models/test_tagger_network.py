@@ -271,8 +271,7 @@ def test_an_inner_network_of_ones_own():
     assert Tagger(D, [6], inner=Own())(x, K, 2).cost.shape == (2, N)
     assert Tagger(D, [6], inner=Own(4), num_classes=3)(x, K, 2).log_classes.shape == (2, N, 3)
     assert Tagger(D, [6], inner=Own(4))(x, K, 2).log_classes is None
-    with pytest.raises(TypeError, match="inner must return a pair"):
-        Tagger(D, [6], inner=Own(), num_classes=3)(x, K, 1)
+    assert Tagger(D, [6], inner=Returns(lambda h: (h, None)))(x, K, 1).cost.shape == (1, N)
     with pytest.raises(ValueError, match=r"layers must be \[H\]"):
         Tagger(D, [6, 4], inner=Own())
     with pytest.raises(ValueError, match=r"inner must return \(18, 6\), what it is given, got \(18, 4\)"):
@@ -283,10 +282,46 @@ def test_an_inner_network_of_ones_own():
         Tagger(D, [6], inner=Own(3), num_classes=3)(x, K, 1)
 
 
+class Returns(nn.Module):
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def forward(self, h):
+        return self.found(h)
+
+
+PAIR = "a pair of tensors, \\(N K, H\\) and the classes' logits, for num_classes"
+TENSOR = "a tensor \\(N K, H\\), or a pair of it and logits"
+
+
+@pytest.mark.parametrize(
+    ("found", "classes", "wanted", "got"),
+    [
+        (lambda h: None, 0, TENSOR, "NoneType"),
+        (lambda h: [h, h], 0, TENSOR, "list"),
+        (lambda h: (h,), 0, TENSOR, r"a tuple of \(Tensor\)"),
+        (lambda h: (h, h, h), 0, TENSOR, r"a tuple of \(Tensor, Tensor, Tensor\)"),
+        (lambda h: (None, h), 0, TENSOR, r"a tuple of \(NoneType, Tensor\)"),
+        (lambda h: h, 3, PAIR, "Tensor"),
+        (lambda h: None, 3, PAIR, "NoneType"),
+        (lambda h: (h, None), 3, PAIR, r"a tuple of \(Tensor, NoneType\)"),
+    ],
+)
+def test_an_inner_network_that_returns_something_else(found, classes, wanted, got):
+    model = Tagger(D, [6], inner=Returns(found), num_classes=classes)
+    with pytest.raises(TypeError, match=f"^inner must return {wanted}, got {got}$"):
+        model(data().float(), K, 1)
+
+
 def test_under_autocast():
     model, x = Tagger(D, [16, 8, 4], num_classes=3), data().float()
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, K, 2)
+        m = torch.rand(N, K, D).softmax(1)
+        assert model(x, K, 1, corrupted=x.bfloat16(), mask=m.bfloat16()).cost.isfinite().all()
+        with pytest.raises(TypeError, match=r"mask must be torch.float32 on cpu, as x is, got torch.float64"):
+            model(x, K, 1, mask=m.double())
     assert out.cost.dtype == out.z[0].dtype == out.log_classes.dtype == torch.float32
     out.cost.sum().backward()
     assert model.read.weight.grad.isfinite().all()
@@ -316,11 +351,34 @@ def test_under_autocast():
         ({"feed_logits": True, "binary": False}, "feed_logits means nothing to continuous inputs"),
         ({"num_classes": 4}, r"layers must end with num_classes \+ 1 = 5 units"),
         ({"num_classes": -1}, "num_classes must be 0 or positive, got -1"),
+        ({"noise": math.nan}, "noise must be from 0 to 0.5, got nan"),
+        ({"input_mean": math.nan}, "input_mean must be finite, got nan"),
+        ({"input_mean": -math.inf, "binary": False}, "input_mean must be finite, got -inf"),
     ],
 )
 def test_arguments_that_make_no_tagger(options, message):
     with pytest.raises(ValueError, match=message):
         Tagger(**{"num_pixels": D, "layers": [6, 4], **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"noise": None}, {"input_mean": "a"}, {"variance_start": "x", "binary": False}]
+)
+def test_arguments_that_are_no_numbers(options):
+    name, value = next(iter(options.items()))
+    with pytest.raises(TypeError, match=f"^{name} must be a number, got {value!r}$"):
+        Tagger(D, [6, 4], **options)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, "meta"])
+def test_a_corruption_or_masks_of_another_kind(kind, binary):
+    model, x, m = Tagger(D, [6, 4], binary=binary), data(binary).float(), torch.rand(N, K, D).softmax(1)
+    got = "torch.float32 on meta" if kind == "meta" else f"{kind} on cpu"
+    for name, t in (("corrupted", x), ("mask", m)):
+        message = f"^{name} must be torch.float32 on cpu, as x is, got {got}$"
+        with pytest.raises(TypeError, match=message):
+            model(x, K, 1, **{name: t.to(kind)})
 
 
 def test_inputs_that_do_not_fit():

@@ -36,6 +36,23 @@ def test_in_parts(monkeypatch):
         assert torch.equal(adjusted_mutual_information(truth, predicted), whole)
 
 
+@pytest.mark.parametrize("normaliser", ["arithmetic", "max"])
+def test_large_labels_are_as_good_as_small_ones(normaliser):
+    """Whatever the labels are: they are 0, which is none, and otherwise only told apart."""
+    large = torch.tensor([0, 1, 63, 64, 10**10, 2**62, 2**63 - 1])
+    small_truth, small = torch.randint(0, 7, (15, 40)), torch.randint(0, 7, (15, 40))
+    small_truth[3] = small_truth[3].clamp(min=2)  # an image all of whose pixels have owners
+    small = torch.where(torch.rand(15, 40) < 0.5, small_truth, small)
+    found = adjusted_mutual_information(large[small_truth], large[small], normaliser=normaliser)
+    np.testing.assert_allclose(found, theirs(small_truth, small, normaliser), rtol=0, atol=1e-12)
+    for truth, predicted in ((large[small_truth], small), (small_truth, large[small])):
+        torch.testing.assert_close(
+            adjusted_mutual_information(truth, predicted, normaliser=normaliser), found, rtol=0, atol=1e-12
+        )
+    agree = adjusted_mutual_information(torch.tensor([[1, 2, 10**10]]), torch.tensor([[0, 1, 2]]))
+    assert agree.eq(1).all()
+
+
 def test_names_of_groups_do_not_matter_and_chance_is_zero():
     truth = torch.randint(1, 4, (500, 60))
     assert adjusted_mutual_information(truth, (truth + 1) % 4).eq(1).all()

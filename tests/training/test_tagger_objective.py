@@ -99,6 +99,54 @@ def test_the_class_cost_is_of_the_labelled_images_at_the_last_iteration(k_hot):
         TaggerObjective(4, 2, class_weight=0.5)(Stub(log_p), batch(torch.ones(2, 2)))
 
 
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_that_are_none_of_the_models_classes(label):
+    y, log_p = torch.tensor([2, label]), torch.zeros(2, 3, 4)
+    objective = TaggerObjective(4, 2, class_weight=0.5)
+    message = "labels must be from 0 to 3, as the model has 4 classes, got "
+    with pytest.raises(ValueError, match=f"^{message}{min(2, label)} to {max(2, label)}$"):
+        objective(Stub(log_p), batch(y))
+    x = torch.zeros(2, 16)
+    data = GroupedImages(x, x, x.long(), image_shape=(4, 4), y_train=torch.tensor([0, 1]), y_test=y)
+    with pytest.raises(ValueError, match=message):
+        objective.check_data(Tagger(16, [8, 5], num_classes=4), data, 1, 1)
+
+
+def test_a_class_cost_needs_labelled_images():
+    with pytest.raises(
+        ValueError, match=r"batch_labelled must be at least 1 for class_weight=0\.5, .*, got 0"
+    ):
+        Run(RECIPE, folder=None, batch_labelled=0)
+
+
+def test_a_single_group_needs_two_images_of_a_tagger(monkeypatch):
+    torch.manual_seed(0)
+    x, owner = torch.rand(5, 16).round(), torch.randint(3, (5, 16))
+    model, rtagger = (
+        Tagger(16, [8, 6]),
+        RTagger((4, 4), [{"encoder": "convlstm", "channels": 3}], binary=True).eval(),
+    )
+    alone, pair = (TaggerObjective(groups=1, iterations=2, test_batch=n) for n in (1, 2))
+    with pytest.raises(ValueError, match=r"test_batch must be at least 2 for groups=1 of a Tagger, .* got 1"):
+        alone.check(model)
+    TaggerObjective(groups=2, test_batch=1).check(model)
+    pair.check(model)
+    alone.check(rtagger)
+    sizes = []
+    for network in (model, rtagger):
+        forward = network.forward
+        monkeypatch.setattr(
+            network, "forward", lambda x, *a, _run=forward, **k: sizes.append(len(x)) or _run(x, *a, **k)
+        )
+    with torch.no_grad():
+        figures = [
+            objective._figures(network, x, owner, None)
+            for objective, network in ((pair, model), (pair, rtagger), (alone, rtagger))
+        ]
+    assert sizes == [3, 2, *[2, 2, 1], *[1] * 5]
+    assert figures[1]["ami"] == figures[2]["ami"] == 0  # of one group
+
+
 def test_labels_that_are_not_among_the_likeliest():
     log_p = torch.tensor([[[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]])
     assert _missed(log_p, torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 0, 1]])).tolist() == [2.0]
@@ -161,6 +209,20 @@ def test_what_is_measured_is_what_the_model_says(monkeypatch):
 def test_arguments_that_are_refused(kind, message):
     with pytest.raises(ValueError, match=message):
         TaggerObjective(**kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("groups", 1.5, "a whole number"),
+        ("iterations", 2.5, "a whole number"),
+        ("test_batch", 2.5, "a whole number"),
+        ("class_weight", "x", "a number"),
+    ],
+)
+def test_arguments_that_are_no_numbers(name, value, wanted):
+    with pytest.raises(TypeError, match=f"^{name} must be {wanted}, got {value!r}$"):
+        TaggerObjective(**{name: value})
 
 
 def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):

@@ -1,0 +1,23 @@
+"""What networks, data and objectives check alike of a number they are given."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+
+def check_whole(name: str, value: Any) -> None:
+    """TypeError unless value is a whole number."""
+    try:
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def check_number(name: str, value: Any) -> None:
+    """TypeError unless value is a number, finite or not."""
+    try:
+        math.isfinite(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
