@@ -422,7 +422,7 @@ template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsPass {
     OutputsItem<gaussian, fixed, T> item;
     T *z_out, *logits_out, *nll;
-    // Of a tile's pixels: the sum of weights that costs; Gaussian: of the masks' weights, and the tops' difference.
+    // Of a tile's pixels: the sum of weights that costs; of the masks' weights; Gaussian: the top of the former.
     alignas(64) T sum[kOutputsTile], masks_sum[kOutputsTile], top[kOutputsTile];
 
     // The arrays stay as they are.
@@ -458,19 +458,18 @@ struct OutputsPass {
                 write<whole>(logit, to_logits + k * item.width, n);
                 l[k] = logit_exponent(logit);
                 if constexpr (!calm) masks.compare(l[k]);
-                if constexpr (gaussian) {
-                    z[k] = l[k] + gaussian_exponent(x - z[k], scalars);
-                    joint.compare(z[k]);
-                }
+                if constexpr (gaussian) z[k] = gaussian_exponent(x - z[k], scalars);
             }
             const int64_t at = (r - begin) * kOutputsBlock + d - item.first;
             if constexpr (gaussian) {
                 LF_EACH_GROUP(k, item.groups) {
                     masks.weigh(l[k]);
-                    joint.weigh(z[k]);
+                    z[k] = (l[k] - masks.top) + z[k];
+                    joint.compare(z[k]);
                 }
+                LF_EACH_GROUP(k, item.groups) joint.weigh(z[k]);
                 joint.total.store(sum + at);
-                (masks.top - joint.top).store(top + at);
+                joint.top.store(top + at);
             } else {
                 BernoulliMixture<V> mixture;
                 LF_EACH_GROUP(k, item.groups) mixture.gather(z[k], masks.weigh(l[k]));
@@ -597,20 +596,22 @@ struct OutputsBackward {
                 const V m_pre = read<whole, V>(m_at + k * item.m_stride, n);
                 l[k] = gaussian ? logit_exponent(c.logit(m_pre)) : powers.logit(m_pre);
                 if constexpr (!calm) masks.compare(l[k]);
-                if constexpr (gaussian) {
-                    other[k] = l[k] + gaussian_exponent(x - other[k], scalars);
-                    joint.compare(other[k]);
-                }
+                if constexpr (gaussian) other[k] = gaussian_exponent(x - other[k], scalars);
             }
             BernoulliMixture<V> mixture;
             LF_EACH_GROUP(k, item.groups) {
                 const V weight = masks.weigh(l[k]);
-                if constexpr (gaussian)
-                    other[k] = joint.weigh(other[k]);
-                else
+                if constexpr (gaussian) {
+                    other[k] = (l[k] - masks.top) + other[k];
+                    joint.compare(other[k]);
+                } else {
                     mixture.gather(other[k], weight);
+                    other[k].store(other_at + groups_at + k * kOutputsBlock);
+                }
                 weight.store(masks_at + groups_at + k * kOutputsBlock);
-                other[k].store(other_at + groups_at + k * kOutputsBlock);
+            }
+            if constexpr (gaussian) {
+                LF_EACH_GROUP(k, item.groups) joint.weigh(other[k]).store(other_at + groups_at + k * kOutputsBlock);
             }
             masks.total.store(share_at + at);
             (gaussian ? joint.total : mixture.p).store(joint_at + at);

@@ -378,27 +378,30 @@ struct OutputsForward {
             write<whole>(logits, p, r * plan.groups + k, plan.pixels, logit);
             masks.compare(exponent);
             if (held) l.at[k] = exponent;
-            if constexpr (gaussian) {
-                const V y = exponent + gaussian_exponent(x - out, s.scalars);
-                joint.compare(y);
-                if (held) other.at[k] = y;
-            } else if (held) {
-                other.at[k] = out;
-            }
+            if (held) other.at[k] = out;
         }
         BernoulliMixture<V> mixture;
+        const auto exponent_of_mask = [&](int k) {
+            return held ? l.at[k] : logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
+        };
+        const auto joint_exponent = [&](int k, const V& out) {
+            return (exponent_of_mask(k) - masks.top) + gaussian_exponent(x - out, s.scalars);
+        };
         LF_EACH_GROUP(k) {
-            const V exponent = held ? l.at[k] : logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
-            const V weight = masks.weigh(exponent);
+            const V weight = masks.weigh(exponent_of_mask(k));
             const V out = held ? other.at[k] : in.template z_of<gaussian, whole>(s.columns, p, r, k);
-            if constexpr (gaussian)
-                joint.weigh(held ? out : exponent + gaussian_exponent(x - out, s.scalars));
-            else
+            if constexpr (gaussian) {
+                const V exponent = joint_exponent(k, out);
+                joint.compare(exponent);
+                if (held) other.at[k] = exponent;
+            } else {
                 mixture.gather(out, weight);
+            }
         }
         if constexpr (gaussian) {
-            write<whole>(nll, p, r, plan.pixels,
-                         gaussian_logits_nll(masks.top - joint.top, masks.total / joint.total, s.scalars));
+            LF_EACH_GROUP(k)
+            joint.weigh(held ? other.at[k] : joint_exponent(k, in.template z_of<true, whole>(s.columns, p, r, k)));
+            write<whole>(nll, p, r, plan.pixels, gaussian_logits_nll(joint.top, masks.total / joint.total, s.scalars));
         } else {
             mixture.p = mixture.p / masks.total;
             write<whole>(nll, p, r, plan.pixels, mixture.nll(x));
@@ -441,22 +444,22 @@ struct OutputsBackward {
         const V x = in.x.template load<whole>(p, r, 0), grad = grad_nll.template load<whole>(p, r, 0);
         MaskPixel<V> masks, joint;
         const auto joint_exponent = [&](const V& exponent, const V& out) {
-            return exponent + gaussian_exponent(x - out, s.scalars);
+            return (exponent - masks.top) + gaussian_exponent(x - out, s.scalars);
         };
-        LF_EACH_GROUP(k) {
-            const V exponent = logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
-            masks.compare(exponent);
-            if constexpr (gaussian)
-                joint.compare(joint_exponent(exponent, in.template z_of<true, whole>(s.columns, p, r, k)));
-        }
+        LF_EACH_GROUP(k) masks.compare(logit_exponent(in.template logit_of<whole>(s.columns, p, r, k)));
         BernoulliMixture<V> mixture;
         LF_EACH_GROUP(k) {
             const V exponent = logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
             const V out = in.template z_of<gaussian, whole>(s.columns, p, r, k), weight = masks.weigh(exponent);
             if constexpr (gaussian)
-                joint.weigh(joint_exponent(exponent, out));
+                joint.compare(joint_exponent(exponent, out));
             else
                 mixture.gather(out, weight);
+        }
+        if constexpr (gaussian) {
+            LF_EACH_GROUP(k)
+            joint.weigh(joint_exponent(logit_exponent(in.template logit_of<whole>(s.columns, p, r, k)),
+                                       in.template z_of<true, whole>(s.columns, p, r, k)));
         }
         masks.finish();
         V slope = constant<V>(0), grad_x = constant<V>(0), sum_v = grad;

@@ -81,7 +81,8 @@ struct GaussianPixel {
     // Not by exponents: rounded, they may tie where one is nearer, and its difference from the other would be positive.
     LF_HD void compare(V e) { nearest = if_less(magnitude(e), magnitude(nearest), e, nearest); }
     LF_HD void unless_enough(V unscaled_total) { enough = unscaled_total; }
-    // The exponent of the nearest group is 0: where it is all there is, its likelihood is 1 and the gradient through it 0.
+    // The exponent of the nearest group is 0: where it is all there is, its likelihood is 1 and the gradient through it
+    // 0.
     LF_HD V weight(V e, const GaussianScalar<V>& s) const {
         const V y = gaussian_exponent(e, s);
         if constexpr (scaled)
@@ -131,10 +132,10 @@ struct GaussianPixel {
     }
 };
 
-// 1. where scaled, the group whose log2 m_k + y_k is largest, within a factor of two of its power: its e, `nearest`, and
-// its log2 m, rounded down, `power`. 2. of w_k = 2^(y_k - top), where top is the sum of that group's, total = sum_k m_k w_k.
-// A group of mask 0 may lie above top by any amount, and the gradient of its mask grows alike: it is held within
-// `limit`.
+// 1. where scaled, the group whose log2 m_k + y_k is largest, within a factor of two of its power: its e, `nearest`,
+// and its log2 m, rounded down, `power`. 2. of w_k = 2^(y_k - top), where top is the sum of that group's, total = sum_k
+// m_k w_k. A group of mask 0 may lie above top by any amount, and the gradient of its mask grows alike: it is held
+// within `limit`.
 template <class V, bool scaled = true>
 struct GaussianMixture {
     V nearest, power, total;
@@ -323,11 +324,11 @@ struct MaskPixel {
 };
 
 // The Gaussian mixture's cost from logits: nll = log(2 pi v) / 2 + log sum_k exp(l_k) - log sum_k exp(l_k) density_k,
-// whose sums are those of two MaskPixel, of l and of l + y. Here m and share are the two softmaxes.
-// tops: masks.top - joint.top; totals: masks.total / joint.total.
+// whose sums are those of two MaskPixel, `masks` of l and `joint` of (l - masks.top) + y: y is not rounded by the size
+// of logits. In backward m and share are the two softmaxes. totals: masks.total / joint.total.
 template <class V>
-LF_HD V gaussian_logits_nll(V tops, V totals, const GaussianScalar<V>& s) {
-    return s.offset + constant<V>(0.693147180559945309) * tops + log_of(totals);
+LF_HD V gaussian_logits_nll(V joint_top, V totals, const GaussianScalar<V>& s) {
+    return s.offset - constant<V>(0.693147180559945309) * joint_top + log_of(totals);
 }
 // Adds to sum_v, which starts as the pixel's grad, the group's part of 2 v grad_variance.
 template <class V>

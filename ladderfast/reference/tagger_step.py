@@ -71,9 +71,8 @@ def gaussian_step_outputs(
     )
     z, logits = _step_outputs(z_pre, mask_pre, z_weight, z_bias, mask_weight, eps)
     v = tagger.by_row(variance, z)
-    joint = logits - (x.unsqueeze(1) - z).square() / (2 * v)
-    constant = 0.5 * torch.log(2 * math.pi * v)
-    nll = torch.logsumexp(logits, 1) - torch.logsumexp(joint, 1) + constant.reshape(-1, 1)
+    joint = torch.log_softmax(logits, 1) - (x.unsqueeze(1) - z).square() / (2 * v)
+    nll = (0.5 * torch.log(2 * math.pi * v)).reshape(-1, 1) - torch.logsumexp(joint, 1)
     return z.to(dtype), logits.to(dtype), nll.to(dtype)
 
 

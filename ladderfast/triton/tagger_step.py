@@ -418,8 +418,12 @@ def _outputs_kernel(
         _store(z_ptr, i * pixels + d, z, mask)
         _store(logits_ptr, i * pixels + d, logit, mask)
         top = _larger(logit * LOG2E, top)
-        if GAUSSIAN:
-            joint_top = _larger(logit * LOG2E + ((x - z) * scale) * (x - z), joint_top)
+    if GAUSSIAN:
+        for k in range(groups):
+            i = row * groups + k
+            e = x - ((_load(z_pre_ptr, i * z_group + d, mask) - z_mean) * z_scale + bias)
+            exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
+            joint_top = _larger((exponent - top) + (e * scale) * e, joint_top)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     mixture = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
@@ -429,11 +433,11 @@ def _outputs_kernel(
         w = tl.exp2(exponent - top)
         total += w
         if GAUSSIAN:
-            mixture += tl.exp2(exponent + ((x - z) * scale) * (x - z) - joint_top)
+            mixture += tl.exp2((exponent - top) + ((x - z) * scale) * (x - z) - joint_top)
         else:
             mixture += w * z
     if GAUSSIAN:
-        nll = 0.5 * tl.log(v * TWO_PI) + (top - joint_top) * LN2 + tl.log(total / mixture)
+        nll = 0.5 * tl.log(v * TWO_PI) - joint_top * LN2 + tl.log(total / mixture)
     else:
         c = _at_most(_at_least(mixture / total, LOW), HIGH)
         nll = -x * tl.log(c) - (1.0 - x) * tl.log(1.0 - c)
@@ -498,9 +502,12 @@ def _outputs_backward_kernel(
             i = row * groups + k
             exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
             top = _larger(exponent, top)
-            if GAUSSIAN:
+        if GAUSSIAN:
+            for k in range(groups):
+                i = row * groups + k
+                exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
                 e = x - ((_load(z_pre_ptr, i * z_group + d, mask) - z_mean) * z_scale + bias)
-                joint_top = _larger(exponent + (e * scale) * e, joint_top)
+                joint_top = _larger((exponent - top) + (e * scale) * e, joint_top)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         mixture = tl.zeros([BLOCK], dtype=tl.float32)
         for k in range(groups):
@@ -510,7 +517,7 @@ def _outputs_backward_kernel(
             w = tl.exp2(exponent - top)
             total += w
             if GAUSSIAN:
-                mixture += tl.exp2(exponent + ((x - z) * scale) * (x - z) - joint_top)
+                mixture += tl.exp2((exponent - top) + ((x - z) * scale) * (x - z) - joint_top)
             else:
                 mixture += w * z
         share = 1.0 / total
@@ -534,7 +541,7 @@ def _outputs_backward_kernel(
             out_z = _load(grad_z_ptr, i * pixels + d, mask)
             if GAUSSIAN:
                 e = x - z
-                part = tl.exp2(exponent + (e * scale) * e - joint_top) * joint_share
+                part = tl.exp2((exponent - top) + (e * scale) * e - joint_top) * joint_share
                 from_nll = -((grad * part) * (e * precision))
                 grad_x -= from_nll
                 sum_v += e * from_nll

@@ -283,6 +283,27 @@ def test_steep_parameters_where_the_mean_is_rounded():
     torch.testing.assert_close(nll, -z.log().view(1, 1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("c2", [1.0, 1e2, 1e4])
+def test_the_cost_is_not_rounded_by_the_size_of_logits(target, c2):
+    name = "gaussian_step_outputs"
+    inputs, _ = make(name, (40, 4, 24), dtype=torch.float32, device=target.device)
+    inputs[5].fill_(c2)
+
+    def formula(x, z_pre, m_pre, z_weight, z_bias, mask_weight, variance):
+        def normalised(t):
+            return (t - t.mean((0, 1))) / torch.sqrt(t.var((0, 1), correction=0) + 1e-5)
+
+        z = normalised(z_pre) * z_weight + z_bias
+        log_m = torch.log_softmax(normalised(m_pre) * mask_weight, 1)
+        log_density = torch.distributions.Normal(z, variance.sqrt()).log_prob(x.unsqueeze(1))
+        return -torch.logsumexp(log_m + log_density, 1)
+
+    exact = formula(*(t.double() for t in inputs))
+    results = formula(*inputs), ours(name)(*inputs)[2]
+    theirs, found = ((t.double() - exact).abs().max().item() for t in results)
+    assert found <= 2 * theirs, f"{found} is off, plain PyTorch by {theirs}"
+
+
 def test_masks_of_exactly_zero_and_one(target):
     logits = torch.tensor([[[0.0], [-200.0], [-math.inf]]], device=target.device)
     x = torch.zeros(1, 1, device=target.device)
