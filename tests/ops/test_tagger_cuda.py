@@ -216,6 +216,29 @@ def test_stress(lib, groups, variance) -> None:
         assert (error <= 8 * 2**-23 * (10 + q)).all()
 
 
+def test_far_groups(lib) -> None:
+    """Exponents that are rounded by more than they differ: neighbouring reconstructions, and mixtures whose group is
+    told by distances and masks."""
+    first = -torch.linspace(8, 400, 200).reshape(1, 1, 200)
+    z = torch.cat([torch.nextafter(first, torch.tensor(-1e9)), first], 1)
+    for given in (z, z.flip(1)):
+        grads = [torch.ones_like(z), torch.randn_like(z)]
+        x, m = torch.zeros(1, 200), torch.full_like(z, 0.5)
+        results = run(lib, Case("gaussian_group_inputs", x, given, m, torch.tensor([1e-7]), grads))
+        assert all(r.isfinite().all() for r in results)
+        exact = torch.softmax(-given.double().square() / (2 * torch.tensor(1e-7).double()), 1)
+        torch.testing.assert_close(results[1].double(), exact, rtol=0, atol=1e-5)
+
+    x = torch.tensor([[7.0, -7.0, 7.0]])
+    z = torch.tensor([[[0.0] * 3, [1.0] * 3]])
+    m = torch.tensor([[[0.5, 1.0, 1 - 1e-7], [0.5, 1e-7, 2.6e-41]]])
+    results = run(lib, Case("gaussian_mixture_nll", x, z, m, torch.tensor([3e-9]), [torch.ones(1, 3)]))
+    assert all(r.isfinite().all() for r in results)
+    assert results[0][0].tolist() == pytest.approx([36 / 6e-9, 49 / 6e-9, 36 / 6e-9], rel=1e-6)
+    assert results[2][0, 0].tolist() == pytest.approx([0.0, 7 / 3e-9, 0.0], rel=1e-5)
+    assert results[2][0, 1].tolist() == pytest.approx([-6 / 3e-9, 0.0, -6 / 3e-9], rel=1e-5)
+
+
 def test_poles(lib) -> None:
     """Every combination of x, masks and reconstructions that are exactly 0 and 1, without flips: finite."""
     edge = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).t()
