@@ -131,11 +131,15 @@ class _LadderEncoder(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:4], *output[2:])
-        ctx.options, _, _, ctx.seeds, ctx.name = inputs[4:]
+        ctx.options, ctx.want_z, ctx.want_h, ctx.seeds, ctx.name = inputs[4:]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_z: Tensor | None, grad_h: Tensor | None, *of_statistics: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         z_pre, beta, gamma, state, mean, var = ctx.saved_tensors
+        # Under torch.compile all gradients are there: that of an empty output is as empty, and no gradient of z.
+        grads = (grad_z if ctx.want_z else None, grad_h if ctx.want_h else None, *of_statistics)
         tensors = (*grads, z_pre, mean, var, beta, gamma, state)
         grad_z_pre, grad_beta, grad_gamma = apply_in_backward(
             _LadderEncoderBackward, *tensors, ctx.options, ctx.seeds, ctx.name
