@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import check_dtype, shape_text
+from ladderfast.ops.checks import check_dtype, finite, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
@@ -427,7 +426,7 @@ def _check(
     for name, value in (("noise_std", noise_std), ("negative_slope", negative_slope), ("eps", eps)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{op}: {name} must be a number; got {value!r}")
-        if not (math.isfinite(value) and value >= 0):
+        if not (finite(value) and value >= 0):
             raise ValueError(f"{op}: {name} must be finite and not negative; got {value}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")

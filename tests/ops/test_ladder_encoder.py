@@ -743,6 +743,7 @@ BAD = [
     ({"noise_std": "0.1"}, TypeError, r"noise_std must be a number; got '0.1'"),
     ({"negative_slope": math.inf}, ValueError, r"negative_slope must be finite and not negative; got inf"),
     ({"eps": math.nan}, ValueError, r"eps must be finite and not negative; got nan"),
+    ({"eps": 10**400}, ValueError, r"eps must be finite and not negative; got 10000"),
     ({"eps": True}, TypeError, r"eps must be a number; got True"),
     ({"activation": "tanh"}, ValueError, r"activation must be one of identity, relu, leaky_relu; got 'tanh'"),
     ({"noise_std": 0.3}, ValueError, r"noise_state must be given for noise_std 0.3; got None"),
