@@ -454,7 +454,8 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | flo
     Returns:
         (N, D), contiguous, of the dtype of z. Differentiable any number of times in x, z, m and variance; only these
         are kept for backward. Computed in log space. The gradient of a mask of zero, whose group may fit by any factor
-        better than those that explain the pixel, is held within a quarter of the largest number.
+        better than those that explain the pixel, is held within a quarter of the largest number; on the backend
+        "reference" before the gradient of the result multiplies it, which may make it infinite.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
     and returns float32.
