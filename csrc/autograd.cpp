@@ -76,7 +76,7 @@ bool as_number(bool flag, PyObject* object, c10::IValue* out) {
     if (!PyFloat_Check(object)) return false;
     const double number = PyFloat_AS_DOUBLE(object);
     *out = number;
-    return number > 0;
+    return number > 0 && number < std::numeric_limits<double>::infinity();
 }
 
 bool lies(const Argument& argument, double value) {
@@ -216,7 +216,8 @@ struct KernelNode : torch::autograd::Function<KernelNode> {
         for (size_t k = 0; k < tensors; ++k) needs[k] = ctx->needs_input_grad(k);
 
         variable_list out(2 + tensors);  // the op and the numbers have none
-        if (at::GradMode::is_enabled() || transformed()) {
+        const auto has_tangent = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
+        if (at::GradMode::is_enabled() || transformed() || std::any_of(grads.begin(), grads.end(), has_tangent)) {
             variable_list found = differentiable(op, grads, saved, numbers, needs);
             std::move(found.begin(), found.end(), out.begin() + 2);
             return out;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladderfast.ops.function import is_batched, plain
+from ladderfast.ops.function import is_batched, plain, tangents
 from ladderfast.ops.layout import channels_last
 from ladderfast.ops.ln_convlstm import ln_convlstm_step
 
@@ -137,7 +137,8 @@ class _Sequence(torch.autograd.Function):
         geometry, wanted = ctx.geometry, ctx.needs_input_grad[2:]
         saved = ctx.saved_tensors  # once: a checkpoint computes them anew at each question
         inputs, kept = saved[: len(wanted)], saved[len(wanted) :]
-        if torch.is_grad_enabled() or not plain() or any(g is not None and is_batched(g) for g in grads):
+        recorded = torch.is_grad_enabled() or tangents()
+        if recorded or not plain() or any(g is not None and is_batched(g) for g in grads):
             return None, None, *_differentiable(geometry, ctx.batch_first, inputs, wanted, grads)
         x, _, _, weight_ih, weight_hh, norm_weight, bias = inputs
         grad, grad_h, grad_c = grads

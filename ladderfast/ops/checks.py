@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,11 @@ def check_number(op: str, name: str, value: object) -> None:
     """A number of Python's, or a TypeError."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number; got {value!r}")
+
+
+def finite(value: float) -> bool:
+    """Whether a float holds it and it is finite: a whole number of Python's may be too large."""
+    return abs(value) <= sys.float_info.max
 
 
 def autocast_promote(*tensors: Tensor) -> tuple[Tensor, ...]:

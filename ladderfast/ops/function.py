@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ladderfast import _extension
 from ladderfast.ops import backend
@@ -28,6 +29,11 @@ is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: F
 def plain() -> bool:
     """Whether neither torch.compile nor a transform of torch.func looks on."""
     return not (torch.compiler.is_compiling() or _transforms_active())
+
+
+def tangents() -> bool:
+    """Whether there may be tangents, of forward-mode derivatives: a dual level is entered, in whichever thread."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def packed(x: Tensor, axis: int) -> Tensor:
@@ -46,7 +52,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), which binds the arguments anew and unwraps them at each call for the sake of torch.func's
     transforms: where there are none, this saves 12 us."""
     if plain():
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or tangents()):
             return function.forward(*args)
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     return function.apply(*args)
@@ -54,7 +60,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def apply_in_backward(function: type[torch.autograd.Function], *args: Any) -> Any:
     """apply(function, *args) in the backward of another function: without a graph where nobody asked for one."""
-    if plain() and not torch.is_grad_enabled():
+    if plain() and not (torch.is_grad_enabled() or tangents()):
         return function.forward(*args)
     return function.apply(*args)
 
@@ -111,11 +117,13 @@ def node(
 
 
 def direct() -> bool:
-    """Whether a node in C++ may be asked: the CPU's kernels are wanted, and torch.compile does not look on."""
+    """Whether a node in C++ may be asked: the CPU's kernels are wanted, torch.compile does not look on, and no tangents
+    are about."""
     return (
         _extension.module is not None
         and backend.forced() in (None, "cpu")
         and not torch.compiler.is_compiling()
+        and not tangents()
     )
 
 

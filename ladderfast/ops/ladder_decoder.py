@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, shape_text
+from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, finite, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed, readable
 from ladderfast.reference import ladder_decoder as reference
 
@@ -358,5 +358,5 @@ def _check(
         if t.device != u.device:
             raise ValueError(f"{op}: {name} must be on the device of u, {u.device}; got {t.device}")
     check_number(op, "eps", eps)
-    if not (math.isfinite(eps) and eps >= 0):
+    if not (finite(eps) and eps >= 0):
         raise ValueError(f"{op}: eps must be finite and not negative; got {eps}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import check_dtype, shape_text
+from ladderfast.ops.checks import check_dtype, finite, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
@@ -131,11 +130,15 @@ class _LadderEncoder(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:4], *output[2:])
-        ctx.options, _, _, ctx.seeds, ctx.name = inputs[4:]
+        ctx.options, ctx.want_z, ctx.want_h, ctx.seeds, ctx.name = inputs[4:]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_z: Tensor | None, grad_h: Tensor | None, *of_statistics: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         z_pre, beta, gamma, state, mean, var = ctx.saved_tensors
+        # Under torch.compile all gradients are there: that of an empty output is as empty, and no gradient of z.
+        grads = (grad_z if ctx.want_z else None, grad_h if ctx.want_h else None, *of_statistics)
         tensors = (*grads, z_pre, mean, var, beta, gamma, state)
         grad_z_pre, grad_beta, grad_gamma = apply_in_backward(
             _LadderEncoderBackward, *tensors, ctx.options, ctx.seeds, ctx.name
@@ -423,7 +426,7 @@ def _check(
     for name, value in (("noise_std", noise_std), ("negative_slope", negative_slope), ("eps", eps)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{op}: {name} must be a number; got {value!r}")
-        if not (math.isfinite(value) and value >= 0):
+        if not (finite(value) and value >= 0):
             raise ValueError(f"{op}: {name} must be finite and not negative; got {value}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ladderfast import _extension
-from ladderfast.ops.function import apply, known_signature, plain
+from ladderfast.ops.function import apply, known_signature, plain, tangents
 
 if _extension.module is not None:
 
@@ -31,7 +31,7 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 def _fast(t: Tensor) -> bool:
-    return _extension.module is not None and t.device.type == "cpu" and plain()
+    return _extension.module is not None and t.device.type == "cpu" and plain() and not tangents()
 
 
 @known_signature

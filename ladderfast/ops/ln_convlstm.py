@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, shape_text
+from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, finite, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ln_convlstm as reference
 
@@ -318,8 +318,8 @@ def _check(
         if t.device != device:
             raise ValueError(f"{OP}: {name} must be on the device of gates_in, {device}; got {t.device}")
     check_number(OP, "eps", eps)
-    if not eps >= 0:
-        raise ValueError(f"{OP}: eps must not be negative; got {eps}")
+    if not (finite(eps) and eps >= 0):
+        raise ValueError(f"{OP}: eps must be finite and not negative; got {eps}")
 
 
 @overload
@@ -396,8 +396,8 @@ def ln_convlstm_step(
     float32. Under autocast gates_in, gates_rec and c are promoted to the widest of their dtypes.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a negative eps, an unknown norm, norm "batch" without weight, or
-            cell_bias without cell_weight.
+        ValueError: shapes or devices that do not fit, an eps that is negative or not finite, an unknown norm, norm
+            "batch" without weight, or cell_bias without cell_weight.
         TypeError: dtypes that do not fit.
         RuntimeError: a forced backend that cannot serve the call.
 

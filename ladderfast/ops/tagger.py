@@ -302,6 +302,7 @@ def _prepare_scalar(op: str, name: str, scalar: Tensor | float, z: Tensor) -> Te
         and scalar.dtype == z.dtype
         and z.dtype in WIDE
         and scalar.device == z.device
+        and scalar.layout is torch.strided
     ):
         return scalar
     half = z.dtype in (torch.bfloat16, torch.float16)
@@ -349,6 +350,11 @@ def prepare_flip_prob(op: str, flip_prob: Tensor | float, z: Tensor) -> Tensor:
     return scalar
 
 
+def contiguous(found: Any) -> Any:
+    """What the reference found, as the kernels lay it out: it takes over strides of its inputs."""
+    return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
+
+
 def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
     """What Tagger tells each group about a continuous input.
 
@@ -385,7 +391,7 @@ def gaussian_group_inputs(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | fl
     variance = prepare_variance(op, variance, z)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
-        return reference.gaussian_group_inputs(x, z, m, variance)
+        return cast(tuple[Tensor, Tensor], contiguous(reference.gaussian_group_inputs(x, z, m, variance)))
     return cast(tuple[Tensor, Tensor], apply(_Tagger, x, z, m, variance, op, name))
 
 
@@ -431,7 +437,7 @@ def bernoulli_group_inputs(
     scalar = prepare_flip_prob(op, flip_prob, z)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
-        return reference.bernoulli_group_inputs(x, z, m, scalar)
+        return cast(tuple[Tensor, Tensor], contiguous(reference.bernoulli_group_inputs(x, z, m, scalar)))
     return cast(tuple[Tensor, Tensor], apply(_Tagger, x, z, m, scalar, op, name))
 
 
@@ -448,7 +454,8 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | flo
     Returns:
         (N, D), contiguous, of the dtype of z. Differentiable any number of times in x, z, m and variance; only these
         are kept for backward. Computed in log space. The gradient of a mask of zero, whose group may fit by any factor
-        better than those that explain the pixel, is held within a quarter of the largest number.
+        better than those that explain the pixel, is held within a quarter of the largest number; on the backend
+        "reference" before the gradient of the result multiplies it, which may make it infinite.
 
     float32 and float64; bfloat16 and float16 are computed in float32 and rounded once. Under autocast the op computes
     and returns float32.
@@ -467,7 +474,7 @@ def gaussian_mixture_nll(x: Tensor, z: Tensor, m: Tensor, variance: Tensor | flo
     variance = prepare_variance(op, variance, z)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
-        return reference.gaussian_mixture_nll(x, z, m, variance)
+        return cast(Tensor, contiguous(reference.gaussian_mixture_nll(x, z, m, variance)))
     return cast(Tensor, apply(_Tagger, x, z, m, variance, op, name))
 
 
@@ -502,5 +509,5 @@ def bernoulli_mixture_nll(x: Tensor, z: Tensor, m: Tensor) -> Tensor:
     x, z, m = prepare(op, x, z, m)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
-        return reference.bernoulli_mixture_nll(x, z, m)
+        return cast(Tensor, contiguous(reference.bernoulli_mixture_nll(x, z, m)))
     return cast(Tensor, apply(_Tagger, x, z, m, None, op, name))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, check_number, shape_text
+from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, check_number, finite, shape_text
 from ladderfast.ops.function import (
     Argument,
     apply,
@@ -21,7 +21,14 @@ from ladderfast.ops.function import (
     known_signature,
     node,
 )
-from ladderfast.ops.tagger import FLIP_PROB, VARIANCE, prepare, prepare_flip_prob, prepare_variance
+from ladderfast.ops.tagger import (
+    FLIP_PROB,
+    VARIANCE,
+    contiguous,
+    prepare,
+    prepare_flip_prob,
+    prepare_variance,
+)
 from ladderfast.reference import tagger_step as reference
 
 GROUPS = 64  # at most, of the kernels
@@ -383,6 +390,7 @@ def _parameters_fit(z_pre: Tensor, z_weight: Tensor, z_bias: Tensor, mask_weight
         and mask_weight.dtype == dtype
         and z_weight.device == device == z_bias.device
         and mask_weight.device == device
+        and z_weight.layout is z_bias.layout is mask_weight.layout is torch.strided
     )
 
 
@@ -413,21 +421,21 @@ def _outputs(
     z_weight: Tensor,
     z_bias: Tensor,
     mask_weight: Tensor,
-    variance: Tensor | float | None,
     eps: float,
+    *variance: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, z_pre, mask_pre = prepare(op, x, z_pre, mask_pre, "z_pre", "mask_pre")
     parameters = [z_weight, z_bias, mask_weight]
     if not _parameters_fit(z_pre, *parameters):
         parameters = _prepared_parameters(op, z_pre, *parameters)
-    if variance is not None:
-        parameters.append(prepare_variance(op, variance, z_pre))
+    parameters += [prepare_variance(op, v, z_pre) for v in variance]
     check_number(op, "eps", eps)
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be above 0; got {eps}")
+    if not (finite(eps) and eps > 0):
+        raise ValueError(f"{op}: eps must be above 0 and finite; got {eps}")
     name = backend.choose(op, z_pre.device.type, z_pre.dtype, _lacking(z_pre.shape[1]))
     if name == "reference":
-        return getattr(reference, op)(x, z_pre, mask_pre, *parameters, eps=eps)
+        found = getattr(reference, op)(x, z_pre, mask_pre, *parameters, eps=eps)
+        return cast(tuple[Tensor, Tensor, Tensor], contiguous(found))
     four = (*parameters, None)[:4]
     return apply(_Step, x, z_pre, mask_pre, *four, op, float(eps), name)[:3]
 
@@ -467,7 +475,8 @@ def gaussian_step_outputs(
     and returns float32. On a CPU more than 64 groups take the reference's plain PyTorch.
 
     Raises:
-        ValueError: shapes or devices that do not fit; a variance or eps that is not above 0 (numbers and CPU tensors).
+        ValueError: shapes or devices that do not fit; a variance or eps that is not above 0 and finite (numbers
+            and CPU tensors).
         TypeError: dtypes that do not fit.
         RuntimeError: a forced backend that cannot serve the call.
 
@@ -479,7 +488,7 @@ def gaussian_step_outputs(
     if found is not None:
         return cast(tuple[Tensor, Tensor, Tensor], found)
     op = "gaussian_step_outputs"
-    return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, variance, eps)
+    return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, eps, variance)
 
 
 def bernoulli_step_outputs(
@@ -514,7 +523,7 @@ def bernoulli_step_outputs(
     and returns float32. On a CPU more than 64 groups take the reference's plain PyTorch.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or an eps that is not above 0.
+        ValueError: shapes or devices that do not fit, or an eps that is not above 0 and finite.
         TypeError: dtypes that do not fit.
         RuntimeError: a forced backend that cannot serve the call.
 
@@ -527,4 +536,4 @@ def bernoulli_step_outputs(
     if found is not None:
         return cast(tuple[Tensor, Tensor, Tensor], found)
     op = "bernoulli_step_outputs"
-    return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, None, eps)
+    return _outputs(op, x, z_pre, mask_pre, z_weight, z_bias, mask_weight, eps)

@@ -70,7 +70,7 @@ def _bernoulli(x: Tensor, z: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, ...]
     xi = z * (1 - 2 * b) + b
     s = (xi * m).sum(1, keepdim=True)
     t = (x - 1) + s.clamp(CLIP, 1 - CLIP)
-    t = torch.where(t.abs() < POLE, torch.where(t < 0, -POLE, POLE).to(t.dtype), t)
+    t = torch.where(t < 0, t.clamp(max=-POLE), t.clamp(min=POLE))
     return xi, s, t, ((1 - x) + xi * (2 * x - 1)).clamp(min=FLOOR)
 
 

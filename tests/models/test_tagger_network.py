@@ -314,6 +314,18 @@ def test_an_inner_network_that_returns_something_else(found, classes, wanted, go
         model(data().float(), K, 1)
 
 
+@pytest.mark.parametrize(("binary", "compiler"), [(True, "aot_eager"), (False, "inductor")])
+def test_compiled_in_one_piece(binary, compiler):
+    model, x = make(binary), data(binary)
+    given = {"corrupted": data(binary), "mask": torch.randn(N, K, D, dtype=x.dtype).softmax(1)}
+
+    def gradients(function):
+        return torch.autograd.grad(function(x, K, 2, **given).cost.sum(), list(model.parameters()))
+
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(gradients(compiled), gradients(model))
+
+
 def test_under_autocast():
     model, x = Tagger(D, [16, 8, 4], num_classes=3), data().float()
     with torch.autocast("cpu", torch.bfloat16):

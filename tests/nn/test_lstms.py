@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import ladderfast
@@ -548,6 +549,18 @@ def test_many_gradients_of_a_sequence_at_once(every_size_is_large):
         torch.testing.assert_close(
             [g[k] for g in found], list(torch.autograd.grad(output, wanted, grad, retain_graph=True))
         )
+
+
+@pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
+def test_tangents_of_a_sequences_gradients_are_not_dropped(every_size_is_large):
+    """They are refused, as everywhere in the ops."""
+    module = LayerNormConvLSTM(3, 4, 3)
+    x = torch.randn(5, 2, 3, 6, 5, requires_grad=True)
+    output = module(x)[0]
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(output), torch.ones_like(output))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.autograd.grad(output, x, grad)
 
 
 def test_compile_fullgraph():

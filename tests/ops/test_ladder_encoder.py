@@ -616,6 +616,25 @@ def test_compile_fullgraph(target):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    ("compiler", "activation", "result"),
+    [("aot_eager", "relu", "h"), ("inductor", "relu", "h"), ("aot_eager", "identity", "mean")],
+)
+def test_compile_without_what_is_not_wanted(target, compiler, activation, result):
+    """z or h is not computed then, and has no gradient."""
+    if (target.backend, target.device) == ("triton", "cpu"):
+        pytest.skip("Inductor compiles Triton kernels for GPUs only")
+
+    def function(z_pre):
+        out = ladder_encoder(z_pre * 2, 3, activation=activation, want_z=False, eps=0.1)
+        return getattr(out, result).pow(3).sum()
+
+    z_pre = torch.randn(8, 3, device=target.device, requires_grad=True)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    ours, exact = (torch.autograd.grad(f(z_pre), z_pre) for f in (compiled, function))
+    torch.testing.assert_close(ours, exact)
+
+
 def test_autocast(target):
     """The op computes in z_pre's dtype, as it comes from the matrix product; statistics stay float32."""
     data = Data((8, 3), 3, 2, dtype=torch.float32, device=target.device, noise_std=0.3, activation="relu")
@@ -724,6 +743,7 @@ BAD = [
     ({"noise_std": "0.1"}, TypeError, r"noise_std must be a number; got '0.1'"),
     ({"negative_slope": math.inf}, ValueError, r"negative_slope must be finite and not negative; got inf"),
     ({"eps": math.nan}, ValueError, r"eps must be finite and not negative; got nan"),
+    ({"eps": 10**400}, ValueError, r"eps must be finite and not negative; got 10000"),
     ({"eps": True}, TypeError, r"eps must be a number; got True"),
     ({"activation": "tanh"}, ValueError, r"activation must be one of identity, relu, leaky_relu; got 'tanh'"),
     ({"noise_std": 0.3}, ValueError, r"noise_state must be given for noise_std 0.3; got None"),

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from ladderfast import _extension
 from ladderfast.ops.layout import channels_last, stack_contiguous, with_gradient_channels_last
@@ -108,6 +109,13 @@ def test_gradients():
     y.register_hook(lambda grad: seen.append(grad))
     with_gradient_channels_last(y).backward(torch.randn(2, 3, 4, 5))
     assert is_channels_last(seen[0])
+
+
+def test_tangents():
+    x = torch.randn(2, 3, 4, 5)
+    with forward_ad.dual_level(), torch.no_grad():
+        copy = channels_last(forward_ad.make_dual(x, x + 1))
+        assert torch.equal(forward_ad.unpack_dual(copy).tangent, x + 1)
 
 
 @pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))

@@ -649,10 +649,10 @@ def test_errors_name_the_argument(change, error, message):
                 ln_convlstm_step(*args)
 
 
-def test_a_negative_eps_is_refused():
+def test_an_eps_that_is_negative_or_not_finite_is_refused():
     case = Case.draw((4, 3), dtype=torch.float32)
-    for eps in (-1e-5, math.nan):
-        with pytest.raises(ValueError, match="eps must not be negative"):
+    for eps in (-1e-5, math.nan, math.inf, 10**400):
+        with pytest.raises(ValueError, match=f"eps must be finite and not negative; got {eps}"):
             ln_convlstm_step(case.xs[0], case.rec, case.c, case.weights[0], None, eps=eps)
 
 

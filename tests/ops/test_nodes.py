@@ -245,8 +245,21 @@ def test_tangents_are_refused_and_not_dropped(op):
         with forward_ad.dual_level():
             dual = [t.detach().requires_grad_(needs and t.requires_grad) for t in tensors]
             dual[1] = forward_ad.make_dual(dual[1], torch.ones_like(dual[1]))
-            with pytest.raises(NotImplementedError, match="jvp"):
-                _outputs(op, dual, options)
+            for grad_mode in (True, False):
+                with torch.set_grad_enabled(grad_mode), pytest.raises(NotImplementedError, match="jvp"):
+                    _outputs(op, dual, options)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_tangents_of_gradients_are_refused_and_not_dropped(op, create_graph, without_nodes):
+    without_nodes()
+    tensors, options = _arguments(op)
+    out = _outputs(op, tensors, options)
+    with forward_ad.dual_level():
+        grads = [forward_ad.make_dual(torch.ones_like(t), torch.ones_like(t)) for t in out]
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.autograd.grad(out, tensors[1], grads, create_graph=create_graph)
 
 
 def test_backward_in_another_thread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -189,6 +190,20 @@ def test_hand_computed_bernoulli(target):
     assert likelihood[0, :, 1].tolist() == pytest.approx([0.2 / 0.7, 0.5 / 0.7], abs=1e-6)
     nll = ops.bernoulli_mixture_nll(x, z, m)
     assert nll[0].tolist() == pytest.approx([-math.log(0.625), -math.log(0.375)], abs=1e-6)
+
+
+def test_the_pole_of_the_binary_case(target):
+    """x = s = 1/2: the denominator would be 0 and is 5e-5, in the dtype of the inputs whatever torch's default is."""
+    for dtype in target.dtypes:
+        x, z, m = tensors(target.device, [[0.5]], [[[0.5], [0.5]]], [[[0.5], [0.5]]], dtype=dtype)
+        expected = torch.full_like(m, 0.5 / 5e-5)
+        for default in (torch.float32, torch.float64):
+            torch.set_default_dtype(default)
+            try:
+                dz, _ = ops.bernoulli_group_inputs(x, z, m, 0.2)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            torch.testing.assert_close(dz, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -426,7 +441,7 @@ def test_a_mask_of_zero_under_a_large_gradient(target):
     assert grad_v.item() == pytest.approx(4 * (1 - 160000), rel=1e-6)
     assert grad_m[0, 1].item() == pytest.approx(-8, rel=1e-6)
     assert grad_m[0, 0].item() < -1e37
-    if target.backend != "reference":  # what autograd makes of the plain formula is its own affair
+    if target.backend != "reference":  # autograd is linear in what comes from above, and holds nothing
         assert grad_m.isfinite().all()
 
 
@@ -699,6 +714,16 @@ def test_a_number_serves_as_scalar(target):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_results_are_contiguous_whatever_the_inputs_are(name, forced, dtype):
+    (x, z, m, *scalar), _ = make(name, (6, 4, 20), dtype=dtype)
+    x, z, m = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, z, m))
+    with ladderfast.use_backend(forced) if forced else contextlib.nullcontext():
+        out = getattr(ops, name)(x, z, m, *scalar)
+    assert all(t.is_contiguous() for t in ((out,) if isinstance(out, Tensor) else out))
+
+
 def test_numbers_under_compile():
     """They are symbols there from the second one on, whose values nobody may ask for."""
     x, z, m, _ = make("gaussian_group_inputs", (2, 3, 5), dtype=torch.float32)[0]
@@ -728,6 +753,11 @@ BAD_SCALARS = [
     ),
     (torch.tensor(1), TypeError, r"must be float32, float64, bfloat16 or float16; got torch.int64"),
     ("0.5", TypeError, r"must be a number or a tensor; got str"),
+    (
+        torch.tensor(0.5).to_sparse(),
+        TypeError,
+        r"must be a dense tensor; got one with layout torch.sparse_coo",
+    ),
     (torch.tensor(0.5, device="meta"), ValueError, r"must be on the device of z, cpu; got meta"),
 ]
 BAD_VALUES = (

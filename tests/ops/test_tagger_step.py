@@ -3,6 +3,7 @@ hand-computed values."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -217,6 +218,20 @@ def test_strides(target, name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     grads = [torch.ones((), device=target.device).expand_as(g) for g in grads]
     assert all(t.isfinite().all() for t in run(ours(name), name, inputs, grads))
+
+
+@pytest.mark.parametrize(
+    ("forced", "groups", "dtype"),
+    [(None, 65, torch.float32), (None, 3, torch.bfloat16), ("reference", 3, torch.float32)],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_results_are_contiguous_whatever_the_inputs_are(name, forced, groups, dtype):
+    """Also where the reference computes them."""
+    (x, z, m, *parameters), _ = make(name, (2, groups, 5), dtype=dtype)
+    x, z, m = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, z, m))
+    with ladderfast.use_backend(forced) if forced else contextlib.nullcontext():
+        out = ours(name)(x, z, m, *parameters)
+    assert all(t.is_contiguous() for t in ((out,) if isinstance(out, Tensor) else out))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -522,6 +537,23 @@ BAD = [
         r"mask_weight must have shape \(\); got \(1,\)",
     ),
     ("gaussian_step_outputs", 6, lambda t: 0, ValueError, r"variance must be above 0 and finite; got 0"),
+    (
+        "gaussian_step_outputs",
+        6,
+        lambda t: None,
+        TypeError,
+        r"variance must be a number or a tensor; got NoneType",
+    ),
+    *[
+        (
+            "gaussian_step_outputs",
+            3 + k,
+            lambda t: t.to_sparse(),
+            TypeError,
+            rf"{name} must be a dense tensor; got",
+        )
+        for k, name in enumerate(("z_weight", "z_bias", "mask_weight", "variance"))
+    ],
 ]
 
 
@@ -535,10 +567,11 @@ def test_errors_name_the_argument(name, index, change, error, message):
                 ours(name)(*inputs)
 
 
-def test_an_eps_that_is_not_above_zero_is_refused():
+def test_an_eps_that_is_not_above_zero_and_finite_is_refused():
     inputs, _ = make("bernoulli_step_outputs", (2, 3, 5), dtype=torch.float32)
-    with pytest.raises(ValueError, match="eps must be above 0; got 0"):
-        ops.bernoulli_step_outputs(*inputs, eps=0)
+    for eps in (0, math.nan, math.inf, 10**400):
+        with pytest.raises(ValueError, match=f"eps must be above 0 and finite; got {eps}"):
+            ops.bernoulli_step_outputs(*inputs, eps=eps)
     with pytest.raises(TypeError, match="eps must be a number; got None"):
         ops.bernoulli_step_outputs(*inputs, eps=None)
 
