@@ -306,9 +306,10 @@ def _table(results: dict[str, dict[str, Any]], metric: Metric) -> str:
             values = (f"{value:8.2f}" for value in result[by_seed])
             lines.append(" ".join([f"{name:{width}}", *values, f"  {metric.text(result, unit=False)}"]))
     unit = {"%": "points ", "": ""}.get(metric.unit, f"{metric.unit} ")
+    difference = f"{points:.2f} {unit}{what}" if points else "no difference"
     lines.append(
         f"{recipe} has a {metric.words} of {metric.text(better)}, {baseline} of {metric.text(worse)}: "
-        f"{points:.2f} {unit}{what}."
+        f"{difference}."
     )
     return "\n".join([*lines, *_beside(results, metric)])
 

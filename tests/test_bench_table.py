@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.from_path import load
+
 TABLE = Path(__file__).parents[1] / "bench" / "table.py"
 pytestmark = pytest.mark.skipif(not TABLE.exists(), reason="needs the source folder")
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("speed_table", TABLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(ours: float, compiled: float, copy: float = 1e-3) -> dict:
@@ -52,7 +46,7 @@ def written(tmp_path: Path, monkeypatch, *runs: dict) -> str:
         (tmp_path / f"{k}.json").write_text(json.dumps(one))
     names = [str(tmp_path / f"{k}.json") for k in range(len(runs))]
     monkeypatch.setattr(sys, "argv", ["table.py", *names, "--out", str(tmp_path / "table.md")])
-    load().main()
+    load(TABLE).main()
     return (tmp_path / "table.md").read_text()
 
 

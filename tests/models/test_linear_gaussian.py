@@ -1,7 +1,6 @@
 """The linear-Gaussian models of Prémont-Schwarz et al. 2017, appendices B and C: an RLadder whose weights are those of
 their message passing, run to convergence, against linear algebra and against the variational cost itself."""
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ladderfast.models import RLadder
+from tests.from_path import load
 
 ITERATIONS = 300
 
@@ -178,11 +178,7 @@ def test_appendix_c_minimises_its_variational_cost_at_every_time_step(p):
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).parents[2] / "docs" / "examples" / "linear_gaussian.py"
-    spec = importlib.util.spec_from_file_location("linear_gaussian_example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(Path(__file__).parents[2] / "docs" / "examples" / "linear_gaussian.py")
 
 
 def test_the_examples_answer_is_that_of_conditioning(example):

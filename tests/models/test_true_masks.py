@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.from_path import load
+
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).parents[2] / "docs" / "examples" / "true_masks.py"
-    spec = importlib.util.spec_from_file_location("true_masks_example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(Path(__file__).parents[2] / "docs" / "examples" / "true_masks.py")
 
 
 def test_a_pixels_owner_gets_most_of_it(example):

@@ -120,5 +120,8 @@ def test_figures_of_any_unit_are_compared():
     metric = Metric("nll", "negative log-likelihood", "nats")
     table = _table({"plain": {"nll": 9.0}, "ladder": {"nll": 8.5}}, metric)
     assert table == ("ladder has a negative log-likelihood of 8.50 nats, plain of 9.00 nats: 0.50 nats less.")
+    assert _table({"plain": {"nll": 9.0}, "ladder": {"nll": 9.0}}, metric).endswith(
+        "9.00 nats: no difference."
+    )
     assert metric.better(8.5, 9.0)
     assert Metric(higher_is_better=True).better(9.0, 8.5)
