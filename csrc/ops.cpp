@@ -23,6 +23,7 @@
 #include "ln_convlstm.h"
 #include "layout.h"
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -35,6 +36,8 @@ using torch::stable::Tensor;
 // Elements below which an op stays on one thread.
 constexpr int64_t kGrain = 16384;
 
+constexpr int64_t kMostAxes = 8;  // of a tensor that is made without an op
+
 // Runs f over work items, `elements` being the size of the whole job.
 template <class F>
 void parallel_items(int64_t items, int64_t elements, const F& f) {
@@ -43,16 +46,30 @@ void parallel_items(int64_t items, int64_t elements, const F& f) {
     torch::stable::parallel_for(0, items, (kGrain + per_item - 1) / per_item, f);
 }
 
-// torch::stable's functions look their op up by its name at each call; these do not, or only where they have to.
+// torch::stable's functions look their op up by its name at each call; these do not, or only where they have to. On the
+// CPU they do without any op.
 Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-    int32_t dtype, layout, device_type, index;
+    int32_t dtype, device_type, index;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    const int64_t axes = (int64_t)sizes.size();
+    int64_t strides[kMostAxes];
     AtenTensorHandle made;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), (int64_t)sizes.size(), &dtype, &layout,
-                                                     &device_type, index, nullptr, &made));
+    if (device_type == aoti_torch_device_type_cpu() && axes <= kMostAxes) {
+        int64_t stride = 1;
+        for (int64_t axis = axes - 1; axis >= 0; --axis) {
+            strides[axis] = stride;
+            stride *= std::max<int64_t>(sizes[axis], 1);
+        }
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_empty_strided(axes, sizes.data(), strides, dtype, device_type, index, &made));
+    } else {
+        int32_t layout;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), axes, &dtype, &layout, &device_type,
+                                                         index, nullptr, &made));
+    }
     return Tensor(made);
 }
 Tensor new_like(const Tensor& t) { return t.is_contiguous() ? new_packed(t, t.sizes()) : torch::stable::empty_like(t); }

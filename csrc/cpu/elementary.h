@@ -178,22 +178,38 @@ LF_HD Vec<T> exponent_of(Vec<T> x) {
 
 // log x of positive normal numbers; NaN stays NaN.
 //
-// x = 2^n (1 + z) with 1 + z in [sqrt(1/2), sqrt(2)), and log(1 + z) = 2 atanh(w) with w = z / (2 + z): written as
-// z - w (z - R), where z is exact and R = 2 w^2 (1/3 + w^2 / 5 + ...), only the smaller part is rounded.
+// x = 2^n (1 + z), and log(1 + z) = 2 atanh(w) with w = z / (2 + z): written as z - w (z - R), where z is exact and
+// R = 2 w^2 (1/3 + w^2 / 5 + ...), only the smaller part is rounded. 1 + z is in [3/4, 3/2) where n and it have
+// instructions, else in [sqrt(1/2), sqrt(2)).
+#if LF_VECTOR_BYTES == 64
+LF_HD void log_parts(Vec<float> x, Vec<float>::Raw& n, Vec<float>::Raw& z) {
+    n = (Vec<float>::Raw)_mm512_getexp_ps((__m512)(x.raw * (4.0f / 3.0f)));
+    z = (Vec<float>::Raw)_mm512_getmant_ps((__m512)x.raw, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - 1.0f;
+}
+LF_HD void log_parts(Vec<double> x, Vec<double>::Raw& n, Vec<double>::Raw& z) {
+    n = (Vec<double>::Raw)_mm512_getexp_pd((__m512d)(x.raw * (4.0 / 3.0)));
+    z = (Vec<double>::Raw)_mm512_getmant_pd((__m512d)x.raw, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - 1.0;
+}
+#else
 template <class T>
-LF_HD Vec<T> log_of(Vec<T> x) {
-    using V = typename VecTraits<T>::Raw;
+LF_HD void log_parts(Vec<T> x, typename Vec<T>::Raw& n, typename Vec<T>::Raw& z) {
+    using V = typename Vec<T>::Raw;
     using I = typename VecTraits<T>::RawInt;
     using F = Format<T>;
     const I bits = (I)x.raw + (F::one - F::root_half);
-    const V n = (V)((bits >> F::mantissa) | F::integer) - F::bias;
-    const V z = (V)((bits & ((typename VecTraits<T>::Int(1) << F::mantissa) - 1)) + F::root_half) - T(1);
-    const V w = z / (z + T(2));
-    const V w2 = w * w;
-    V r = V{} + T(2) / (2 * F::terms + 1);
-    for (int k = F::terms - 1; k > 0; --k) r = r * w2 + T(2) / (2 * k + 1);
-    const V rest = x.raw - x.raw;  // NaN where x is
-    return {n * T(0.6931471805599453) + (z - w * (z - r * w2) + rest)};
+    n = (V)((bits >> F::mantissa) | F::integer) - F::bias;
+    n = n + (x.raw - x.raw);  // NaN where x is
+    z = (V)((bits & ((typename VecTraits<T>::Int(1) << F::mantissa) - 1)) + F::root_half) - T(1);
+}
+#endif
+template <class T>
+LF_HD Vec<T> log_of(Vec<T> x) {
+    typename Vec<T>::Raw n, z;
+    log_parts(x, n, z);
+    const auto w = z / (z + T(2)), w2 = w * w;
+    auto r = w2 * (T(2) / (2 * Format<T>::terms + 1)) + T(2) / (2 * Format<T>::terms - 1);
+    for (int k = Format<T>::terms - 2; k > 0; --k) r = r * w2 + T(2) / (2 * k + 1);
+    return {n * T(0.6931471805599453) + (z - w * (z - r * w2))};
 }
 
 #if LF_VECTOR_BYTES == 64

@@ -5,15 +5,14 @@
 // stack in between, for the first 64 groups.
 //
 // Floor: in float32 the inputs move 17 bytes for an element of z forward and 26 backward (x has a quarter of it), the
-// costs 10 and 19. One AVX-512 core of the machine in bench/results takes, at 100 x 4 x 784, .16 and .25 ns an element
-// for Bernoulli inputs, .17 and .27 for Gaussian ones, .11 and .16 for Bernoulli costs, .18 and .19 for Gaussian ones:
-// but for these forward, some 100 GB/s, the third-level cache's pace; the Bernoulli ones are no faster without any
-// arithmetic. (From one long array that core reads 110 GB/s out of that cache, 130 with prefetches, and copies as much;
-// eight short rows side by side, which groups are, it reads at 105 to 120.)
+// costs 10 and 19. At 100 x 4 x 784 two AVX-512 cores take 33 and 52 us for Bernoulli inputs, 20 and 32 for Bernoulli
+// costs, where loops over the same rows that only move as many bytes take 30, 44, 17 and 32: what limits them is the
+// third-level cache, and in the backward pass of the inputs as much the two units that multiply (70 of 85 cycles for
+// the 64 elements of a vector of pixels). Gaussian inputs take 41 and 69, costs 41 and 55: exponentials.
 //
-// Where all is read before anything is computed, the Bernoulli inputs, loads come in bursts: half as long ones, of a
-// vector instead of a pair, and prefetches are faster there, by a few percent to a fifth with where the tensors lie.
-// The others lose by either.
+// Hence the Bernoulli passes are counted in instructions: places of elements are computed once for all tensors where
+// these are packed (LF_BY_PLACE; the backward pass of the inputs 8 % faster), and what was read stays in registers.
+// Prefetches cost more than they bring.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger.cpp"
 
@@ -149,46 +148,41 @@ struct GaussianInputsBackward : TaggerPass<T> {
     }
 };
 
-template <class T, int fixed>
-struct BernoulliInputs : TaggerPass<T> {
+template <class T, int fixed, bool dense>
+struct BernoulliInputs : TaggerPass<T, dense> {
     static constexpr bool pairs = false;
     T *dz, *likelihood;
     BernoulliScalar<T> scalars;
 
     LF_HD BernoulliInputs(const TaggerInputs& in, const TaggerShape& s, T* dz, T* likelihood)
-        : TaggerPass<T>(in, s), dz(dz), likelihood(likelihood) {}
-    LF_HD void fetch(int64_t r, int64_t d) const {
-        LF_EACH_GROUP(k, this->groups) {
-            this->z.fetch(r, k, d);
-            this->m.fetch(r, k, d);
-        }
-    }
+        : TaggerPass<T, dense>(in, s), dz(dz), likelihood(likelihood) {}
     LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
 
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto b = broadcast<V>(scalars);
-        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
+        BernoulliPixel<V> pixel(this->template load<V, whole>(this->x, r, d, n), b);
         V density[kept<fixed>];
         LF_EACH_GROUP(k, this->groups) {
-            const V found =
-                pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
+            const V found = pixel.gather(this->template load<V, whole>(this->z, r, k, d, n),
+                                         this->template load<V, whole>(this->m, r, k, d, n), b);
             if (fixed || k < kKept) density[k] = found;
         }
-        pixel.finish(b);
+        pixel.finish();
         LF_EACH_GROUP(k, this->groups) {
             V out_dz, out_likelihood;
-            pixel.forward(this->m.template load<V, whole>(r, k, d, n),
-                          fixed || k < kKept ? density[k] : pixel.density(this->z.template load<V, whole>(r, k, d, n)),
-                          out_dz, out_likelihood);
+            pixel.forward(
+                this->template load<V, whole>(this->m, r, k, d, n),
+                fixed || k < kKept ? density[k] : pixel.density(this->template load<V, whole>(this->z, r, k, d, n)),
+                out_dz, out_likelihood);
             write<whole>(out_dz, dz + this->packed(r, k, d), n);
             write<whole>(out_likelihood, likelihood + this->packed(r, k, d), n);
         }
     }
 };
 
-template <class T, int fixed>
-struct BernoulliInputsBackward : TaggerPass<T> {
+template <class T, int fixed, bool dense>
+struct BernoulliInputsBackward : TaggerPass<T, dense> {
     static constexpr bool pairs = false;
     TaggerView<T> grad_dz, grad_likelihood;
     T *grad_x, *grad_z, *grad_m;
@@ -196,51 +190,49 @@ struct BernoulliInputsBackward : TaggerPass<T> {
 
     LF_HD BernoulliInputsBackward(const TaggerInput& grad_dz, const TaggerInput& grad_likelihood,
                                   const TaggerInputs& in, const TaggerShape& s, T* grad_x, T* grad_z, T* grad_m)
-        : TaggerPass<T>(in, s),
+        : TaggerPass<T, dense>(in, s),
           grad_dz(grad_dz),
           grad_likelihood(grad_likelihood),
           grad_x(grad_x),
           grad_z(grad_z),
           grad_m(grad_m) {}
-    LF_HD void fetch(int64_t r, int64_t d) const {
-        LF_EACH_GROUP(k, this->groups) {
-            this->z.fetch(r, k, d);
-            this->m.fetch(r, k, d);
-            grad_dz.fetch(r, k, d);
-            grad_likelihood.fetch(r, k, d);
-        }
-    }
     LF_HD void start(int64_t seed) { scalars = bernoulli_scalar<T>(this->scalar, seed); }
 
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         const auto b = broadcast<V>(scalars);
-        BernoulliPixel<V> pixel(this->x.template load<V, whole>(r, 0, d, n), b);
+        BernoulliPixel<V> pixel(this->template load<V, whole>(this->x, r, d, n), b);
         // Kept where the groups are few: the compiler cannot know that what is written in between is none of it.
         struct Group {
             V z, m, grad_dz, grad_likelihood;
         } held[fixed ? fixed : 1];
         const auto group = [&](int64_t k) __attribute__((always_inline)) -> Group {
-            return {this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n),
-                    grad_dz.template load<V, whole>(r, k, d, n), grad_likelihood.template load<V, whole>(r, k, d, n)};
+            return {this->template load<V, whole>(this->z, r, k, d, n),
+                    this->template load<V, whole>(this->m, r, k, d, n),
+                    this->template load<V, whole>(grad_dz, r, k, d, n),
+                    this->template load<V, whole>(grad_likelihood, r, k, d, n)};
         };
         LF_EACH_GROUP(k, this->groups) {
             const Group g = group(k);
-            pixel.gather(g.z, g.m, g.grad_dz, g.grad_likelihood);
+            pixel.gather(g.z, g.m, g.grad_dz, g.grad_likelihood, b);
             if (fixed) held[k] = g;
         }
-        pixel.finish_backward(b);
-        V sum_x = pixel.grad_t;
+        pixel.finish_backward();
+        if (grad_x != nullptr) {
+            V sum_x = pixel.grad_t;
+            LF_EACH_GROUP(k, this->groups) {
+                const Group g = fixed ? held[k] : group(k);
+                sum_x = sum_x + pixel.grad_x(g.grad_likelihood, g.z, pixel.density(g.z), b);
+            }
+            write<whole>(sum_x, grad_x + r * this->width + d, n);
+        }
         LF_EACH_GROUP(k, this->groups) {
             const Group g = fixed ? held[k] : group(k);
-            const V density = pixel.density(g.z);
-            if (grad_x != nullptr) sum_x = sum_x + pixel.grad_x(g.grad_likelihood, g.z, density, b);
             V out_z, out_m;
-            pixel.backward(g.grad_dz, g.grad_likelihood, g.z, g.m, density, b, out_z, out_m);
+            pixel.backward(g.grad_dz, g.grad_likelihood, g.z, g.m, pixel.density(g.z), b, out_z, out_m);
             write<whole>(out_z, grad_z + this->packed(r, k, d), n);
             write<whole>(out_m, grad_m + this->packed(r, k, d), n);
         }
-        if (grad_x != nullptr) write<whole>(sum_x, grad_x + r * this->width + d, n);
     }
 };
 
@@ -339,42 +331,55 @@ struct GaussianNllBackward : TaggerPass<T> {
     }
 };
 
-template <class T, int fixed>
-struct BernoulliNll : TaggerPass<T> {
+template <class T, int fixed, bool dense>
+struct BernoulliNll : TaggerPass<T, dense> {
     T* nll;
 
-    LF_HD BernoulliNll(const TaggerInputs& in, const TaggerShape& s, T* nll) : TaggerPass<T>(in, s), nll(nll) {}
+    LF_HD BernoulliNll(const TaggerInputs& in, const TaggerShape& s, T* nll) : TaggerPass<T, dense>(in, s), nll(nll) {}
 
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         BernoulliMixture<V> pixel;
         LF_EACH_GROUP(k, this->groups)
-        pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
-        const V x = this->x.template load<V, whole>(r, 0, d, n);
+        pixel.gather(this->template load<V, whole>(this->z, r, k, d, n),
+                     this->template load<V, whole>(this->m, r, k, d, n));
+        const V x = this->template load<V, whole>(this->x, r, d, n);
         write<whole>(all_binary(x, n) ? pixel.binary_nll(x) : pixel.nll(x), nll + r * this->width + d, n);
     }
 };
 
-template <class T, int fixed>
-struct BernoulliNllBackward : TaggerPass<T> {
+template <class T, int fixed, bool dense>
+struct BernoulliNllBackward : TaggerPass<T, dense> {
     TaggerView<T> grad;
     T *grad_x, *grad_z, *grad_m;
 
     LF_HD BernoulliNllBackward(const TaggerInput& grad, const TaggerInputs& in, const TaggerShape& s, T* grad_x,
                                T* grad_z, T* grad_m)
-        : TaggerPass<T>(in, s), grad(grad), grad_x(grad_x), grad_z(grad_z), grad_m(grad_m) {}
+        : TaggerPass<T, dense>(in, s), grad(grad), grad_x(grad_x), grad_z(grad_z), grad_m(grad_m) {}
 
     template <class V, bool whole>
     LF_HD void pixels(int64_t r, int64_t d, int64_t n) {
         BernoulliMixture<V> pixel;
-        LF_EACH_GROUP(k, this->groups)
-        pixel.gather(this->z.template load<V, whole>(r, k, d, n), this->m.template load<V, whole>(r, k, d, n));
-        const V from = grad.template load<V, whole>(r, 0, d, n);
-        if (grad_x != nullptr) write<whole>(pixel.grad_x(from), grad_x + r * this->width + d, n);
-        const V slope = pixel.backward(from, this->x.template load<V, whole>(r, 0, d, n));
+        // Kept where the groups are few: the compiler cannot know that what is written in between is none of it.
+        struct Group {
+            V z, m;
+        } held[fixed ? fixed : 1];
+        const auto group = [&](int64_t k) __attribute__((always_inline)) -> Group {
+            return {this->template load<V, whole>(this->z, r, k, d, n),
+                    this->template load<V, whole>(this->m, r, k, d, n)};
+        };
         LF_EACH_GROUP(k, this->groups) {
-            write<whole>(slope * this->m.template load<V, whole>(r, k, d, n), grad_z + this->packed(r, k, d), n);
-            write<whole>(slope * this->z.template load<V, whole>(r, k, d, n), grad_m + this->packed(r, k, d), n);
+            const Group g = group(k);
+            pixel.gather(g.z, g.m);
+            if (fixed) held[k] = g;
+        }
+        const V from = this->template load<V, whole>(grad, r, d, n);
+        if (grad_x != nullptr) write<whole>(pixel.grad_x(from), grad_x + r * this->width + d, n);
+        const V slope = pixel.backward(from, this->template load<V, whole>(this->x, r, d, n));
+        LF_EACH_GROUP(k, this->groups) {
+            const Group g = fixed ? held[k] : group(k);
+            write<whole>(slope * g.m, grad_z + this->packed(r, k, d), n);
+            write<whole>(slope * g.z, grad_m + this->packed(r, k, d), n);
         }
     }
 };
@@ -385,29 +390,31 @@ struct BernoulliNllBackward : TaggerPass<T> {
         if (gaussian)                                                                                              \
             LF_BY_GROUPS(T, GaussianInputs, in, s, dz, likelihood)                                                 \
         else                                                                                                       \
-            LF_BY_GROUPS(T, BernoulliInputs, in, s, dz, likelihood)                                                \
+            LF_BY_PLACE(T, BernoulliInputs, packed(in, s), in, s, dz, likelihood)                                  \
     }                                                                                                              \
     static void inputs_backward_##suffix(bool gaussian, const TaggerInput& gd, const TaggerInput& gl,              \
                                          const TaggerInputs& in, T* gx, T* gz, T* gm, double* partials,            \
                                          const TaggerShape& s, int64_t begin, int64_t end) {                       \
+        const bool dense = packed(in, s) && packed(gd, s) && packed(gl, s);                                        \
         if (gaussian)                                                                                              \
             LF_BY_GROUPS(T, GaussianInputsBackward, gd, gl, in, s, gx, gz, gm, partials)                           \
         else                                                                                                       \
-            LF_BY_GROUPS(T, BernoulliInputsBackward, gd, gl, in, s, gx, gz, gm)                                    \
+            LF_BY_PLACE(T, BernoulliInputsBackward, dense, gd, gl, in, s, gx, gz, gm)                              \
     }                                                                                                              \
     static void nll_##suffix(bool gaussian, const TaggerInputs& in, T* nll, const TaggerShape& s, int64_t begin,   \
                              int64_t end) {                                                                        \
         if (gaussian)                                                                                              \
             LF_BY_GROUPS(T, GaussianNll, in, s, nll)                                                               \
         else                                                                                                       \
-            LF_BY_GROUPS(T, BernoulliNll, in, s, nll)                                                              \
+            LF_BY_PLACE(T, BernoulliNll, packed(in, s), in, s, nll)                                                \
     }                                                                                                              \
     static void nll_backward_##suffix(bool gaussian, const TaggerInput& g, const TaggerInputs& in, T* gx, T* gz,   \
                                       T* gm, double* partials, const TaggerShape& s, int64_t begin, int64_t end) { \
+        const bool dense = packed(in, s) && packed_rows(g, s);                                                     \
         if (gaussian)                                                                                              \
             LF_BY_GROUPS(T, GaussianNllBackward, g, in, s, gx, gz, gm, partials)                                   \
         else                                                                                                       \
-            LF_BY_GROUPS(T, BernoulliNllBackward, g, in, s, gx, gz, gm)                                            \
+            LF_BY_PLACE(T, BernoulliNllBackward, dense, g, in, s, gx, gz, gm)                                      \
     }
 
 LF_TAGGER_INSTANCES(float, f32)

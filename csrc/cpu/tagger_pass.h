@@ -9,6 +9,15 @@ template <int fixed>
 static constexpr int64_t kept = fixed ? fixed : kKept;
 #define LF_EACH_GROUP(k, groups) _Pragma("GCC unroll 4") for (int64_t k = 0; k < (fixed ? fixed : groups); ++k)
 
+// n pixels; `whole` says that n is the width of V.
+template <bool whole, class V, class T>
+static LF_HD V read(const T* from, int64_t n) {
+    if constexpr (whole)
+        return V::load(from);
+    else
+        return V::load(from, n);
+}
+
 template <class T>
 struct TaggerView {
     const T* data;
@@ -16,16 +25,11 @@ struct TaggerView {
 
     explicit LF_HD TaggerView(const TaggerInput& t) : data(static_cast<const T*>(t.data)), row(t.row), group(t.group) {}
 
-    // Of n pixels from (row r, group k, pixel d) on; `whole` says that n is the width of V.
+    // Of n pixels from (row r, group k, pixel d) on.
     template <class V, bool whole>
     LF_HD V load(int64_t r, int64_t k, int64_t d, int64_t n) const {
-        const T* at = data + r * row + k * group + d;
-        if constexpr (whole)
-            return V::load(at);
-        else
-            return V::load(at, n);
+        return read<whole, V>(data + r * row + k * group + d, n);
     }
-    LF_HD void fetch(int64_t r, int64_t k, int64_t d) const { __builtin_prefetch(data + r * row + k * group + d); }
 };
 
 template <bool whole, class V, class T>
@@ -62,8 +66,9 @@ static LF_HD BernoulliScalar<V> broadcast(const BernoulliScalar<T>& s) {
 }
 
 // Each pass is a struct: start(seed), pixels<V, whole>(row, pixel, count), and for sums end_row() and end_item(item).
-// One without `pairs` takes vectors one by one, and may fetch(row, pixel) what a vector there will read.
-template <class T>
+// One without `pairs` takes vectors one by one. `dense` says that all tensors are packed: the compiler then knows that
+// an element lies at the same place of each, and counts once for all of them.
+template <class T, bool dense = false>
 struct TaggerPass {
     static constexpr bool pairs = true;
     TaggerView<T> x, z, m;
@@ -73,8 +78,16 @@ struct TaggerPass {
     LF_HD TaggerPass(const TaggerInputs& in, const TaggerShape& s)
         : x(in.x), z(in.z), m(in.m), scalar(in.scalar), groups(s.groups), width(s.pixels) {}
     LF_HD int64_t packed(int64_t r, int64_t k, int64_t d) const { return (r * groups + k) * width + d; }
+    // Of n pixels from (row r, group k, pixel d) on, and of a tensor without groups.
+    template <class V, bool whole>
+    LF_HD V load(const TaggerView<T>& from, int64_t r, int64_t k, int64_t d, int64_t n) const {
+        return dense ? read<whole, V>(from.data + packed(r, k, d), n) : from.template load<V, whole>(r, k, d, n);
+    }
+    template <class V, bool whole>
+    LF_HD V load(const TaggerView<T>& from, int64_t r, int64_t d, int64_t n) const {
+        return read<whole, V>(from.data + r * (dense ? width : from.row) + d, n);
+    }
     LF_HD void start(int64_t) {}
-    LF_HD void fetch(int64_t, int64_t) const {}
     LF_HD void end_row() {}
     LF_HD void end_item(int64_t) {}
 };
@@ -116,9 +129,6 @@ static __attribute__((noinline, cold)) Pass scaled_pixels(Pass pass, int64_t r, 
     return pass;
 }
 
-// So many vectors ahead a pass fetches.
-static const int64_t kFetchAhead = 8;
-
 // d, of which the compiler knows nothing: else it would count up a pointer into each group of each tensor, of which
 // there are more than registers.
 LF_HD int64_t opaque(int64_t d) {
@@ -137,7 +147,6 @@ static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int
         const int64_t last = s.pixels - first < TaggerPlan::kBlock ? s.pixels : first + TaggerPlan::kBlock;
         const int64_t row = chunk * plan.rows_per_item;
         const int64_t row_end = plan.rows - row < plan.rows_per_item ? plan.rows : row + plan.rows_per_item;
-        const int64_t seed_end = (seed + 1) * plan.rows;
         pass.start(seed);
         for (int64_t r = seed * plan.rows + row; r < seed * plan.rows + row_end; ++r) {
             int64_t d = first;
@@ -145,16 +154,8 @@ static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int
                 for (; d + Pair<T>::width <= last; d += Pair<T>::width)
                     pass.template pixels<Pair<T>, true>(r, opaque(d), Pair<T>::width);
             }
-            for (; d + Vec<T>::width <= last; d += Vec<T>::width) {
-                if constexpr (!Pass::pairs) {
-                    const int64_t ahead = d + kFetchAhead * Vec<T>::width;
-                    if (ahead < last)
-                        pass.fetch(r, ahead);
-                    else if (r + 1 < seed_end)
-                        pass.fetch(r + 1, first + ahead - last);
-                }
+            for (; d + Vec<T>::width <= last; d += Vec<T>::width)
                 pass.template pixels<Vec<T>, true>(r, opaque(d), Vec<T>::width);
-            }
             if (d < last) pass.template pixels<Vec<T>, false>(r, d, last - d);
             pass.end_row();
         }
@@ -162,11 +163,29 @@ static LF_HD void over_items(Pass pass, const TaggerShape& s, int64_t begin, int
     }
 }
 
-// over_items of a pass, with the number of groups known where it is kFew.
+static LF_HD bool packed(const TaggerInput& t, const TaggerShape& s) {
+    return t.group == s.pixels && t.row == s.groups * s.pixels;
+}
+static LF_HD bool packed_rows(const TaggerInput& t, const TaggerShape& s) { return t.row == s.pixels; }
+static LF_HD bool packed(const TaggerInputs& in, const TaggerShape& s) {
+    return packed_rows(in.x, s) && packed(in.z, s) && packed(in.m, s);
+}
+
+// over_items of a pass, with the number of groups known where it is kFew; and of one that gains by that, where tensors
+// are then dense this as well.
 #define LF_BY_GROUPS(T, Pass, ...)                                    \
     {                                                                 \
         if (s.groups == kFew)                                         \
             over_items<T>(Pass<T, kFew>(__VA_ARGS__), s, begin, end); \
         else                                                          \
             over_items<T>(Pass<T, 0>(__VA_ARGS__), s, begin, end);    \
+    }
+#define LF_BY_PLACE(T, Pass, dense, ...)                                     \
+    {                                                                        \
+        if (s.groups == kFew && (dense))                                     \
+            over_items<T>(Pass<T, kFew, true>(__VA_ARGS__), s, begin, end);  \
+        else if (s.groups == kFew)                                           \
+            over_items<T>(Pass<T, kFew, false>(__VA_ARGS__), s, begin, end); \
+        else                                                                 \
+            over_items<T>(Pass<T, 0, false>(__VA_ARGS__), s, begin, end);    \
     }

@@ -146,8 +146,8 @@ struct BernoulliStepInputs : StepInputs<T, fixed> {
         MaskPixel<V> masks;
         this->template softmax<V, whole>(masks, a, r, d, n);
         LF_EACH_GROUP(k, this->groups)
-        density[k] = pixel.gather(this->z.template load<V, whole>(r, k, d, n), a[k]);
-        pixel.finish(b);
+        density[k] = pixel.gather(this->z.template load<V, whole>(r, k, d, n), a[k], b);
+        pixel.finish();
         LF_EACH_GROUP(k, this->groups) {
             V dz, likelihood;
             pixel.forward(a[k], density[k], dz, likelihood);
@@ -263,8 +263,8 @@ struct BernoulliStepInputsBackward : StepInputsBackward<T, fixed> {
         LF_EACH_GROUP(k, this->groups)
         density[k] = pixel.gather(this->z.template load<V, whole>(r, k, d, n), m[k],
                                   this->template of<V, whole>(this->kDz, r, k, d, n),
-                                  this->template of<V, whole>(this->kLikelihood, r, k, d, n));
-        pixel.finish_backward(b);
+                                  this->template of<V, whole>(this->kLikelihood, r, k, d, n), b);
+        pixel.finish_backward();
         if (this->grad_x != nullptr) {
             V sum_x = pixel.grad_t;
             LF_EACH_GROUP(k, this->groups)
@@ -284,14 +284,6 @@ struct BernoulliStepInputsBackward : StepInputsBackward<T, fixed> {
         this->template finish_logits<V, whole>(masks, m, g, r, d, n);
     }
 };
-
-template <bool whole, class V, class T>
-static LF_HD V read(const T* from, int64_t n) {
-    if constexpr (whole)
-        return V::load(from);
-    else
-        return V::load(from, n);
-}
 
 // What pixels need of their columns: z before any squashing is (z_pre - mean_z) scale_z + b1, and the logit is
 // (m_pre - mean_m) scale_m.

@@ -104,11 +104,11 @@ struct BernoulliInputs {
         BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0), b);
         LF_EACH_GROUP(k) {
             const V mask = in.m.template load<whole>(p, r, k);
-            const V found = pixel.gather(in.z.template load<whole>(p, r, k), mask);
+            const V found = pixel.gather(in.z.template load<whole>(p, r, k), mask, b);
             if (held) density.at[k] = found;
             if (held) m.at[k] = mask;
         }
-        pixel.finish(b);
+        pixel.finish();
         LF_EACH_GROUP(k) {
             V out_dz, out_likelihood;
             pixel.forward(held ? m.at[k] : in.m.template load<whole>(p, r, k),
@@ -136,8 +136,8 @@ struct BernoulliInputsBackward {
         BernoulliPixel<V> pixel(in.x.template load<whole>(p, r, 0), b);
         LF_EACH_GROUP(k)
         pixel.gather(in.z.template load<whole>(p, r, k), in.m.template load<whole>(p, r, k),
-                     grad_dz.template load<whole>(p, r, k), grad_likelihood.template load<whole>(p, r, k));
-        pixel.finish_backward(b);
+                     grad_dz.template load<whole>(p, r, k), grad_likelihood.template load<whole>(p, r, k), b);
+        pixel.finish_backward();
         V sum_x = pixel.grad_t;
         LF_EACH_GROUP(k) {
             const V z = in.z.template load<whole>(p, r, k), density = pixel.density(z);

@@ -103,8 +103,8 @@ struct BernoulliStepInputs : StepInputs<T, N> {
         MaskPixel<V> masks;
         this->template softmax<held, whole>(plan, p, r, masks, a);
         LF_EACH_GROUP(k)
-        pixel.gather(this->in.z.template load<whole>(p, r, k), this->template mask<held, whole>(p, r, k, masks, a));
-        pixel.finish(b);
+        pixel.gather(this->in.z.template load<whole>(p, r, k), this->template mask<held, whole>(p, r, k, masks, a), b);
+        pixel.finish();
         LF_EACH_GROUP(k) {
             const V z = this->in.z.template load<whole>(p, r, k);
             const V m = this->template mask<held, whole>(p, r, k, masks, a);
@@ -212,8 +212,8 @@ struct BernoulliStepInputsBackward : StepInputsBackward<T, N> {
         LF_EACH_GROUP(k)
         pixel.gather(in.z.template load<whole>(p, r, k), this->template mask<held, whole>(p, r, k, masks, a),
                      this->template of<whole>(Base::kDz, plan, p, r, k),
-                     this->template of<whole>(Base::kLikelihood, plan, p, r, k));
-        pixel.finish_backward(b);
+                     this->template of<whole>(Base::kLikelihood, plan, p, r, k), b);
+        pixel.finish_backward();
         V sum_x = pixel.grad_t;
         LF_EACH_GROUP(k) {
             const V m = this->template mask<held, whole>(p, r, k, masks, a);

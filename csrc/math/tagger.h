@@ -189,77 +189,80 @@ struct BernoulliScalar {
     V flip, keep;  // b, 1 - 2 b
 };
 
-// Mixture s = sum_k xi_k m_k = keep sum_k z_k m_k + flip sum_k m_k, and total = sum_k density_k; in backward also
+// With xi_k = keep z_k + flip: the mixture sum_k xi_k m_k, and total = sum_k density_k; in backward also
 // dot = sum_k density_k grad_likelihood_k and sum_m = sum_k grad_dz_k m_k.
 template <class V>
 struct BernoulliPixel {
-    V x, offset, slope;  // density_k = offset + slope z_k
-    V seen, masks, total, dot, sum_m;
+    V rest;           // 1 - x
+    V offset, slope;  // density_k = offset + slope z_k
+    V mixture, total, dot, sum_m;
     V pole, share;     // 1 / denominator of dz, 1 / total
+    V tilt;            // slope / total
     V grad_t, grad_s;  // gradients of the denominator and of the mixture
 
     LF_HD BernoulliPixel(V x, const BernoulliScalar<V>& s)
-        : x(x), seen(constant<V>(0)), masks(seen), total(seen), dot(seen), sum_m(seen) {
-        const V one = constant<V>(1), sign = x + x - one;
-        offset = (one - x) + sign * s.flip;
+        : rest(constant<V>(1) - x), mixture(constant<V>(0)), total(mixture), dot(mixture), sum_m(mixture) {
+        const V sign = x * constant<V>(2) - constant<V>(1);
+        offset = rest + sign * s.flip;
         slope = sign * s.keep;
     }
+    LF_HD static V xi(V z, const BernoulliScalar<V>& s) { return z * s.keep + s.flip; }
     // Of a group; LF_TAGGER_FLOOR at least.
     LF_HD V density(V z) const { return larger(constant<V>(LF_TAGGER_FLOOR), z * slope + offset); }
 
-    LF_HD V gather(V z, V m) {
+    LF_HD V gather(V z, V m, const BernoulliScalar<V>& s) {
         const V d = density(z);
-        seen = seen + z * m;
-        masks = masks + m;
+        mixture = mixture + xi(z, s) * m;
         total = total + d;
         return d;
     }
-    LF_HD V gather(V z, V m, V grad_dz, V grad_likelihood) {
-        const V d = gather(z, m);
+    LF_HD V gather(V z, V m, V grad_dz, V grad_likelihood, const BernoulliScalar<V>& s) {
+        const V d = gather(z, m, s);
         dot = dot + d * grad_likelihood;
         sum_m = sum_m + grad_dz * m;
         return d;
     }
-    LF_HD V mixture(const BernoulliScalar<V>& s) const { return s.keep * seen + s.flip * masks; }
-    LF_HD V denominator(V mixture) const {
+    LF_HD V denominator() const {
         const V low = constant<V>(LF_TAGGER_CLIP), high = constant<V>(1 - LF_TAGGER_CLIP);
-        return (x - constant<V>(1)) + smaller(high, larger(low, mixture));
+        return smaller(high, larger(low, mixture)) - rest;
     }
     // The same, never nearer to 0 than the pole allows.
     LF_HD static V off_pole(V t) {
         const V near = constant<V>(LF_TAGGER_POLE), zero = constant<V>(0);
         return if_less(t, zero, smaller(zero - near, t), larger(near, t));
     }
-    LF_HD void finish(const BernoulliScalar<V>& s) {
-        pole = constant<V>(1) / off_pole(denominator(mixture(s)));
+    LF_HD void finish() {
+        pole = constant<V>(1) / off_pole(denominator());
         share = constant<V>(1) / total;
     }
     LF_HD void forward(V m, V density, V& dz, V& likelihood) const {
         dz = m * pole;
         likelihood = density * share;
     }
-    LF_HD void finish_backward(const BernoulliScalar<V>& s) {
-        finish(s);
+    LF_HD void finish_backward() {
+        finish();
         dot = dot * share;
-        const V mixed = mixture(s), t = denominator(mixed);
+        tilt = slope * share;
+        const V t = denominator();
         const V near = constant<V>(LF_TAGGER_POLE), zero = constant<V>(0);
         const V pull = zero - (sum_m * pole) * pole;
-        grad_t = if_less(t, near, if_less(zero - near, t, zero, pull), pull);
+        grad_t = if_less(magnitude(t), near, zero, pull);
         const V low = constant<V>(LF_TAGGER_CLIP), high = constant<V>(1 - LF_TAGGER_CLIP);
-        grad_s = if_less(mixed, low, zero, if_less(high, mixed, zero, grad_t));
+        grad_s = if_less(mixture, low, zero, if_less(high, mixture, zero, grad_t));
     }
-    LF_HD V grad_density(V density, V grad_likelihood) const {
-        return if_less(constant<V>(LF_TAGGER_FLOOR), density, (grad_likelihood - dot) * share, constant<V>(0));
+    // The gradient of `by` times density_k.
+    LF_HD V through_density(V density, V grad_likelihood, V by) const {
+        return if_less(constant<V>(LF_TAGGER_FLOOR), density, (grad_likelihood - dot) * by, constant<V>(0));
     }
     LF_HD void backward(V grad_dz, V grad_likelihood, V z, V m, V density, const BernoulliScalar<V>& s, V& grad_z,
                         V& grad_m) const {
-        grad_m = grad_dz * pole + grad_s * (z * s.keep + s.flip);
-        grad_z = m * (grad_s * s.keep) + grad_density(density, grad_likelihood) * slope;
+        grad_m = grad_dz * pole + grad_s * xi(z, s);
+        grad_z = m * (grad_s * s.keep) + through_density(density, grad_likelihood, tilt);
     }
     // A group's part of grad_x, to which grad_t is added once.
     LF_HD V grad_x(V grad_likelihood, V z, V density, const BernoulliScalar<V>& s) const {
-        const V xi = z * s.keep + s.flip;
-        return grad_density(density, grad_likelihood) * (xi + xi - constant<V>(1));
+        const V by_x = xi(z, s) * constant<V>(2) - constant<V>(1);
+        return through_density(density, grad_likelihood, share) * by_x;
     }
 };
 
