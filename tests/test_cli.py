@@ -215,6 +215,8 @@ def test_info(capsys, monkeypatch):
         (["train", "{recipe}", "--data-dir", "x"], "unknown field data.data_dir"),
         (["train", "{recipe}", "--batch_unlabelled", "5000"], "batch_unlabelled must be from 1 to 1300"),
         (["train", "{recipe}", "--batch_unlabelled", "1"], "batch_unlabelled must be at least 2"),
+        (["train", "{recipe}", "--batch_labelled", "1"], "batch_labelled must be at least 2, as a batch is"),
+        (["train", "{recipe}", "--data.num_labels", "1"], "num_labels must be at least 2, as the statistics"),
         (
             ["train", "{recipe}", "--objective.denoising_weights", "[1, 1, 1, 1]"],
             "denoising_weights must have 3 entries, one a layer 0..L of the model's layers",
