@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import sys
 import textwrap
@@ -35,25 +37,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM; 141: its reader has gone.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    fields: dict[str, Any] = {}
+    if isinstance(sys.stdout, io.TextIOWrapper):  # titles and help have characters that not every terminal can show
+        sys.stdout.reconfigure(errors="replace")
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # so that classes of one's own are found, as by python -m
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
-            if argv[:1] == ["train"]:
-                rest, fields = _split_fields(argv[1:])
-                argv = ["train", *rest]
-            arguments = _parser().parse_args(argv)
-            arguments.command(arguments, fields)
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+            if sys.stdout is None:  # closed, and print says nothing of it
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             sys.stdout.flush()
-            return 0
+            return code
         except BrokenPipeError:  # who reads has read enough, as head does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            _drop_output()
             return 141
-        except SystemExit as stop:
-            return stop.code if isinstance(stop.code, int) else 1
+        except OSError as error:
+            print(f"ladderfast: error: standard output: {error.strerror or error}", file=sys.stderr)
+            _drop_output()
+            return 1
         except KeyboardInterrupt:
             return 130
+
+
+def _run(argv: list[str]) -> int:
+    fields: dict[str, Any] = {}
+    try:
+        if argv[:1] == ["train"]:
+            rest, fields = _split_fields(argv[1:])
+            argv = ["train", *rest]
+        arguments = _parser().parse_args(argv)
+        arguments.command(arguments, fields)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _drop_output() -> None:
+    """What is still to be flushed goes nowhere."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +142,7 @@ def _split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate the options of `train` from the recipe's fields."""
     rest: list[str] = []
     fields: dict[str, Any] = {}
+    given: set[str] = set()
     tokens = iter(argv)
     for token in tokens:
         name, equals, value = token.partition("=")
@@ -129,13 +154,14 @@ def _split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             if following is None or following.startswith("--"):
                 _fail(f"{name} needs a value", 2)
             value = following
+        field = name[2:].replace("-", "_")
+        if field in given:
+            _fail(f"{name} is given twice", 2)
+        given.add(field)
         if name in VALUES:
             rest.append(f"{name}={value}")
-            continue
-        field = name[2:].replace("-", "_")
-        if field in fields:
-            _fail(f"{name} is given twice", 2)
-        fields[field] = value
+        else:
+            fields[field] = value
     return rest, fields
 
 

@@ -42,6 +42,8 @@ DECAY_FROM = 0.667  # of the linear one, where none is given
 
 GRAPH = ("auto", "on", "off")
 
+MOST_THREADS = 1024  # more than any machine has cores; of far more the system makes none, and the process dies
+
 # With another one of these it is still the recipe that is trained.
 CIRCUMSTANCES = {
     "seed",
@@ -173,6 +175,8 @@ class Recipe:
         for name in ("checkpoint_steps", "threads", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
         for name in ("learning_rate", "checkpoint_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
