@@ -477,6 +477,7 @@ class RLadder(nn.Module):
                     "put a level with encoder pool on top"
                 )
             self.classifier = nn.Linear(self.shapes[-1][0], num_classes, **factory)
+        self.num_classes, self.out_channels = num_classes, out_channels
         self._top_down = bool(self.gates) or self.readout is not None
         if len(self.input_shape) == 3:
             # Convolutions of few channels take a third less time like this on a CPU; the ops take either.
@@ -582,6 +583,15 @@ class RLadder(nn.Module):
                 for batch in batches:
                     x, mask = (batch, None) if isinstance(batch, Tensor) else batch
                     self(x, None, mask)
+
+    def normalises_samples(self) -> int | None:
+        """The lowest level with a batch normalisation over the samples alone, which a single one has no use for."""
+        for number, shape in enumerate(self.shapes):
+            parts = [self.encoder[number], *([self.gates[str(number)]] if str(number) in self.gates else [])]
+            norms = any(isinstance(m, StepBatchNorm) for part in parts for m in part.modules())
+            if norms and math.prod(shape[1:]) == 1:
+                return number
+        return None
 
     def _batch_norms(self) -> list[StepBatchNorm]:
         return [module for module in self.modules() if isinstance(module, StepBatchNorm)]

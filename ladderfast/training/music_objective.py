@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderfast.data import PianoRollBatch
+from ladderfast.data import PianoRollBatch, PianoRolls
 from ladderfast.data.piano_rolls import NOTES, Rolls
-from ladderfast.models import RLadderState
+from ladderfast.models import PlainLSTM, RLadder, RLadderState
 
 from .metric import Metric
 from .objectives import Objective
@@ -39,6 +39,8 @@ class PianoRollObjective(Objective):
     """
 
     metric = Metric("nll", "NLL per step", "nats")  # NLL: negative log-likelihood
+    networks = (PlainLSTM, RLadder)
+    sources = (PianoRolls,)
 
     def __init__(self, checkpoint_every: int | None = None) -> None:
         if checkpoint_every is not None and checkpoint_every < 1:

@@ -30,11 +30,14 @@ class Objective(ABC):
 
     `metric` is the figure that a run is judged by, one of those that `measure` returns. `forward_methods` names the
     model's methods, other than its call, that `__call__` uses: where several processes train together, their
-    wrapper about the model has to know.
+    wrapper about the model has to know. `networks` and `sources` are those of this package that it is for, as far as it
+    minds; classes of one's own may be anything that it can use.
     """
 
     metric = Metric()
     forward_methods: tuple[str, ...] = ()
+    networks: tuple[type, ...] = ()
+    sources: tuple[type, ...] = ()
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -125,6 +128,7 @@ class LadderObjective(Objective):
     """
 
     forward_methods = ("training_pass",)
+    networks = (LadderNetwork,)
 
     def __init__(
         self,

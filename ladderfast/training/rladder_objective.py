@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderfast.data import OccludedMovingDigits
+from ladderfast.models import RLadder
+
 from .objectives import Objective
 
 if TYPE_CHECKING:
@@ -45,6 +48,9 @@ class RLadderObjective(Objective):
     role models", 2017, for the teacher.
     """
 
+    networks = (RLadder,)
+    sources = (OccludedMovingDigits,)
+
     def __init__(
         self,
         prediction_weight: float = 0.02,
@@ -74,11 +80,36 @@ class RLadderObjective(Objective):
         self.steps = 0
         self.teacher: nn.Module | None = None
 
-    def prepare(self, model: Any) -> None:
-        if model.classifier is None:
+    def check(self, model: Any) -> None:
+        if getattr(model, "classifier", None) is None:
             raise ValueError("model must have num_classes for this objective")
-        if self.prediction_weight and model.readout is None:
+        if self.prediction_weight and getattr(model, "readout", None) is None:
             raise ValueError("model must have out_channels for a prediction_weight above 0")
+
+    def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
+        if not isinstance(model, RLadder) or not isinstance(data, OccludedMovingDigits):
+            return
+        name, frame = type(data).__name__, (1, *data.image_shape)
+        if model.input_shape != frame:
+            raise ValueError(
+                f"input_shape must be {frame}, that of a frame of {name}, got {model.input_shape}"
+            )
+        if self.prediction_weight and model.out_channels != frame[0]:
+            raise ValueError(
+                f"out_channels must be {frame[0]}, as many as a frame of {name} has, for a prediction_weight above 0, got "
+                f"{model.out_channels}"
+            )
+        if model.num_classes is not None and model.num_classes < data.num_classes:
+            raise ValueError(
+                f"num_classes must be at least {data.num_classes}, the classes of {name}, got {model.num_classes}"
+            )
+        if batch_labelled + batch_unlabelled == 1 and (level := model.normalises_samples()) is not None:
+            raise ValueError(
+                f"batch_labelled and batch_unlabelled must make a batch of at least 2 samples for level {level}, which "
+                f"has batch normalisation and no positions, got {batch_labelled} and {batch_unlabelled}"
+            )
+
+    def prepare(self, model: Any) -> None:
         self.steps = 0
         if self.consistency_weight:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
