@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM; 141: its reader has gone.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # titles and help have characters that not every terminal can show
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # titles and help have characters that not every terminal can show
         sys.stdout.reconfigure(errors="replace")
     with contextlib.suppress(OSError):  # the working directory may be gone
         if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:

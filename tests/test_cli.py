@@ -221,7 +221,9 @@ def test_a_class_in_the_working_directory_is_found(recipe, capsys, monkeypatch):
     """As by the console script, which has the folder of scripts at the head of the path."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
     (recipe.parent / "my_own_digits.py").write_text("from ladderfast.data import Digits as Mine\n")
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("ladderfast.data.Digits", "my_own_digits.Mine"))
+    recipe.write_text(
+        recipe.read_text(encoding="utf-8").replace("ladderfast.data.Digits", "my_own_digits.Mine")
+    )
     code, out, err = call(capsys, "train", recipe, "--help")
     assert (code, err) == (0, "")
     assert "data: ladderfast.data.digits.Digits" in out

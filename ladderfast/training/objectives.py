@@ -174,8 +174,8 @@ class LadderObjective(Objective):
             return
         if batch_labelled < 2:
             raise ValueError(
-                "batch_labelled must be at least 2, as a batch is normalised by its own statistics, which leave nothing "
-                f"of a single sample, got {batch_labelled}"
+                "batch_labelled must be at least 2, as a batch is normalised by its own statistics, which leave "
+                f"nothing of a single sample, got {batch_labelled}"
             )
         if any(self._wanted) and batch_unlabelled < 2:
             raise ValueError(
@@ -186,8 +186,8 @@ class LadderObjective(Objective):
             return
         if len(data.x_labelled) < 2:
             raise ValueError(
-                "num_labels must be at least 2, as the statistics for evaluation are those of the labelled samples, got "
-                f"{len(data.x_labelled)}"
+                "num_labels must be at least 2, as the statistics for evaluation are those of the labelled samples, "
+                f"got {len(data.x_labelled)}"
             )
         name, values = type(data).__name__, data.x_unlabelled[0].numel()
         if values != math.prod(model.shapes[0]):

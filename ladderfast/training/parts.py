@@ -78,9 +78,7 @@ def _check_kind(
     """Raise TypeError for one of this package's networks or data that the objective is not for."""
     if wanted and isinstance(got, known) and not isinstance(got, wanted):
         kinds = " or ".join(kind.__name__ for kind in wanted)
-        raise TypeError(
-            f"{name} must be {kinds} for {type(objective).__name__}, got {type(got).__name__}"
-        )
+        raise TypeError(f"{name} must be {kinds} for {type(objective).__name__}, got {type(got).__name__}")
 
 
 def _check_several(recipe: Recipe, dataset: DataSource) -> None:

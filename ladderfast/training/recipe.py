@@ -44,7 +44,9 @@ DECAY_FROM = 0.667  # of the linear one, where none is given
 
 GRAPH = ("auto", "on", "off")
 
-MOST_THREADS = 1024  # more than any machine has cores; of far more the system makes none, and the process dies
+MOST_THREADS = (
+    1024  # more than any machine has cores; of far more the system makes none, and the process dies
+)
 
 # With another one of these it is still the recipe that is trained.
 CIRCUMSTANCES = {

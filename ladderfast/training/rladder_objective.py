@@ -96,8 +96,8 @@ class RLadderObjective(Objective):
             )
         if self.prediction_weight and model.out_channels != frame[0]:
             raise ValueError(
-                f"out_channels must be {frame[0]}, as many as a frame of {name} has, for a prediction_weight above 0, got "
-                f"{model.out_channels}"
+                f"out_channels must be {frame[0]}, as many as a frame of {name} has, for a prediction_weight above 0, "
+                f"got {model.out_channels}"
             )
         if model.num_classes is not None and model.num_classes < data.num_classes:
             raise ValueError(

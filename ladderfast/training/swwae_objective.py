@@ -77,8 +77,8 @@ class SWWAEObjective(Objective):
             return
         if self.classifies and not len(model.dense):
             raise ValueError(
-                f"architecture must end with a dense layer, as in {model.architecture}-10fc, for the classes of lambda_nll "
-                "and softmax_iterations, got one without"
+                f"architecture must end with a dense layer, as in {model.architecture}-10fc, for the classes of "
+                "lambda_nll and softmax_iterations, got one without"
             )
         for name, weight in (("lambda_rec", self.lambda_rec), ("lambda_m", self.lambda_m)):
             if weight and model.decoder is None:
@@ -95,8 +95,8 @@ class SWWAEObjective(Objective):
         _check_image_shape(model, data)
         if self.classifies and isinstance(data, Dataset) and model.stages[-1].shape[0] < data.num_classes:
             raise ValueError(
-                f"architecture must end with a unit for each of {type(data).__name__}'s {data.num_classes} classes, got "
-                f"{model.architecture}"
+                f"architecture must end with a unit for each of {type(data).__name__}'s {data.num_classes} classes, "
+                f"got {model.architecture}"
             )
         # What batch normalisation gets in a step: the samples of which anything is asked, at each position.
         unlabelled = bool(self.lambda_rec or self.lambda_m or self.l1)
@@ -322,7 +322,7 @@ class EquivarianceObjective(SWWAEObjective):
         return self.shift * width / columns * place, self.shift * height / rows * place
 
 
-def _check_image_shape(model: SWWAE, data: Any) -> None:
+def _check_image_shape(model: Any, data: Any) -> None:
     """ValueError unless a sample of the data has the values of the network's images."""
     if isinstance(data, Dataset) and data.x_unlabelled[0].numel() != math.prod(model.image_shape):
         raise ValueError(

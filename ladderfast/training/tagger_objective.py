@@ -126,7 +126,9 @@ class TaggerObjective(Objective):
                 if labels is not None:
                     _check_labels(labels, classes)
         if self.metric.name == "test_error" and (not classes or getattr(data, "y_test", None) is None):
-            what = "a model with num_classes" if not classes else f"labelled test images, which {name} has not"
+            what = (
+                "a model with num_classes" if not classes else f"labelled test images, which {name} has not"
+            )
             raise ValueError(f'judged_by="test_error" needs {what}')
         if isinstance(model, self.networks) and self.groups * (batch_labelled + batch_unlabelled) == 1:
             raise ValueError(

@@ -107,7 +107,9 @@ def test_a_full_disk_is_said_with_the_path(tmp_path, monkeypatch, room):
 
     save = torch.save
     monkeypatch.setattr(checkpoint.torch, "save", lambda content, file: save(content, Disk(file)))
-    with pytest.raises(OSError, match=r"checkpoint\.pt cannot be written: No space left on device$") as caught:
+    with pytest.raises(
+        OSError, match=r"checkpoint\.pt cannot be written: No space left on device$"
+    ) as caught:
         checkpoint.save(tmp_path, {**state(1), "more": torch.rand(10_000)})
     assert str(caught.value).startswith(str(tmp_path))
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,9 @@ def test_what_no_file_could_say_is_refused_by_name(small):
     assert read_recipe(small, {"model.depth": np.float64(2)}).flat()["model.depth"] == 2
     for strange in (torch.tensor(2), {1, 2}, np.array([None])):
         for given in (strange, [1, strange], {"a": strange}):
-            with pytest.raises(TypeError, match=r"^small: model\.depth must be numbers, text, lists and mappings"):
+            with pytest.raises(
+                TypeError, match=r"^small: model\.depth must be numbers, text, lists and mappings"
+            ):
                 read_recipe(small, {"model.depth": given})
 
 

@@ -238,10 +238,22 @@ def test_networks_that_cannot_be_trained_so_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model.num_classes": 5}, "num_classes must be at least 10, the classes of OccludedMovingDigits, got 5"),
-        ({"model.input_shape": [1, 28, 28]}, r"input_shape must be \(1, 32, 32\), that of a frame of .*, got \(1, 28"),
-        ({"model.input_shape": [1, 32]}, r"input_shape must be \(1, 32, 32\), that of a frame of .*, got \(1, 32\)"),
-        ({"model.out_channels": 2}, "out_channels must be 1, as many as a frame of OccludedMovingDigits has, .* got 2"),
+        (
+            {"model.num_classes": 5},
+            "num_classes must be at least 10, the classes of OccludedMovingDigits, got 5",
+        ),
+        (
+            {"model.input_shape": [1, 28, 28]},
+            r"input_shape must be \(1, 32, 32\), that of a frame of .*, got \(1, 28",
+        ),
+        (
+            {"model.input_shape": [1, 32]},
+            r"input_shape must be \(1, 32, 32\), that of a frame of .*, got \(1, 32\)",
+        ),
+        (
+            {"model.out_channels": 2},
+            "out_channels must be 1, as many as a frame of OccludedMovingDigits has, .* got 2",
+        ),
         (
             {
                 "batch_labelled": 1,

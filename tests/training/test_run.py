@@ -311,7 +311,10 @@ def test_a_model_that_the_objective_cannot_use_is_refused(small):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"objective.class_path": "RLadderObjective"}, "data must be OccludedMovingDigits for RLadderObjective, got Digits"),
+        (
+            {"objective.class_path": "RLadderObjective"},
+            "data must be OccludedMovingDigits for RLadderObjective, got Digits",
+        ),
         (
             {"objective.class_path": "RLadderObjective", "data.class_path": "OccludedMovingDigits"},
             "model must be RLadder for RLadderObjective, got LadderNetwork",
@@ -325,7 +328,12 @@ def test_a_model_that_the_objective_cannot_use_is_refused(small):
             "model must be LadderNetwork for LadderObjective, got SWWAE",
         ),
         (
-            {"objective.class_path": "TaggerObjective", "data.class_path": "Shapes", "data.num_train": 9, "data.num_test": 9},
+            {
+                "objective.class_path": "TaggerObjective",
+                "data.class_path": "Shapes",
+                "data.num_train": 9,
+                "data.num_test": 9,
+            },
             "model must be Tagger or RTagger for TaggerObjective, got LadderNetwork",
         ),
         (

@@ -127,11 +127,23 @@ def test_intermediate_terms_alone_need_some():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model.architecture": "(2)3c-2p-(2)3c-2p-5fc"}, "a unit for each of Digits's 10 classes, got .*-5fc"),
-        ({"model.architecture": "(2)3c-2p-(2)3c-2p"}, "must end with a dense layer, as in .*-2p-10fc, for the"),
-        ({"model.image_shape": [9, 9]}, r"image_shape must be that of a sample of Digits, \(8, 8\), got \(1, 9, 9\)"),
+        (
+            {"model.architecture": "(2)3c-2p-(2)3c-2p-5fc"},
+            "a unit for each of Digits's 10 classes, got .*-5fc",
+        ),
+        (
+            {"model.architecture": "(2)3c-2p-(2)3c-2p"},
+            "must end with a dense layer, as in .*-2p-10fc, for the",
+        ),
+        (
+            {"model.image_shape": [9, 9]},
+            r"image_shape must be that of a sample of Digits, \(8, 8\), got \(1, 9, 9\)",
+        ),
         ({"model.decoder": False}, "decoder must be true for lambda_rec=0.1, got false"),
-        ({"model.decoder": False, "objective.lambda_rec": 0}, "decoder must be true for lambda_m=0.1, got false"),
+        (
+            {"model.decoder": False, "objective.lambda_rec": 0},
+            "decoder must be true for lambda_m=0.1, got false",
+        ),
         (
             {
                 "model.architecture": "(2)3c-8p-(2)3c-10fc",
