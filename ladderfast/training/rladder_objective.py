@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderfast.checks import check_whole
 from ladderfast.data import OccludedMovingDigits
 from ladderfast.models import RLadder
 
@@ -72,6 +73,8 @@ class RLadderObjective(Objective):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be from 0 to below 1, got {ema_decay}")
         for name, steps in (("truncate", truncate), ("checkpoint_every", checkpoint_every)):
+            if steps is not None:
+                check_whole(name, steps)
             if steps is not None and steps < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {steps}")
         self.prediction_weight, self.consistency_weight = prediction_weight, consistency_weight

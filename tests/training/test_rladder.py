@@ -228,6 +228,11 @@ def test_numbers_out_of_range_are_refused(fields, message):
         RLadderObjective(**fields)
 
 
+def test_steps_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(TypeError, match="truncate must be a whole number"):
+        RLadderObjective(truncate=1.5)
+
+
 def test_networks_that_cannot_be_trained_so_are_refused():
     with pytest.raises(ValueError, match="model must have num_classes"):
         RLadderObjective().check(RLadder((1, 32, 32), LEVELS, out_channels=1))
