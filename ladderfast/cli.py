@@ -311,9 +311,9 @@ def _others(figures: dict[str, Any], metric: Metric) -> str:
     """What was measured beside the figure that the run is judged by: "name value", several to a line."""
     shown = {metric.name, "test_errors", "test_samples"}
     texts = [
-        f"{name} {value:.4g}"
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}"
         for name, value in figures.items()
-        if isinstance(value, (int, float)) and name not in shown
+        if isinstance(value, (int, float, str)) and name not in shown
     ]
     return textwrap.fill(", ".join(text.replace(" ", "\0") for text in texts), 100).replace("\0", " ")
 

@@ -7,13 +7,14 @@ import torch
 from matplotlib.colors import to_rgb
 
 import ladderfast
+from ladderfast.cli import _others
 from ladderfast.data import Batch, GroupedImages
 from ladderfast.models import RTagger, Tagger, TaggerOutput
 from ladderfast.training import Run, TaggerObjective, read_recipe
 from ladderfast.training.figures import PALETTE
 from ladderfast.training.mutual_information import adjusted_mutual_information
 from ladderfast.training.tagger_figures import group_grid
-from ladderfast.training.tagger_objective import _missed
+from ladderfast.training.tagger_objective import METRICS, _missed
 
 RECIPES = Path(ladderfast.__file__).parent / "recipes"
 
@@ -219,6 +220,11 @@ def test_arguments_that_are_refused(kind, message):
 def test_arguments_that_are_no_numbers(name, value, wanted):
     with pytest.raises(TypeError, match=f"^{name} must be {wanted}, got {value!r}$"):
         TaggerObjective(**{name: value})
+
+
+def test_evaluate_says_by_what_the_ami_is_normalised():
+    figures = {"ami": 0.5, "ami_1": 0.25, "ami_normaliser": "arithmetic", "by_seed": [1.0]}
+    assert _others(figures, METRICS["ami"]) == "ami_1 0.25, ami_normaliser arithmetic"
 
 
 def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
