@@ -7,8 +7,10 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM; 141: its reader has gone.
     """
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # titles and help have characters that not every terminal can show
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every output can show what stands in titles and help
         sys.stdout.reconfigure(errors="replace")
     with contextlib.suppress(OSError):  # the working directory may be gone
         if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             code = _run(list(sys.argv[1:] if argv is None else argv))
-            if sys.stdout is None:  # closed, and print says nothing of it
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            elif not code:  # it is closed, and print says nothing of it
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            sys.stdout.flush()
             return code
         except BrokenPipeError:  # who reads has read enough, as head does
             _drop_output()
@@ -189,7 +190,8 @@ def _train(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         return
 
     with _errors(2):
-        from ladderfast.training import Run
+        with _importing():
+            from ladderfast.training import Run
 
         run = Run(arguments.recipe, **options, **fields)
     with _errors(1):
@@ -203,7 +205,8 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
     """The baseline and then the recipe, each in a folder of its own."""
     sources = [arguments.compare, arguments.recipe]
     with _errors(2):
-        from ladderfast.training import Run, read_recipe
+        with _importing():
+            from ladderfast.training import Run, read_recipe
 
         recipes = [read_recipe(source, fields) for source in sources]
         names = [recipe.name for recipe in recipes]
@@ -232,7 +235,8 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
 
 def _train_help(arguments: argparse.Namespace) -> None:
     with _errors(2):
-        from ladderfast.training.recipe import describe_fields, read_recipe
+        with _importing():
+            from ladderfast.training.recipe import describe_fields, read_recipe
 
         recipe = read_recipe(arguments.recipe or "digits")
         text = describe_fields(recipe)
@@ -242,7 +246,8 @@ def _train_help(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(2):
-        from ladderfast.training import Run
+        with _importing():
+            from ladderfast.training import Run
 
         moved = {} if arguments.textures is None else {"data.textures": arguments.textures}
         run = Run.load(
@@ -276,7 +281,8 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 def _recipes(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(2):
-        from ladderfast.training.recipe import published_table
+        with _importing():
+            from ladderfast.training.recipe import published_table
 
         rows = [("recipe", "paper", "row", "published figure"), *published_table()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -367,6 +373,20 @@ def _beside(results: dict[str, dict[str, Any]], metric: Metric) -> list[str]:
             for name, *cells in rows
         ),
     ]
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Ctrl-C ends the process at once: packages that it meets in their import swallow it, or fail in their own way."""
+    usual = signal.default_int_handler
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is usual
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)
 
 
 @contextlib.contextmanager

@@ -186,6 +186,8 @@ def test_output_that_cannot_be_written_is_said_in_one_line(monkeypatch, capsys, 
     monkeypatch.setattr(sys, "stdout", None)  # as Python has it where it is closed
     assert cli.main(["recipes"]) == 1
     assert capsys.readouterr().err == "ladderfast: error: standard output: Bad file descriptor\n"
+    assert cli.main(["train", "nothing"]) == 2
+    assert "there is no recipe 'nothing'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at", ["last step", "report"])
@@ -215,6 +217,16 @@ def test_a_signal_at_the_end_of_the_baseline_stops_the_comparison(
     assert not (recipe.parent / "both/recipe.yaml").exists()
     assert call(capsys, *command, "--resume")[0] == 0
     assert (recipe.parent / "both/results.json").exists()
+
+
+def test_ctrl_c_amid_imports_ends_the_process(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    before = signal.getsignal(signal.SIGINT)
+    with cli._importing():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_class_in_the_working_directory_is_found(recipe, capsys, monkeypatch):

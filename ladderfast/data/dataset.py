@@ -62,6 +62,9 @@ class Dataset(DataSource):
     (channels, height, width) of a sample, for pictures. `num_labels` labels are drawn by `seed`, the same number of
     each class (`None`: all of them). The labelled samples stay among the unlabelled ones.
 
+    Raises ValueError for lengths that differ, training or test samples that are missing, labels below 0, and more
+    labels than there are.
+
     Attributes: x_unlabelled (N, *), x_labelled (num_labels, *), y_labelled, x_test, y_test, image_shape.
     """
 

@@ -44,9 +44,7 @@ DECAY_FROM = 0.667  # of the linear one, where none is given
 
 GRAPH = ("auto", "on", "off")
 
-MOST_THREADS = (
-    1024  # more than any machine has cores; of far more the system makes none, and the process dies
-)
+MOST_THREADS = 1024  # of far more the system makes none, and the process dies
 
 # With another one of these it is still the recipe that is trained.
 CIRCUMSTANCES = {
@@ -119,8 +117,8 @@ class Recipe:
         precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
         graph: auto captures the training step as a CUDA graph wherever that can be done, on insists on it, off leaves
             it. A Ladder's numbers are the same, but that the learning rate is then rounded to float32.
-        threads: of torch's operations on the CPU; null for as many as torch would take. Sums depend on it, in
-            their last bits.
+        threads: of torch's operations on the CPU, at most 1024; null for as many as torch would take. Sums depend on
+            it, in their last bits.
         evaluate_every: epochs from one measurement of the test error to the next; the last one is always
             measured.
         log_every: steps between two readings of the costs, each of which waits for the device.

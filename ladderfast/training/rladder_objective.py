@@ -43,7 +43,8 @@ class RLadderObjective(Objective):
         truncate: time steps after which back-propagation is cut; null: never.
         checkpoint_every: time steps from one kept activation to the next, see `RLadder`; null: all are kept.
 
-    Raises ValueError for numbers out of range.
+    Raises TypeError or ValueError for steps that are no whole numbers and numbers out of range; before training for a
+    network without what the costs need, or that does not fit the data or its batches.
 
     Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017; Tarvainen and Valpola, "Mean teachers are better
     role models", 2017, for the teacher.

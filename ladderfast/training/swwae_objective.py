@@ -41,7 +41,7 @@ class SWWAEObjective(Objective):
             features after the last epoch, the encoder as it is ("unsup-sfx" in table 4); 0: they are left alone.
 
     Raises ValueError for a weight that is negative or not finite, if all are 0, or softmax_iterations beside
-    lambda_nll.
+    lambda_nll; before training for a network without what the terms need, or that does not fit the data or its batches.
     """
 
     forward_methods = ("training_pass",)
