@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,25 +39,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0; 1: it failed; 2: wrong input; 130 and 143: stopped by Ctrl-C and by SIGTERM; 141: its reader has gone.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    fields: dict[str, Any] = {}
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every output can show what stands in titles and help
+        sys.stdout.reconfigure(errors="replace")
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # so that classes of one's own are found, as by python -m
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
-            if argv[:1] == ["train"]:
-                rest, fields = _split_fields(argv[1:])
-                argv = ["train", *rest]
-            arguments = _parser().parse_args(argv)
-            arguments.command(arguments, fields)
-            sys.stdout.flush()
-            return 0
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            elif not code:  # it is closed, and print says nothing of it
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            return code
         except BrokenPipeError:  # who reads has read enough, as head does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            _drop_output()
             return 141
-        except SystemExit as stop:
-            return stop.code if isinstance(stop.code, int) else 1
+        except OSError as error:
+            print(f"ladderfast: error: standard output: {error.strerror or error}", file=sys.stderr)
+            _drop_output()
+            return 1
         except KeyboardInterrupt:
             return 130
+
+
+def _run(argv: list[str]) -> int:
+    fields: dict[str, Any] = {}
+    try:
+        if argv[:1] == ["train"]:
+            rest, fields = _split_fields(argv[1:])
+            argv = ["train", *rest]
+        arguments = _parser().parse_args(argv)
+        arguments.command(arguments, fields)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _drop_output() -> None:
+    """What is still to be flushed goes nowhere."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +145,7 @@ def _split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate the options of `train` from the recipe's fields."""
     rest: list[str] = []
     fields: dict[str, Any] = {}
+    given: set[str] = set()
     tokens = iter(argv)
     for token in tokens:
         name, equals, value = token.partition("=")
@@ -129,13 +157,14 @@ def _split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             if following is None or following.startswith("--"):
                 _fail(f"{name} needs a value", 2)
             value = following
+        field = name[2:].replace("-", "_")
+        if field in given:
+            _fail(f"{name} is given twice", 2)
+        given.add(field)
         if name in VALUES:
             rest.append(f"{name}={value}")
-            continue
-        field = name[2:].replace("-", "_")
-        if field in fields:
-            _fail(f"{name} is given twice", 2)
-        fields[field] = value
+        else:
+            fields[field] = value
     return rest, fields
 
 
@@ -161,7 +190,8 @@ def _train(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         return
 
     with _errors(2):
-        from ladderfast.training import Run
+        with _importing():
+            from ladderfast.training import Run
 
         run = Run(arguments.recipe, **options, **fields)
     with _errors(1):
@@ -175,7 +205,8 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
     """The baseline and then the recipe, each in a folder of its own."""
     sources = [arguments.compare, arguments.recipe]
     with _errors(2):
-        from ladderfast.training import Run, read_recipe
+        with _importing():
+            from ladderfast.training import Run, read_recipe
 
         recipes = [read_recipe(source, fields) for source in sources]
         names = [recipe.name for recipe in recipes]
@@ -204,7 +235,8 @@ def _train_compared(arguments: argparse.Namespace, fields: dict[str, Any], optio
 
 def _train_help(arguments: argparse.Namespace) -> None:
     with _errors(2):
-        from ladderfast.training.recipe import describe_fields, read_recipe
+        with _importing():
+            from ladderfast.training.recipe import describe_fields, read_recipe
 
         recipe = read_recipe(arguments.recipe or "digits")
         text = describe_fields(recipe)
@@ -214,7 +246,8 @@ def _train_help(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(2):
-        from ladderfast.training import Run
+        with _importing():
+            from ladderfast.training import Run
 
         moved = {} if arguments.textures is None else {"data.textures": arguments.textures}
         run = Run.load(
@@ -248,7 +281,8 @@ def _evaluate(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 def _recipes(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     with _errors(2):
-        from ladderfast.training.recipe import published_table
+        with _importing():
+            from ladderfast.training.recipe import published_table
 
         rows = [("recipe", "paper", "row", "published figure"), *published_table()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -283,9 +317,9 @@ def _others(figures: dict[str, Any], metric: Metric) -> str:
     """What was measured beside the figure that the run is judged by: "name value", several to a line."""
     shown = {metric.name, "test_errors", "test_samples"}
     texts = [
-        f"{name} {value:.4g}"
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}"
         for name, value in figures.items()
-        if isinstance(value, (int, float)) and name not in shown
+        if isinstance(value, (int, float, str)) and name not in shown
     ]
     return textwrap.fill(", ".join(text.replace(" ", "\0") for text in texts), 100).replace("\0", " ")
 
@@ -339,6 +373,20 @@ def _beside(results: dict[str, dict[str, Any]], metric: Metric) -> list[str]:
             for name, *cells in rows
         ),
     ]
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Ctrl-C ends the process at once: packages that it meets in their import swallow it, or fail in their own way."""
+    usual = signal.default_int_handler
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is usual
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -167,6 +168,79 @@ def test_a_reader_that_has_gone_is_no_error(command):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("argv", [["recipes"], ["train", "--help"]])
+def test_characters_that_cannot_be_shown_are_replaced(monkeypatch, argv):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(argv) == 0
+    assert b"?" in written.getvalue()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("argv", [["recipes"], ["evaluate", "--help"]])  # more and less than a buffer
+def test_output_that_cannot_be_written_is_said_in_one_line(monkeypatch, capsys, argv):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(argv) == 1
+    assert capsys.readouterr().err == "ladderfast: error: standard output: No space left on device\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where it is closed
+    assert cli.main(["recipes"]) == 1
+    assert capsys.readouterr().err == "ladderfast: error: standard output: Bad file descriptor\n"
+    assert cli.main(["train", "nothing"]) == 2
+    assert "there is no recipe 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["last step", "report"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_at_the_end_of_the_baseline_stops_the_comparison(
+    recipe, capsys, monkeypatch, at, number, code
+):
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    (recipe.parent / "plain.yaml").write_text(yaml.safe_dump(content))
+    from ladderfast.training import run
+
+    once = [number]
+    name, owner = ("write_results", run) if at == "report" else ("result_of", run)
+    inner = getattr(owner, name)
+
+    def signalled(*arguments):
+        if once:
+            os.kill(os.getpid(), once.pop())
+        return inner(*arguments)
+
+    monkeypatch.setattr(owner, name, signalled)
+    command = ("train", "small.yaml", "--compare", "plain.yaml", "--out", "both")
+    found, out, err = call(capsys, *command)
+    assert (found, out) == (code, "")
+    assert err.splitlines()[-1] == "stopped after step 10, the last; saved in both/plain"
+    assert (recipe.parent / "both/plain/results.json").exists()
+    assert not (recipe.parent / "both/recipe.yaml").exists()
+    assert call(capsys, *command, "--resume")[0] == 0
+    assert (recipe.parent / "both/results.json").exists()
+
+
+def test_ctrl_c_amid_imports_ends_the_process(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    before = signal.getsignal(signal.SIGINT)
+    with cli._importing():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_class_in_the_working_directory_is_found(recipe, capsys, monkeypatch):
+    """As by the console script, which has the folder of scripts at the head of the path."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    (recipe.parent / "my_own_digits.py").write_text("from ladderfast.data import Digits as Mine\n")
+    recipe.write_text(
+        recipe.read_text(encoding="utf-8").replace("ladderfast.data.Digits", "my_own_digits.Mine")
+    )
+    code, out, err = call(capsys, "train", recipe, "--help")
+    assert (code, err) == (0, "")
+    assert "data: ladderfast.data.digits.Digits" in out
+
+
 def test_help_names_every_field_with_its_value(capsys):
     code, out, _ = call(capsys, "train", "mnist_1000_full", "--help")
     assert code == 0
@@ -201,6 +275,9 @@ def test_info(capsys, monkeypatch):
         (["train", "{recipe}", "--epochs"], "--epochs needs a value"),
         (["train", "{recipe}", "--epochs", "--out", "x"], "--epochs needs a value"),
         (["train", "{recipe}", "--epochs", "2", "--epochs", "1"], "--epochs is given twice"),
+        (["train", "{recipe}", "--seed", "2", "--seed=1"], "--seed is given twice"),
+        (["train", "{recipe}", "--data-dir", "a", "--data_dir", "b"], "--data_dir is given twice"),
+        (["train", "{recipe}", "--threads", "1025"], "threads must be at most 1024, got 1025"),
         (["train", "{recipe}", "--name", "x/y"], "name must be usable as that of a folder"),
         (["train", "{recipe}", "--seed", "x"], "seed must be int, got 'x'"),
         (
@@ -215,6 +292,8 @@ def test_info(capsys, monkeypatch):
         (["train", "{recipe}", "--data-dir", "x"], "unknown field data.data_dir"),
         (["train", "{recipe}", "--batch_unlabelled", "5000"], "batch_unlabelled must be from 1 to 1300"),
         (["train", "{recipe}", "--batch_unlabelled", "1"], "batch_unlabelled must be at least 2"),
+        (["train", "{recipe}", "--batch_labelled", "1"], "batch_labelled must be at least 2, as a batch is"),
+        (["train", "{recipe}", "--data.num_labels", "1"], "num_labels must be at least 2, as the statistics"),
         (
             ["train", "{recipe}", "--objective.denoising_weights", "[1, 1, 1, 1]"],
             "denoising_weights must have 3 entries, one a layer 0..L of the model's layers",

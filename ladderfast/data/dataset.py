@@ -62,6 +62,9 @@ class Dataset(DataSource):
     (channels, height, width) of a sample, for pictures. `num_labels` labels are drawn by `seed`, the same number of
     each class (`None`: all of them). The labelled samples stay among the unlabelled ones.
 
+    Raises ValueError for lengths that differ, training or test samples that are missing, labels below 0, and more
+    labels than there are.
+
     Attributes: x_unlabelled (N, *), x_labelled (num_labels, *), y_labelled, x_test, y_test, image_shape.
     """
 
@@ -79,6 +82,10 @@ class Dataset(DataSource):
         for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
             if len(x) != len(y):
                 raise ValueError(f"x_{name} and y_{name} must be of one length, got {len(x)} and {len(y)}")
+            if not len(x):
+                raise ValueError(f"x_{name} must hold at least 1 sample, got none")
+            if int(y.min()) < 0:
+                raise ValueError(f"y_{name} must hold classes, numbered from 0, got {int(y.min())}")
         self.x_unlabelled = x_train
         self.x_test = x_test
         self.y_test = y_test
@@ -91,6 +98,11 @@ class Dataset(DataSource):
         # With every label this is the same memory, not a second copy of the training set.
         self.x_labelled = self.x_unlabelled if self._num_labels is None else self.x_unlabelled[chosen]
         self.y_labelled = self._y_train[chosen]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, by the highest label."""
+        return int(max(self._y_train.max(), self.y_test.max())) + 1
 
     def batches(self, batch_labelled: int, batch_unlabelled: int, **kind: Any) -> Batches:
         return Batches(self, batch_labelled, batch_unlabelled, **kind)

@@ -193,6 +193,11 @@ class OccludedMovingDigits(DataSource):
     def validation_samples(self) -> int:
         return len(self.rows["validation"])
 
+    @property
+    def num_classes(self) -> int:
+        """How many digits there are, by the highest."""
+        return int(max(labels.max() for labels in self.labels.values())) + 1
+
     def with_validation_in_training(self) -> OccludedMovingDigits:
         """The same with the validation sequences among the training ones, and none for validation.
 

@@ -224,8 +224,8 @@ class PianoRollBatches:
 def read_mat(path: Path) -> tuple[list[np.ndarray], ...]:
     """Training, validation and test sequences, each uint8 (time steps, 88), in a .mat file of piano rolls.
 
-    Raises FileNotFoundError for no file, ImportError without SciPy, ValueError for a file that is damaged or holds
-    something else.
+    Raises FileNotFoundError for no file, ImportError without SciPy, ValueError for a file that SciPy finds damaged or
+    that holds something else. SciPy does not find all damage: a byte too many can end the process.
     """
     if not path.is_file():
         raise FileNotFoundError(

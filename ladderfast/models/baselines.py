@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import check_input, check_mask
+from ladderfast.checks import check_whole
+
+from .checks import check_input, check_mask, check_sizes, check_state
 from .recurrent_ladder import RLadderOutput, RLadderState
 
 
@@ -35,9 +37,9 @@ class PlainLSTM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not input_shape or any(size < 1 for size in input_shape):
-            raise ValueError(f"input_shape must hold sizes of at least 1, got {tuple(input_shape)}")
+        check_sizes("input_shape", input_shape, "the sizes of a sample")
         for name, count in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+            check_whole(name, count)
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not 0 <= dropout < 1:
@@ -80,6 +82,8 @@ class PlainLSTM(nn.Module):
             raise ValueError(f"state must have {self.lstm.num_layers} layers, got {len(state.cells)}")
         before = None
         if state is not None:
+            for layer, cell in enumerate(state.cells):
+                check_state(f"state of layer {layer}", cell, 2, (len(x), self.lstm.hidden_size), x)
             h, c = (torch.stack([cell[k] for cell in state.cells]) for k in range(2))
             before = (h.to(x.dtype), c.to(x.dtype))
         top, (h, c) = self.lstm(x.flatten(2), before)

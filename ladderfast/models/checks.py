@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +29,13 @@ def check_input(name: str, t: Any, network: nn.Module, *, half: bool = False) ->
         raise TypeError(f"{name} must be {dtype}, as the network's parameters are, got {t.dtype}")
 
 
-def check_like(name: str, t: Tensor, x: Tensor) -> None:
-    """TypeError unless t is on x's device and of its dtype, or of one that autocast takes beside it."""
-    if t.device != x.device or not _fits(t, x.dtype):
+def check_like(name: str, t: Any, x: Tensor, *, half: bool = False) -> None:
+    """TypeError unless t is a tensor on x's device and of its dtype, or of one that autocast takes beside it.
+
+    half: of 16 or 32 bits whichever of them x has.
+    """
+    check_floating(name, t)
+    if t.device != x.device or not _fits(t, x.dtype, half):
         raise TypeError(f"{name} must be {x.dtype} on {x.device}, as x is, got {t.dtype} on {t.device}")
 
 
@@ -39,6 +44,26 @@ def _fits(t: Tensor, dtype: torch.dtype, half: bool = False) -> bool:
         return True
     half = half or torch.is_autocast_enabled(t.device.type)
     return half and torch.float64 not in (t.dtype, dtype)
+
+
+def check_state(name: str, tensors: Any, count: int, shape: tuple[int, ...], x: Tensor) -> None:
+    """TypeError or ValueError unless it is none or `count` tensors of that shape, on x's device."""
+    if len(tensors) not in (0, count):
+        raise ValueError(f"{name} must hold {count} tensors, got {len(tensors)}")
+    for t in tensors:
+        check_like(name, t, x, half=True)
+        if t.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+
+
+def check_sizes(name: str, sizes: Any, wanted: str, most: int | None = None) -> None:
+    """TypeError or ValueError unless they are 1 to `most` sizes of at least 1. wanted: what they are, in words."""
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+        raise TypeError(f"{name} must be {wanted}, got {sizes!r}")
+    for size in sizes:
+        check_whole(f"an entry of {name}", size)
+    if not 1 <= len(sizes) <= (most or len(sizes)) or min(sizes) < 1:
+        raise ValueError(f"{name} must be {wanted}, each at least 1, got {tuple(sizes)}")
 
 
 def check_num_classes(num_classes: Any) -> None:

@@ -412,7 +412,7 @@ def _check_noise_std(noise_std: float | Sequence[float], depth: int) -> tuple[fl
     stds = [noise_std] * depth if isinstance(noise_std, (int, float)) else list(noise_std)
     if len(stds) != depth:
         raise ValueError(f"noise_std must be a number or {depth} of them, one a layer 0..L, got {len(stds)}")
-    if not all(isinstance(std, (int, float)) for std in stds):
+    if not all(isinstance(std, (int, float)) and not isinstance(std, bool) for std in stds):
         raise TypeError(f"noise_std must hold numbers, got {noise_std!r}")
     if not all(math.isfinite(std) and std >= 0 for std in stds):
         raise ValueError(f"noise_std must be finite and not negative, got {noise_std!r}")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ladderfast.models.checks import check_floating, check_input, check_mask
+from ladderfast.checks import check_whole
+from ladderfast.models.checks import check_floating, check_input, check_mask, check_sizes, check_state
 from ladderfast.nn import (
     DecoderGate,
     LayerNormConvLSTMCell,
@@ -168,6 +169,7 @@ class _Cell(nn.Module):
 
     dense = False  # whether positions are to be laid out in a row
     has_state = False
+    state_tensors = 0  # where it has one
 
     def feedback_scale(self) -> nn.Parameter:
         """What the feedback's part in the cell's sum is proportional to."""
@@ -234,6 +236,7 @@ class _LSTM(_Cell):
     """The layer-normalised LSTM, with batch normalisation by time step in its place where that is asked for."""
 
     has_state = True
+    state_tensors = 2
 
     def __init__(
         self,
@@ -293,6 +296,7 @@ class _LSTM(_Cell):
 
 class _GRU(_Cell):
     has_state = True
+    state_tensors = 1
 
     def __init__(
         self,
@@ -391,13 +395,12 @@ class RLadder(nn.Module):
     ) -> None:
         super().__init__()
         one_of("norm", norm, NORMS)
-        if not 1 <= len(input_shape) <= 3 or any(size < 1 for size in input_shape):
-            raise ValueError(
-                f"input_shape must be (C, H, W), (C, L) or (features,), got {tuple(input_shape)}"
-            )
+        check_sizes("input_shape", input_shape, "(C, H, W), (C, L) or (features,)", 3)
         if not levels:
             raise ValueError("levels must have at least one level")
         for name, count in (("num_classes", num_classes), ("out_channels", out_channels)):
+            if count is not None:
+                check_whole(name, count)
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {count}")
         if not (math.isfinite(feedback_gain) and feedback_gain >= 0):
@@ -477,6 +480,7 @@ class RLadder(nn.Module):
                     "put a level with encoder pool on top"
                 )
             self.classifier = nn.Linear(self.shapes[-1][0], num_classes, **factory)
+        self.num_classes, self.out_channels = num_classes, out_channels
         self._top_down = bool(self.gates) or self.readout is not None
         if len(self.input_shape) == 3:
             # Convolutions of few channels take a third less time like this on a CPU; the ops take either.
@@ -539,6 +543,8 @@ class RLadder(nn.Module):
             )
         state = self._checked(x[:, 0], self.input_shape, state)
         for name, value in (("truncate", truncate), ("checkpoint_every", checkpoint_every)):
+            if value is not None:
+                check_whole(name, value)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         steps = x.shape[1]
@@ -583,6 +589,15 @@ class RLadder(nn.Module):
                     x, mask = (batch, None) if isinstance(batch, Tensor) else batch
                     self(x, None, mask)
 
+    def normalises_samples(self) -> int | None:
+        """The lowest level with a batch normalisation over the samples alone, which a single one has no use for."""
+        for number, shape in enumerate(self.shapes):
+            parts = [self.encoder[number], *([self.gates[str(number)]] if str(number) in self.gates else [])]
+            norms = any(isinstance(m, StepBatchNorm) for part in parts for m in part.modules())
+            if norms and math.prod(shape[1:]) == 1:
+                return number
+        return None
+
     def _batch_norms(self) -> list[StepBatchNorm]:
         return [module for module in self.modules() if isinstance(module, StepBatchNorm)]
 
@@ -621,13 +636,12 @@ class RLadder(nn.Module):
             raise TypeError(f"state must be an RLadderState or None, got {type(state).__name__}")
         if len(state.cells) != len(self.levels) or len(state.feedback) != len(self.levels):
             raise ValueError(f"state must have {len(self.levels)} levels, got {len(state.cells)}")
-        for number, (cell, d) in enumerate(zip(state.cells, state.feedback, strict=True)):
-            for t in (*cell, *(() if d is None else (d,))):
-                if t.shape != (len(x), *self.shapes[number]):
-                    raise ValueError(
-                        f"state of level {number} must have shape {(len(x), *self.shapes[number])}, "
-                        f"got {tuple(t.shape)}"
-                    )
+        for number, (own, d) in enumerate(zip(state.cells, state.feedback, strict=True)):
+            expected, cell = (len(x), *self.shapes[number]), cast(_Cell, self.encoder[number])
+            held = cell.state_tensors if cell.has_state else 0
+            check_state(f"state of level {number}", own, held, expected, x)
+            told = () if d is None else (d,)
+            check_state(f"feedback of level {number}", told, int(self.takes_feedback[number]), expected, x)
         return state
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderfast.models.swwae_layers import check_image_shape, parse_architecture
-from ladderfast.nn.noise import draw_seed, dropout
+from ladderfast.nn.noise import draw_seed, dropout, dropout_bound
 from ladderfast.nn.what_where import SoftPool2d, SoftUnpool2d, WhereMaxPool2d, WhereMaxUnpool2d
 from ladderfast.ops.what_where import sharpness
+from ladderfast.reference.tagger import widened
 
 
 class SWWAEOutput(NamedTuple):
@@ -107,6 +108,7 @@ class SWWAE(nn.Module):
         self.image_shape = check_image_shape(image_shape)
         self.stages = parse_architecture(architecture, image_shape)
         self.dropout_dense, self.dropout_conv = float(dropout_dense), float(dropout_conv)
+        self._bounds = {p: dropout_bound(p) for p in (self.dropout_dense, self.dropout_conv)}
         made: dict[str, Any] = {"device": device, "dtype": dtype}
 
         encoder: list[nn.Module] = []
@@ -234,7 +236,7 @@ class SWWAE(nn.Module):
         total = None
         if sparsity:
             # Dense layers have seen labelled samples alone, so that each tensor has its own mean.
-            total = torch.stack([h.float().abs().sum() / max(1, len(h)) for h in hidden]).sum()
+            total = torch.stack([h.abs().sum() / max(1, len(h)) for h in widened(*hidden)]).sum()
         return SWWAEOutput(logits, rec, tuple(reversed(middle)), total)
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -300,7 +302,7 @@ class SWWAE(nn.Module):
         if not (p and self.training):
             return x
         assert self.noise_state is not None
-        return dropout(x, p, self.noise_state)
+        return dropout(x, p, self.noise_state, self._bounds[p])
 
     def _decode(self, v: Tensor, pooled: Sequence[WhatWhere | None], lowest: int) -> Any:
         """Yields (i, what the decoder puts at the place of the encoder's layer i's input), from the top to `lowest`."""
@@ -363,7 +365,7 @@ class _Copy(nn.Module):
 def _distance(x: Tensor, y: Tensor) -> Tensor:
     """|x - y|_2 of each sample, the mean of them, in float32 or wider; the gradient of a norm of 0 is 0."""
     difference = (x - y).flatten(1)
-    wide = difference.float() if difference.dtype.itemsize < 4 else difference
+    (wide,) = widened(difference)
     return torch.linalg.vector_norm(wide, dim=1).mean()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import torch
@@ -39,14 +40,22 @@ def normal_like(x: Tensor, std: float, state: Tensor, stream: int = 0) -> Tensor
     ).h
 
 
-def dropout(x: Tensor, p: float, state: Tensor) -> Tensor:
+def dropout_bound(p: float) -> float:
+    """The noise below which `dropout` keeps a value. A network has it from its construction: dynamo cannot trace it."""
+    return NormalDist().inv_cdf(1 - p) if p else math.inf
+
+
+def dropout(x: Tensor, p: float, state: Tensor, bound: float | None = None) -> Tensor:
     """x (N, C, *) with each value 0 with probability p, 0 <= p < 1, and divided by 1 - p otherwise.
 
-    Which ones is decided by the next noise of the state, (2,) int64, and by no other random numbers.
+    Which ones is decided by the next noise of the state, (2,) int64, and by no other random numbers. bound:
+    dropout_bound(p), for what is to be compiled.
     """
     if not (p and len(x)):
         return x
     with torch.no_grad():
         # Compared in float32 whatever x is: the same values are dropped then.
-        kept = normal_like(x.float(), 1.0, take_noise(state, 1)) < NormalDist().inv_cdf(1 - p)
+        kept = normal_like(x.float(), 1.0, take_noise(state, 1)) < (
+            dropout_bound(p) if bound is None else bound
+        )
     return torch.where(kept, x / (1 - p), 0)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ladderfast.reference.tagger import widened
+
 KINDS = ("sign", "raw", "unit_norm", "q_norm")
 
 
@@ -24,8 +26,8 @@ def input_gradient(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | No
     """
 
     def cost(x: Tensor) -> Tensor:
-        out = logits(x)
-        return F.cross_entropy(out.float(), out.detach().argmax(1) if y is None else y)
+        (out,) = widened(logits(x))
+        return F.cross_entropy(out, out.detach().argmax(1) if y is None else y)
 
     with torch.no_grad():
         return torch.func.grad(cost)(x.detach()).detach()

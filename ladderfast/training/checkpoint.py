@@ -50,7 +50,8 @@ class Pace:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:
     """Have `write` fill a new file, and give it the name `path` only when all of it is on the disk.
 
-    What had that name before is then called `keep`, or gone. Between the two renamings there is no `path`.
+    What had that name before is then called `keep`, or gone. Between the two renamings there is no `path`. Raises
+    OSError, which names it, where it cannot be written.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -62,6 +63,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, keep: 
             os.replace(path, keep)
         os.replace(part, path)
         _sync_folder(path.parent)
+    except Exception as error:
+        if (reason := _system_error(error)) is None:
+            raise
+        raise OSError(f"{path} cannot be written: {reason.strerror or reason}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -131,6 +136,13 @@ def _read(path: Path, needed: frozenset[str]) -> dict[str, Any]:
     if missing := sorted(needed - state.keys()):
         raise ValueError(f"it lacks {', '.join(missing)}")
     return state
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind one of torch, which says of a full disk "unexpected pos"."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,9 +36,14 @@ def default(recipe: Recipe) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise NotADirectoryError if something else has that name."""
+    """Raise NotADirectoryError if something else has that name, PermissionError where it cannot be made or written."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to: {there} is not writable")
 
 
 def check_results(folder: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderfast.data import PianoRollBatch
+from ladderfast.checks import check_whole
+from ladderfast.data import PianoRollBatch, PianoRolls
 from ladderfast.data.piano_rolls import NOTES, Rolls
-from ladderfast.models import RLadderState
+from ladderfast.models import PlainLSTM, RLadder, RLadderState
 
 from .metric import Metric
 from .objectives import Objective
@@ -39,8 +40,12 @@ class PianoRollObjective(Objective):
     """
 
     metric = Metric("nll", "NLL per step", "nats")  # NLL: negative log-likelihood
+    networks = (PlainLSTM, RLadder)
+    sources = (PianoRolls,)
 
     def __init__(self, checkpoint_every: int | None = None) -> None:
+        if checkpoint_every is not None:
+            check_whole("checkpoint_every", checkpoint_every)
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1 or null, got {checkpoint_every}")
         self._how = {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}

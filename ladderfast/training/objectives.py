@@ -30,11 +30,14 @@ class Objective(ABC):
 
     `metric` is the figure that a run is judged by, one of those that `measure` returns. `forward_methods` names the
     model's methods, other than its call, that `__call__` uses: where several processes train together, their
-    wrapper about the model has to know.
+    wrapper about the model has to know. `networks` and `sources` are those of this package that it is for, as far as it
+    minds; classes of one's own may be anything that it can use.
     """
 
     metric = Metric()
     forward_methods: tuple[str, ...] = ()
+    networks: tuple[type, ...] = ()
+    sources: tuple[type, ...] = ()
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -125,6 +128,7 @@ class LadderObjective(Objective):
     """
 
     forward_methods = ("training_pass",)
+    networks = (LadderNetwork,)
 
     def __init__(
         self,
@@ -166,22 +170,34 @@ class LadderObjective(Objective):
                 )
 
     def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
-        if not isinstance(model, LadderNetwork) or not isinstance(data, Dataset):
+        if not isinstance(model, LadderNetwork):
             return
-        name, values = type(data).__name__, data.x_unlabelled[0].numel()
-        if values != math.prod(model.shapes[0]):
+        if batch_labelled < 2:
             raise ValueError(
-                f"layers must begin with the {values} values of a sample of {name}, got {model.layers[0]}"
-            )
-        classes, last = int(max(data.y_labelled.max(), data.y_test.max())) + 1, math.prod(model.shapes[-1])
-        if last < classes:
-            raise ValueError(
-                f"layers must end with a unit for each of {name}'s {classes} classes, got {last}"
+                "batch_labelled must be at least 2, as a batch is normalised by its own statistics, which leave "
+                f"nothing of a single sample, got {batch_labelled}"
             )
         if any(self._wanted) and batch_unlabelled < 2:
             raise ValueError(
                 "batch_unlabelled must be at least 2 for denoising costs, whose statistics are those of a batch, got "
                 f"{batch_unlabelled}"
+            )
+        if not isinstance(data, Dataset):
+            return
+        if len(data.x_labelled) < 2:
+            raise ValueError(
+                "num_labels must be at least 2, as the statistics for evaluation are those of the labelled samples, "
+                f"got {len(data.x_labelled)}"
+            )
+        name, values = type(data).__name__, data.x_unlabelled[0].numel()
+        if values != math.prod(model.shapes[0]):
+            raise ValueError(
+                f"layers must begin with the {values} values of a sample of {name}, got {model.layers[0]}"
+            )
+        classes, last = data.num_classes, math.prod(model.shapes[-1])
+        if last < classes:
+            raise ValueError(
+                f"layers must end with a unit for each of {name}'s {classes} classes, got {last}"
             )
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -211,7 +227,7 @@ class LadderObjective(Objective):
         from .figures import combinator_shapes, reconstruction_grid
 
         figures = {}
-        if self._wanted[0]:
+        if self._wanted[0] and len(data.x_test) > 1:  # a single one has no statistics
             x = data.x_test[:1000]
             corrupted, reconstructed = model.reconstruct(x)
             shown = [int((data.y_test[: len(x)] == c).nonzero()[0]) for c in data.y_test[: len(x)].unique()]

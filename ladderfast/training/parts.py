@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ladderfast.data import Dataset, DataSource
+from ladderfast.data import Dataset, DataSource, GroupedImages, MovingMNIST, OccludedMovingDigits, PianoRolls
+from ladderfast.models import SWWAE, LadderNetwork, PlainLSTM, RLadder, RTagger, SWWAEComparison, Tagger
 
 from .ensemble import Ensemble, EnsembleObjective
 from .objectives import Objective
 from .recipe import Recipe
 from .start import start_from
+
+# By family; an objective says which of them it is for.
+NETWORKS = (LadderNetwork, PlainLSTM, RLadder, RTagger, SWWAE, SWWAEComparison, Tagger)
+SOURCES = (Dataset, GroupedImages, MovingMNIST, OccludedMovingDigits, PianoRolls)
 
 
 @dataclass
@@ -35,6 +40,7 @@ def build(recipe: Recipe, *, fresh: bool) -> Parts:
     """
     dataset: DataSource = recipe.data.build("data", seed=recipe.seed)
     objective: Objective = recipe.objective.build("objective")
+    _check_kind("data", dataset, SOURCES, objective, objective.sources)
     if recipe.uses_validation:
         _check_validation(recipe, dataset, objective)
     if recipe.threads is not None:
@@ -43,6 +49,7 @@ def build(recipe: Recipe, *, fresh: bool) -> Parts:
         _check_several(recipe, dataset)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
     networks = build_networks(recipe, seeds, fresh=fresh)
+    _check_kind("model", networks[0], NETWORKS, objective, objective.networks)
     for method in objective.forward_methods:
         if not hasattr(networks[0], method):
             got = type(networks[0]).__name__
@@ -63,6 +70,15 @@ def build_networks(recipe: Recipe, seeds: Sequence[int], *, fresh: bool = True) 
     if fresh and recipe.start_from is not None:
         start_from(networks, recipe.start_from, seeds)
     return networks
+
+
+def _check_kind(
+    name: str, got: object, known: tuple[type, ...], objective: Objective, wanted: tuple[type, ...]
+) -> None:
+    """Raise TypeError for one of this package's networks or data that the objective is not for."""
+    if wanted and isinstance(got, known) and not isinstance(got, wanted):
+        kinds = " or ".join(kind.__name__ for kind in wanted)
+        raise TypeError(f"{name} must be {kinds} for {type(objective).__name__}, got {type(got).__name__}")
 
 
 def _check_several(recipe: Recipe, dataset: DataSource) -> None:

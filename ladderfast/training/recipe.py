@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
@@ -41,6 +43,8 @@ SCHEDULES = ("linear", "constant", "halve")
 DECAY_FROM = 0.667  # of the linear one, where none is given
 
 GRAPH = ("auto", "on", "off")
+
+MOST_THREADS = 1024  # of far more the system makes none, and the process dies
 
 # With another one of these it is still the recipe that is trained.
 CIRCUMSTANCES = {
@@ -113,8 +117,8 @@ class Recipe:
         precision: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
         graph: auto captures the training step as a CUDA graph wherever that can be done, on insists on it, off leaves
             it. A Ladder's numbers are the same, but that the learning rate is then rounded to float32.
-        threads: of torch's operations on the CPU; null for as many as torch would take. Sums depend on it, in
-            their last bits.
+        threads: of torch's operations on the CPU, at most 1024; null for as many as torch would take. Sums depend on
+            it, in their last bits.
         evaluate_every: epochs from one measurement of the test error to the next; the last one is always
             measured.
         log_every: steps between two readings of the costs, each of which waits for the device.
@@ -173,6 +177,8 @@ class Recipe:
         for name in ("checkpoint_steps", "threads", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
         for name in ("learning_rate", "checkpoint_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -264,8 +270,8 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
     FileNotFoundError and other OSErrors for a file that cannot be read.
     """
     source, content = _load(recipe)
-    flat = {"name": source, **_flatten(content, source)}
-    changes = _flatten(fields or {}, "the fields given")
+    flat = {"name": source, **{k: _as_from_yaml(v) for k, v in _flatten(content, source).items()}}
+    changes = {k: _as_from_yaml(v) for k, v in _flatten(fields or {}, "the fields given").items()}
     for part in PARTS:
         path = f"{part}.class_path"
         if changes.get(path, flat.get(path)) != flat.get(path):  # another class has other arguments
@@ -300,12 +306,18 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
         parsed = _plain(parser.parse_object(copy.deepcopy(given)))  # in lists it changes mappings in place
     except ArgumentError as error:
         raise _explain(error, flat, classes, source) from error
-    for field in flat:  # jsonargparse takes null for every type
+    for field in flat:
         part, _, name = field.rpartition(".")
-        if name == "class_path" or (parsed[part] if part else parsed)[name] is not None:
+        if name == "class_path":
             continue
+        value = (parsed[part] if part else parsed)[name]
+        if (foreign := _foreign(value)) is not None:  # an argument without a type takes anything
+            raise TypeError(
+                f"{source}: {field} must be numbers, text, lists and mappings, as in a file, got {foreign!r}"
+            )
         annotation, _ = _annotation(field, classes)
-        if not re.search(r"\b(None|Optional|Any|object|of another type|_empty)\b", annotation):
+        # jsonargparse takes null for every type
+        if value is None and not re.search(r"\b(None|Optional|Any|object|of another type)\b", annotation):
             raise TypeError(f"{source}: {field} must be {annotation}, got None")
     for part, cls in classes.items():
         parsed[part] = Part(f"{cls.__module__}.{cls.__qualname__}", parsed.get(part) or {})
@@ -440,6 +452,28 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _as_from_yaml(value: Any) -> Any:
+    """The value as a file would give it: numpy's numbers, text and arrays as Python's, which alone can be written."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _as_from_yaml(value.tolist()) if value.dtype != object else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a `Level`
+        return _as_from_yaml(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {_as_from_yaml(key): _as_from_yaml(inner) for key, inner in value.items()}
+    return [_as_from_yaml(inner) for inner in value] if isinstance(value, (list, tuple, range)) else value
+
+
+def _foreign(value: Any) -> Any:
+    """The first thing in the value that no file could give; None where there is none."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return next((found for inner in value if (found := _foreign(inner)) is not None), None)
+    return None if value is None or type(value) in (bool, int, float, str) else value
+
+
 def _import_class(part: str, path: Any) -> type:
     base = PARTS[part][0]
     module, _, name = str(path).rpartition(".")
@@ -463,7 +497,10 @@ def _annotation(field: str, classes: Mapping[str, type]) -> tuple[str, bool]:
     if parameter is None:
         return "of another type", False
     annotation = parameter.annotation
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    if annotation is parameter.empty:
+        text = "Any"
+    else:
+        text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return text, parameter.default is parameter.empty
 
 

@@ -159,7 +159,8 @@ def _errors(
     text = f'<dl class="errors">{cells}</dl>'
     if without is not None and own > 0 and metric.name == "test_error":
         ratio = without / own
-        how = f"{ratio:.1f} times fewer" if ratio > 1 else "no fewer"
+        how = f"{ratio:.1f} times fewer" if ratio >= 1.5 else f"{100 * (1 - own / without):.2g} % fewer"
+        how = how if ratio > 1 else "no fewer"
         text += f"<p>“{escape(title)}” makes {how} errors than “{escape(other)}”.</p>"
     return text
 

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderfast.checks import check_whole
+from ladderfast.data import OccludedMovingDigits
+from ladderfast.models import RLadder
+
 from .objectives import Objective
 
 if TYPE_CHECKING:
@@ -39,11 +43,15 @@ class RLadderObjective(Objective):
         truncate: time steps after which back-propagation is cut; null: never.
         checkpoint_every: time steps from one kept activation to the next, see `RLadder`; null: all are kept.
 
-    Raises ValueError for numbers out of range.
+    Raises TypeError or ValueError for steps that are no whole numbers and numbers out of range; before training for a
+    network without what the costs need, or that does not fit the data or its batches.
 
     Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017; Tarvainen and Valpola, "Mean teachers are better
     role models", 2017, for the teacher.
     """
+
+    networks = (RLadder,)
+    sources = (OccludedMovingDigits,)
 
     def __init__(
         self,
@@ -66,6 +74,8 @@ class RLadderObjective(Objective):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be from 0 to below 1, got {ema_decay}")
         for name, steps in (("truncate", truncate), ("checkpoint_every", checkpoint_every)):
+            if steps is not None:
+                check_whole(name, steps)
             if steps is not None and steps < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {steps}")
         self.prediction_weight, self.consistency_weight = prediction_weight, consistency_weight
@@ -74,11 +84,36 @@ class RLadderObjective(Objective):
         self.steps = 0
         self.teacher: nn.Module | None = None
 
-    def prepare(self, model: Any) -> None:
-        if model.classifier is None:
+    def check(self, model: Any) -> None:
+        if getattr(model, "classifier", None) is None:
             raise ValueError("model must have num_classes for this objective")
-        if self.prediction_weight and model.readout is None:
+        if self.prediction_weight and getattr(model, "readout", None) is None:
             raise ValueError("model must have out_channels for a prediction_weight above 0")
+
+    def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
+        if not isinstance(model, RLadder) or not isinstance(data, OccludedMovingDigits):
+            return
+        name, frame = type(data).__name__, (1, *data.image_shape)
+        if model.input_shape != frame:
+            raise ValueError(
+                f"input_shape must be {frame}, that of a frame of {name}, got {model.input_shape}"
+            )
+        if self.prediction_weight and model.out_channels != frame[0]:
+            raise ValueError(
+                f"out_channels must be {frame[0]}, as many as a frame of {name} has, for a prediction_weight above 0, "
+                f"got {model.out_channels}"
+            )
+        if model.num_classes is not None and model.num_classes < data.num_classes:
+            raise ValueError(
+                f"num_classes must be at least {data.num_classes}, the classes of {name}, got {model.num_classes}"
+            )
+        if batch_labelled + batch_unlabelled == 1 and (level := model.normalises_samples()) is not None:
+            raise ValueError(
+                f"batch_labelled and batch_unlabelled must make a batch of at least 2 samples for level {level}, which "
+                f"has batch normalisation and no positions, got {batch_labelled} and {batch_unlabelled}"
+            )
+
+    def prepare(self, model: Any) -> None:
         self.steps = 0
         if self.consistency_weight:
             self.teacher = copy.deepcopy(model).requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ def check_robustness(model: nn.Module, data: Any, tau: float, networks: int) -> 
         )
     if networks > 1:
         raise ValueError(f"robustness is measured of one network, this run has {networks}")
-    logits = model(data.x_test[:1])
+    parameters = inspect.signature(model.forward).parameters.values()
+    alone = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1
+    logits = model(data.x_test[:1]) if alone else None  # a Tagger must be told groups and iterations
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError("robustness is measured of a classifier, and this network gives no logits")
 

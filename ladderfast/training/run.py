@@ -276,7 +276,10 @@ class Run:
                         self._save()
                 if stopping:
                     return self._stop(stop.received, bar)
-            return self._finish(baseline, folder)
+            result = self._finish(baseline, folder)
+            if stop.received is not None:  # whoever calls may have more to train
+                return self._stop(stop.received, bar)
+            return result
 
     def evaluate(self) -> dict[str, Any]:
         """Figures on the test samples, with the statistics for evaluation as they are.
@@ -451,8 +454,12 @@ class Run:
 
     def _stop(self, number: int | None, bar: ProgressBar | None) -> dict[str, Any]:
         if bar is not None:
-            where = f"stopped after step {self.global_step} (epoch {self.epochs_done + 1} of {self.epochs_planned})"
-            bar.say(where if self.folder is None else f"{where}; saved in {self.folder}, --resume continues")
+            where, then = f"stopped after step {self.global_step}", ", --resume continues"
+            if self.finished:
+                where, then = f"{where}, the last", ""
+            else:
+                where += f" (epoch {self.epochs_done + 1} of {self.epochs_planned})"
+            bar.say(where if self.folder is None else f"{where}; saved in {self.folder}{then}")
         if not self.fabric.is_global_zero:
             return {}  # a process that Fabric started must end well, or Fabric kills the first one
         if number == signal.SIGTERM:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladderfast.data import Batch
-from ladderfast.models import SWWAE
+from ladderfast.data import Batch, Dataset
+from ladderfast.models import SWWAE, SWWAEComparison
 from ladderfast.models.swwae import WhatWhere
 
 from .metric import Metric
@@ -41,10 +41,12 @@ class SWWAEObjective(Objective):
             features after the last epoch, the encoder as it is ("unsup-sfx" in table 4); 0: they are left alone.
 
     Raises ValueError for a weight that is negative or not finite, if all are 0, or softmax_iterations beside
-    lambda_nll.
+    lambda_nll; before training for a network without what the terms need, or that does not fit the data or its batches.
     """
 
     forward_methods = ("training_pass",)
+    networks = (SWWAE,)
+    sources = (Dataset,)
 
     def __init__(
         self,
@@ -71,10 +73,40 @@ class SWWAEObjective(Objective):
         self.metric = Metric() if self.classifies else RECONSTRUCTION
 
     def check(self, model: Any) -> None:
-        if self.lambda_m and isinstance(model, SWWAE) and not model.has_intermediate:
+        if not isinstance(model, SWWAE):
+            return
+        if self.classifies and not len(model.dense):
+            raise ValueError(
+                f"architecture must end with a dense layer, as in {model.architecture}-10fc, for the classes of "
+                "lambda_nll and softmax_iterations, got one without"
+            )
+        for name, weight in (("lambda_rec", self.lambda_rec), ("lambda_m", self.lambda_m)):
+            if weight and model.decoder is None:
+                raise ValueError(f"decoder must be true for {name}={weight:g}, got false")
+        if self.lambda_m and not model.has_intermediate:
             raise ValueError(
                 f"lambda_m must be 0 for {model.architecture}, which has no intermediate reconstruction; "
                 f"got {self.lambda_m:g}"
+            )
+
+    def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
+        if not isinstance(model, SWWAE):
+            return
+        _check_image_shape(model, data)
+        if self.classifies and isinstance(data, Dataset) and model.stages[-1].shape[0] < data.num_classes:
+            raise ValueError(
+                f"architecture must end with a unit for each of {type(data).__name__}'s {data.num_classes} classes, "
+                f"got {model.architecture}"
+            )
+        # What batch normalisation gets in a step: the samples of which anything is asked, at each position.
+        unlabelled = bool(self.lambda_rec or self.lambda_m or self.l1)
+        samples = batch_labelled * (self.lambda_nll > 0) + batch_unlabelled * unlabelled
+        norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        single = any(stage.kind == "conv" and stage.shape[1:] == (1, 1) for stage in model.stages)
+        if samples == 1 and norms and single:
+            raise ValueError(
+                "batch_labelled and batch_unlabelled must make a batch of at least 2 samples for batch_norm of maps of "
+                f"1 x 1, got {batch_labelled} and {batch_unlabelled}"
             )
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -142,6 +174,12 @@ class WhereObjective(Objective):
     """
 
     metric = RECONSTRUCTION
+    networks = (SWWAEComparison,)
+    sources = (Dataset,)
+
+    def check_data(self, model: Any, data: Any, batch_labelled: int, batch_unlabelled: int) -> None:
+        for network in getattr(model, "networks", nn.ModuleDict()).values():
+            _check_image_shape(network, data)
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         costs: dict[str, Tensor] = model(batch.x_unlabelled)
@@ -282,6 +320,15 @@ class EquivarianceObjective(SWWAEObjective):
             1, model.stages[top].size - 1
         )  # where's units from one place of the window to the next
         return self.shift * width / columns * place, self.shift * height / rows * place
+
+
+def _check_image_shape(model: Any, data: Any) -> None:
+    """ValueError unless a sample of the data has the values of the network's images."""
+    if isinstance(data, Dataset) and data.x_unlabelled[0].numel() != math.prod(model.image_shape):
+        raise ValueError(
+            f"image_shape must be that of a sample of {type(data).__name__}, {tuple(data.image_shape)}, got "
+            f"{model.image_shape}"
+        )
 
 
 def _check_top(pooled: Sequence[WhatWhere]) -> WhatWhere:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladderfast.checks import check_number, check_whole
-from ladderfast.data import Batch
+from ladderfast.data import Batch, GroupedImages, MovingMNIST
+from ladderfast.models import RTagger, Tagger
 from ladderfast.ops.function import readable
 
 from .metric import Metric
@@ -63,6 +64,9 @@ class TaggerObjective(Objective):
     Raises TypeError for what is no number, ValueError for arguments out of range, labels of a model or of data without
     classes, or labels that are none of the model's classes.
     """
+
+    networks = (Tagger, RTagger)
+    sources = (GroupedImages, MovingMNIST)
 
     def __init__(
         self,
@@ -121,6 +125,16 @@ class TaggerObjective(Objective):
             for labels in (getattr(data, "y_labelled", None), getattr(data, "y_test", None)):
                 if labels is not None:
                     _check_labels(labels, classes)
+        if self.metric.name == "test_error" and (not classes or getattr(data, "y_test", None) is None):
+            what = (
+                "a model with num_classes" if not classes else f"labelled test images, which {name} has not"
+            )
+            raise ValueError(f'judged_by="test_error" needs {what}')
+        if isinstance(model, self.networks) and self.groups * (batch_labelled + batch_unlabelled) == 1:
+            raise ValueError(
+                "batch_labelled and batch_unlabelled must make a batch of at least 2 images for groups=1, which has no "
+                f"variance in one image, got {batch_labelled} and {batch_unlabelled}"
+            )
         frames = getattr(data, "frames", None)
         if frames is not None and self.iterations >= frames:
             raise ValueError(
@@ -151,10 +165,7 @@ class TaggerObjective(Objective):
         statistics for evaluation, if the model has any, are computed anew from the first training batches, of either
         kind of input for its figures.
         """
-        figures = self._measured(model, data, data.x_test, data.owner_test, getattr(data, "y_test", None))
-        if self.metric.name not in figures:
-            raise ValueError('judged_by="test_error" needs labelled test images and a model with num_classes')
-        return figures
+        return self._measured(model, data, data.x_test, data.owner_test, getattr(data, "y_test", None))
 
     @property
     def validates(self) -> bool:

@@ -123,3 +123,24 @@ def test_digits():
     assert digits.x_unlabelled.dtype == torch.float32
     # every labelled sample is among the unlabelled ones
     assert (digits.x_labelled[:, None] == digits.x_unlabelled).all(-1).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("y_train", "y_test", "message"),
+    [
+        ([0, -1, 1], [0], "y_train must hold classes, numbered from 0, got -1"),
+        ([0, 2, 1], [-3, 0], "y_test must hold classes, numbered from 0, got -3"),
+        ([0, 2, 1], [], "x_test must hold at least 1 sample, got none"),
+        ([], [0], "x_train must hold at least 1 sample, got none"),
+    ],
+)
+def test_labels_that_are_no_classes_and_missing_samples_are_refused(y_train, y_test, message):
+    y_train, y_test = torch.tensor(y_train, dtype=torch.long), torch.tensor(y_test, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        Dataset(torch.rand(len(y_train), 4), y_train, torch.rand(len(y_test), 4), y_test, image_shape=(2, 2))
+
+
+def test_the_number_of_classes_is_by_the_highest_label():
+    assert numbered(classes=3).num_classes == 3
+    y = torch.arange(6)
+    assert Dataset(torch.rand(6, 4), y, torch.rand(6, 4), y + 2, image_shape=(2, 2)).num_classes == 8

@@ -749,6 +749,7 @@ def test_it_learns():
         ({"noise_std": -0.1}, ValueError, "noise_std must be finite and not negative"),
         ({"noise_std": math.nan}, ValueError, "noise_std must be finite and not negative"),
         ({"noise_std": ["0.3"] * 4}, TypeError, "noise_std must hold numbers"),
+        ({"noise_std": True}, TypeError, "noise_std must hold numbers, got True"),
         ({"noise_std": "0.3"}, TypeError, "noise_std must be a number or a sequence of them, got '0.3'"),
         ({"layers": None}, TypeError, "layers must be a sequence of integers.*got None"),
     ],

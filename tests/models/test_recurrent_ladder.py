@@ -359,7 +359,7 @@ def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"x must have shape \(N, 1, 8, 8\)"):
         model.step(x[:, 0, :, :4])
     _, state = model.step(x[:, 0])
-    with pytest.raises(ValueError, match="state of level 1 must have shape"):
+    with pytest.raises(ValueError, match="feedback of level 1 must have shape"):
         model.step(x[:2, 0], state)
     with pytest.raises(TypeError, match="state must be an RLadderState or None, got tuple"):
         model.step(x[:, 0], (None,))
@@ -377,6 +377,53 @@ def test_inputs_that_do_not_fit_are_refused():
         for call in (model, model.step):
             with pytest.raises(TypeError, match=got):
                 call(given)
+
+
+def test_a_state_that_is_none_of_the_network_is_refused():
+    model, x = make(), sequence()
+    _, state = model(x)
+    lowest = state.cells[2]
+    for cells, feedback, error, message in (
+        ((lowest[0],), state.feedback[2], ValueError, "state of level 2 must hold 2 tensors, got 1"),
+        ((*lowest, lowest[0]), state.feedback[2], ValueError, "state of level 2 must hold 2 tensors, got 3"),
+        (
+            [t.float() for t in lowest],
+            None,
+            TypeError,
+            "state of level 2 must be torch.float64 on cpu, as x is",
+        ),
+        ([None, None], None, TypeError, "state of level 2 must be a floating-point tensor, got NoneType"),
+        (lowest, x[:, 0], ValueError, "feedback of level 2 must have shape"),
+    ):
+        given = state._replace(
+            cells=(*state.cells[:2], tuple(cells), *state.cells[3:]),
+            feedback=(*state.feedback[:2], feedback, *state.feedback[3:]),
+        )
+        with pytest.raises(error, match=message):
+            model(x, given)
+    without = make(feedback=False)
+    with pytest.raises(ValueError, match="feedback of level 1 must hold 0 tensors, got 1"):
+        without(x, state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_shape": "abc"}, r"input_shape must be \(C, H, W\), \(C, L\) or \(features,\), got 'abc'"),
+        ({"input_shape": (1, 8.0, 8)}, "an entry of input_shape must be a whole number, got 8.0"),
+        ({"num_classes": 2.5}, "num_classes must be a whole number, got 2.5"),
+        ({"out_channels": "1"}, "out_channels must be a whole number, got '1'"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        RLadder(**{"input_shape": (4,), "levels": [{"encoder": "lstm", "channels": 3}], **arguments})
+
+
+@pytest.mark.parametrize("arguments", [{"truncate": 1.5}, {"checkpoint_every": "2"}])
+def test_steps_that_are_no_whole_numbers_are_refused(arguments):
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))} must be a whole number, got"):
+        make()(sequence(), **arguments)
 
 
 def test_levels_can_be_made_before():

@@ -281,6 +281,27 @@ def test_a_dropped_value_is_scaled():
     assert float(zeros_and_others[-1]) == pytest.approx(1 / 0.75)
 
 
+def test_dropout_compiles_without_a_graph_break():
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        networks.append(SWWAE(SMALL, (8, 8), dropout_dense=0.3, dropout_conv=0.2))
+    x = torch.rand(6, 1, 8, 8)
+    compiled = torch.compile(networks[1].training_pass, backend="eager", fullgraph=True)
+    for got, want in zip(compiled(x[:2], x[2:]), networks[0].training_pass(x[:2], x[2:]), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_sparsity_of_a_float64_network_is_in_float64():
+    net = SWWAE("(3)3c", (8, 8)).double()
+    x = torch.rand(5, 1, 8, 8, dtype=torch.float64)
+    found = net.training_pass(
+        x, x, classify=False, reconstruction=False, intermediate=False, sparsity=True
+    ).sparsity
+    torch.testing.assert_close(found, net(x).abs().sum() / 5, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dropout_drops_with_its_probability_and_passes_gradients_of_what_it_keeps(dtype):
     x = torch.ones(50, 7, 300, dtype=dtype, requires_grad=True)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from ladderfast import cli
-from ladderfast.models import LadderNetwork
+from ladderfast.data import Digits
+from ladderfast.models import SWWAE, LadderNetwork, Tagger
 from ladderfast.training import LadderObjective, Run
 from ladderfast.training.adversarial import KINDS, adversarial_noise, input_gradient
+from ladderfast.training.robustness import check_robustness
 
 G = torch.tensor([[3.0, -4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1e-30]])
 
@@ -63,7 +65,7 @@ def test_gradient_of_the_mean_cross_entropy():
         target = y if labels is not None else network(x).argmax(1)
         wanted = torch.autograd.grad(nn.functional.cross_entropy(network(inputs), target), inputs)[0]
         found = input_gradient(network, x, labels)
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)  # in float64 all the way
         assert not found.requires_grad
 
 
@@ -155,6 +157,17 @@ def test_robustness_of_a_classifier(small):
     assert still["adversarial_error"] == still["random_sign_error"] == still["test_error"]
     with pytest.raises(ValueError, match="this run has 2"):
         Run(small, seeds=2, progress=False, folder=None).robustness(0.1)
+
+
+def test_a_network_without_logits_has_no_robustness():
+    """A Tagger is called with groups and iterations, and a network without classes gives maps."""
+    data = Digits(50).batches(10, 10, seed=1)
+    for model in (Tagger(64, [8, 6, 11], num_classes=10), SWWAE("(2)3c-2p", (8, 8))):
+        with (
+            pytest.raises(ValueError, match="of a classifier, and this network gives no logits"),
+            torch.no_grad(),
+        ):
+            check_robustness(model.eval(), data, 0.1, 1)
 
 
 def test_evaluate_prints_the_three_figures(small, tmp_path, capsys):

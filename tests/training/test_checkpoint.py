@@ -1,3 +1,5 @@
+import errno
+import os
 import pickle
 import warnings
 
@@ -82,6 +84,35 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failure
     monkeypatch.undo()
     assert load_quietly(tmp_path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == [NEWEST]
+
+
+@pytest.mark.parametrize("room", [10, 5000])  # torch's own words and Python's
+def test_a_full_disk_is_said_with_the_path(tmp_path, monkeypatch, room):
+    class Disk:
+        """A file for which there is only so much room."""
+
+        left = room
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            self.left -= len(content)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(content)
+
+        def flush(self):
+            self.file.flush()
+
+    save = torch.save
+    monkeypatch.setattr(checkpoint.torch, "save", lambda content, file: save(content, Disk(file)))
+    with pytest.raises(
+        OSError, match=r"checkpoint\.pt cannot be written: No space left on device$"
+    ) as caught:
+        checkpoint.save(tmp_path, {**state(1), "more": torch.rand(10_000)})
+    assert str(caught.value).startswith(str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 class Malicious:

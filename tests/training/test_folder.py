@@ -115,3 +115,14 @@ def test_a_checkpoint_that_is_none(tmp_path, content, message):
     torch.save(content, tmp_path / checkpoint.NEWEST)
     with pytest.raises(ValueError, match=message):
         Run.load(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"below/it cannot be made: .*file is not a folder"):
+        run(tmp_path / "file" / "below" / "it")
+    # Nothing is closed to root, of whom tests may be.
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: path != tmp_path)
+    for name in ("new/run", "."):
+        with pytest.raises(PermissionError, match=r"cannot be written to: .* is not writable"):
+            run(tmp_path / name)

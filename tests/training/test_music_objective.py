@@ -243,6 +243,8 @@ def test_what_does_not_fit():
         PianoRollObjective().prepare(RLadder([88], [{"encoder": "lstm", "channels": 3}]))
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
         PianoRollObjective(0)
+    with pytest.raises(TypeError, match="hidden_size must be a whole number"):
+        PlainLSTM([88], 2.5)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
         PlainLSTM([88], 0)
     with pytest.raises(ValueError, match=r"x must have shape \(N, T, 88\) with .*, got \(2, 3, 87\)"):
@@ -254,6 +256,7 @@ def test_what_does_not_fit():
         ((x[:, :0],), ValueError, "with at least one time step"),
         ((x, (torch.zeros(2, 2, 7),) * 2), TypeError, "state must be an RLadderState or None, got tuple"),
         ((x, RLadderState(0, (), ())), ValueError, "state must have 2 layers, got 0"),
+        ((x, lstm()(x[:1])[1]), ValueError, r"state of layer 0 must have shape \(2, 7\), got \(1, 7\)"),
         (
             (x.float(),),
             TypeError,

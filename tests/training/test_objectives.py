@@ -86,3 +86,9 @@ def test_pictures_of_what_the_objective_trains(layers, weights, combinator, expe
     assert len(figures) == len(expected)
     for title, start in zip(figures, expected, strict=True):
         assert title.startswith(start)
+
+
+def test_a_single_test_image_has_no_reconstruction_to_show():
+    data = Batches(Digits(50), 20, 100, seed=1)
+    data.x_test, data.y_test = data.x_test[:1], data.y_test[:1]
+    assert list(LadderObjective([1, 0]).figures(LadderNetwork([64, 10]), data)) == ["Combinator of layer 0"]

@@ -1,6 +1,8 @@
 import contextlib
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -41,6 +43,42 @@ def test_a_field_is_given_in_any_of_its_forms(small, fields):
     assert recipe.epochs == 7
     assert recipe.model.init_args["noise_std"] == 0.2
     assert recipe.model.init_args["layers"] == [64, 12, 10]  # the others stay
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "wanted"),
+    [
+        ("learning_rate", np.float64(0.25), 0.25),
+        ("checkpoint_minutes", np.float32(0.5), 0.5),
+        ("epochs", np.int64(3), 3),
+        ("retrain", np.bool_(False), False),
+        ("title", np.str_("a title"), "a title"),
+        ("start_from", Path("there"), "there"),
+        ("objective.denoising_weights", np.ones(3), [1.0, 1.0, 1.0]),
+        ("objective.denoising_weights", (np.float64(1), 2, 3.5), [1.0, 2.0, 3.5]),
+        ("model.layers", np.array([64, 10]), [64, 10]),
+        ("model", {"layers": (64, np.int32(10))}, [64, 10]),
+    ],
+)
+def test_numpys_numbers_and_arrays_become_plain_ones(small, field, given, wanted):
+    recipe = read_recipe(small, {field: given})
+    found = recipe.flat()["model.layers" if field == "model" else field]
+    assert found == wanted
+    assert type(found) is type(wanted)
+    assert not isinstance(found, list) or all(type(entry) in (int, float) for entry in found)
+    assert read_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_what_no_file_could_say_is_refused_by_name(small):
+    """A field without a type would take it, and the run could not be saved."""
+    small["model"] = {"class_path": f"{__name__}.Untyped", "init_args": {"width": 3}}
+    assert read_recipe(small, {"model.depth": np.float64(2)}).flat()["model.depth"] == 2
+    for strange in (torch.tensor(2), {1, 2}, np.array([None])):
+        for given in (strange, [1, strange], {"a": strange}):
+            with pytest.raises(
+                TypeError, match=r"^small: model\.depth must be numbers, text, lists and mappings"
+            ):
+                read_recipe(small, {"model.depth": given})
 
 
 def test_text_is_read_as_the_type_of_its_field(small):
@@ -176,7 +214,10 @@ def test_another_class_brings_its_own_arguments(small):
 def test_a_model_without_types(small):
     recipe = read_recipe(small, {"model.class_path": f"{__name__}.Untyped", "model.width": 3})
     assert recipe.model.build("model").width == 3
-    assert "of its one layer." in describe_fields(recipe)
+    assert "of its one layer. (Any)" in describe_fields(recipe)
+    assert "(Any)" in describe_fields(recipe).partition("--model.depth")[2]
+    with pytest.raises(TypeError, match=r"^small: model\.width must be Any, got None"):
+        read_recipe(small, {"model.class_path": f"{__name__}.Untyped", "model.width": None})
 
 
 def test_what_a_class_refuses_is_said_with_the_part(small):

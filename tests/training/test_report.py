@@ -136,6 +136,12 @@ def test_a_ladder_that_does_not_help_is_not_praised(tmp_path, own):
     assert "“A run” makes no fewer errors than “Plain”." in page.text
 
 
+@pytest.mark.parametrize(("own", "how"), [(10.0, "2 % fewer"), (8.0, "22 % fewer"), (6.8, "1.5 times fewer")])
+def test_a_small_difference_is_no_ratio(tmp_path, own, how):
+    page = write(tmp_path, result={"test_error": own}, baseline={"test_error": 10.2, "title": "Plain"})
+    assert f"“A run” makes {how} errors than “Plain”." in page.text
+
+
 def test_a_perfect_run_is_compared_without_a_ratio(tmp_path):
     page = write(tmp_path, result={"test_error": 0.0}, baseline={"test_error": 5.0, "title": "Plain"})
     assert "0.00 %" in page.text

@@ -228,11 +228,54 @@ def test_numbers_out_of_range_are_refused(fields, message):
         RLadderObjective(**fields)
 
 
+def test_steps_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(TypeError, match="truncate must be a whole number"):
+        RLadderObjective(truncate=1.5)
+
+
 def test_networks_that_cannot_be_trained_so_are_refused():
     with pytest.raises(ValueError, match="model must have num_classes"):
-        RLadderObjective().prepare(RLadder((1, 32, 32), LEVELS, out_channels=1))
+        RLadderObjective().check(RLadder((1, 32, 32), LEVELS, out_channels=1))
     with pytest.raises(ValueError, match="model must have out_channels"):
-        RLadderObjective().prepare(RLadder((1, 32, 32), LEVELS, num_classes=10))
+        RLadderObjective().check(RLadder((1, 32, 32), LEVELS, num_classes=10))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"model.num_classes": 5},
+            "num_classes must be at least 10, the classes of OccludedMovingDigits, got 5",
+        ),
+        (
+            {"model.input_shape": [1, 28, 28]},
+            r"input_shape must be \(1, 32, 32\), that of a frame of .*, got \(1, 28",
+        ),
+        (
+            {"model.input_shape": [1, 32]},
+            r"input_shape must be \(1, 32, 32\), that of a frame of .*, got \(1, 32\)",
+        ),
+        (
+            {"model.out_channels": 2},
+            "out_channels must be 1, as many as a frame of OccludedMovingDigits has, .* got 2",
+        ),
+        (
+            {
+                "batch_labelled": 1,
+                "batch_unlabelled": 0,
+                "model.levels": [*LEVELS[:3], {"encoder": "linear", "channels": 6}],
+            },
+            "must make a batch of at least 2 samples for level 3, which has batch normalisation .*, got 1 and 0",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused_before_training(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Run(RECIPE, folder=None, progress=False, **fields)
+
+
+def test_a_single_sequence_is_enough_for_batch_normalisation_at_positions():
+    Run(RECIPE, folder=None, progress=False, batch_labelled=1, batch_unlabelled=0).step()
 
 
 def test_a_picture_wants_frames_that_agree():

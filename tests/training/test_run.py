@@ -309,6 +309,50 @@ def test_a_model_that_the_objective_cannot_use_is_refused(small):
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"objective.class_path": "RLadderObjective"},
+            "data must be OccludedMovingDigits for RLadderObjective, got Digits",
+        ),
+        (
+            {"objective.class_path": "RLadderObjective", "data.class_path": "OccludedMovingDigits"},
+            "model must be RLadder for RLadderObjective, got LadderNetwork",
+        ),
+        (
+            {"objective.class_path": "SWWAEObjective"},
+            "model must be SWWAE for SWWAEObjective, got LadderNetwork",
+        ),
+        (
+            {"model.class_path": "SWWAE", "model.architecture": "(2)3c-10fc", "model.image_shape": [8, 8]},
+            "model must be LadderNetwork for LadderObjective, got SWWAE",
+        ),
+        (
+            {
+                "objective.class_path": "TaggerObjective",
+                "data.class_path": "Shapes",
+                "data.num_train": 9,
+                "data.num_test": 9,
+            },
+            "model must be Tagger or RTagger for TaggerObjective, got LadderNetwork",
+        ),
+        (
+            {"objective.class_path": "PianoRollObjective"},
+            "data must be PianoRolls for PianoRollObjective, got Digits",
+        ),
+    ],
+)
+def test_networks_and_data_of_another_family_than_the_objective_are_refused(small, fields, message):
+    where = {"objective": "training", "model": "models", "data": "data"}
+    fields = {
+        k: f"ladderfast.{where[k.partition('.')[0]]}.{v}" if k.endswith("class_path") else v
+        for k, v in fields.items()
+    }
+    with pytest.raises(TypeError, match=message):
+        quiet(small, **fields)
+
+
+@pytest.mark.parametrize(
     "fields", [{"accelerator": "abacus"}, {"precision": "3-bit"}, {"strategy": "none"}, {"devices": "x"}]
 )
 def test_devices_that_cannot_be_had_are_refused(small, fields):

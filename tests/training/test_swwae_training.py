@@ -124,6 +124,48 @@ def test_intermediate_terms_alone_need_some():
         SWWAEObjective(0.0, 0.0, 1.0)(SWWAE("(3)3c-2p", (8, 8)), a_batch().get(0, 0))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"model.architecture": "(2)3c-2p-(2)3c-2p-5fc"},
+            "a unit for each of Digits's 10 classes, got .*-5fc",
+        ),
+        (
+            {"model.architecture": "(2)3c-2p-(2)3c-2p"},
+            "must end with a dense layer, as in .*-2p-10fc, for the",
+        ),
+        (
+            {"model.image_shape": [9, 9]},
+            r"image_shape must be that of a sample of Digits, \(8, 8\), got \(1, 9, 9\)",
+        ),
+        ({"model.decoder": False}, "decoder must be true for lambda_rec=0.1, got false"),
+        (
+            {"model.decoder": False, "objective.lambda_rec": 0},
+            "decoder must be true for lambda_m=0.1, got false",
+        ),
+        (
+            {
+                "model.architecture": "(2)3c-8p-(2)3c-10fc",
+                "objective": {"lambda_rec": 0, "lambda_m": 0},
+                "batch_labelled": 1,
+            },
+            "at least 2 samples for batch_norm of maps of 1 x 1, got 1 and 260",
+        ),
+        (
+            {
+                "model.class_path": "ladderfast.models.SWWAEComparison",
+                "objective.class_path": "ladderfast.training.WhereObjective",
+            },
+            r"image_shape must be that of a sample of Digits, \(8, 8\), got \(1, 32, 32\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_training(small, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Run(small, folder=None, progress=False, **fields)
+
+
 # Runs
 
 

@@ -7,13 +7,14 @@ import torch
 from matplotlib.colors import to_rgb
 
 import ladderfast
+from ladderfast.cli import _others
 from ladderfast.data import Batch, GroupedImages
 from ladderfast.models import RTagger, Tagger, TaggerOutput
 from ladderfast.training import Run, TaggerObjective, read_recipe
 from ladderfast.training.figures import PALETTE
 from ladderfast.training.mutual_information import adjusted_mutual_information
 from ladderfast.training.tagger_figures import group_grid
-from ladderfast.training.tagger_objective import _missed
+from ladderfast.training.tagger_objective import METRICS, _missed
 
 RECIPES = Path(ladderfast.__file__).parent / "recipes"
 
@@ -190,10 +191,6 @@ def test_what_is_measured_is_what_the_model_says(monkeypatch):
         )
         assert objective.validate(model, Blobs(valid=False).batches(4, 6, seed=1)) is None
         assert TaggerObjective(3, 2, judged_by="test_error").validate(model, data) is None
-        with pytest.raises(ValueError, match="needs labelled test images and a model with num_classes"):
-            TaggerObjective(3, 2, judged_by="test_error").measure(
-                model, Blobs(classes=False).batches(0, 6, seed=1)
-            )
 
 
 @pytest.mark.parametrize(
@@ -225,6 +222,11 @@ def test_arguments_that_are_no_numbers(name, value, wanted):
         TaggerObjective(**{name: value})
 
 
+def test_evaluate_says_by_what_the_ami_is_normalised():
+    figures = {"ami": 0.5, "ami_1": 0.25, "ami_normaliser": "arithmetic", "by_seed": [1.0]}
+    assert _others(figures, METRICS["ami"]) == "ami_1 0.25, ami_normaliser arithmetic"
+
+
 def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
     whole = Run(RECIPE, folder=tmp_path / "whole", progress=False)
     result = whole.fit()
@@ -247,6 +249,29 @@ def test_a_run_leaves_pictures_and_resumes_to_the_same_bits(tmp_path):
     assert {k: second[k] for k in second if k != "seconds"} == {
         k: result[k] for k in result if k != "seconds"
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"objective.judged_by": "test_error", "data.classes": False, "batch_labelled": 0},
+            'judged_by="test_error" needs labelled test images, which Blobs has not',
+        ),
+        (
+            {"objective.judged_by": "test_error", "model.num_classes": 0},
+            'judged_by="test_error" needs a model with num_classes',
+        ),
+        (
+            {"objective.groups": 1, "batch_labelled": 0, "batch_unlabelled": 1},
+            "a batch of at least 2 images for groups=1, which has no variance in one image, got 0 and 1",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_or_normalised_is_refused_before_training(fields, message):
+    fields = {"objective.class_weight": 0.0, **fields}
+    with pytest.raises(ValueError, match=message):
+        Run(RECIPE, folder=None, progress=False, **fields)
 
 
 @pytest.mark.parametrize("fields", [{"patience": 2}, {"schedule": "halve"}])
