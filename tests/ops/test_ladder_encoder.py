@@ -760,6 +760,8 @@ BAD = [
         r"noise_state must be on the device of z_pre, cpu; got meta",
     ),
     ({"noise_stream": 1.5}, TypeError, r"noise_stream must be an integer; got 1.5"),
+    ({"noise_stream": 2**63}, ValueError, r"noise_stream must be less than 2\*\*63; got 9223372036854775808"),
+    ({"want_z": "no"}, TypeError, r"want_z must be a bool; got str"),
 ]
 
 
