@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -68,13 +68,19 @@ if _extension.module is not None:
         )
 
 
-def _seeds_first(size: int, seeds: bool, in_dims: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
-    """The batch axis of vmap in front, merged with the axis of seeds if there is one already; None stays None."""
+def _seeds_first(
+    size: int, seeds: bool, in_dims: Any, tensors: tuple[Tensor | None, ...], z_pre: int
+) -> list[Any]:
+    """The batch axis of vmap in front, merged with the axis of seeds if there is one already; None stays None.
+    z_pre is at that index."""
     moved = [
         None if t is None else batch_first(size, (dim,), (t,))[0]
         for t, dim in zip(tensors, in_dims, strict=True)
     ]
-    return [None if t is None else t.flatten(0, 1) for t in moved] if seeds else moved
+    if not seeds:
+        return moved
+    moved[z_pre] = packed(cast(Tensor, moved[z_pre]), 3)  # before it is merged, which may copy it otherwise
+    return [None if t is None else t.flatten(0, 1) for t in moved]
 
 
 def _forward(
@@ -152,7 +158,7 @@ class _LadderEncoder(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         options, want_z, want_h, seeds, name = inputs[4:]
-        tensors = _seeds_first(info.batch_size, seeds, in_dims[:4], inputs[:4])
+        tensors = _seeds_first(info.batch_size, seeds, in_dims[:4], inputs[:4], 0)
         out = _LadderEncoder.apply(*tensors, options, want_z, want_h, True, name)
         dims = (0 if want_z else None, 0 if want_h else None, 0, 0)
         if seeds:
@@ -201,7 +207,7 @@ class _LadderEncoderBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         options, seeds, name = inputs[10:]
-        tensors = _seeds_first(info.batch_size, seeds, in_dims[:10], inputs[:10])
+        tensors = _seeds_first(info.batch_size, seeds, in_dims[:10], inputs[:10], 4)
         out = apply_in_backward(_LadderEncoderBackward, *tensors, options, True, name)
         dims = (0, None if inputs[7] is None else 0, None if inputs[8] is None else 0)
         if seeds:
