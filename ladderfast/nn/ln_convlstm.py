@@ -393,6 +393,8 @@ class LayerNormConvLSTMCell(_Cell):
         # oneDNN's convolutions would copy gates into a layout of their own and back.
         return (
             plain()
+            # oneDNN's strided convolution of one channel to a single column is wrong there (torch 2.13).
+            and not (self.in_channels[0] == 1 and self.stride[1] > 1 and self.state_shape(x)[-1] == 1)
             and self.spatial == 2
             and self.groups == 1
             and x.shape[1] * math.prod(x.shape[3:]) * 4 * self.hidden >= _LARGE * math.prod(self.stride)
@@ -491,6 +493,8 @@ class _Sequence(nn.Module):
         axes = "(N, T, C, *)" if self.batch_first else "(T, N, C, *)"
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor {axes}, got {type(x).__name__}")
+            # What is not there may be anything: NaN times the gradient 0 would be NaN in those of the weights.
+            x = torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, 0)
         if x.dim() != 3 + self.cell.spatial:
             raise ValueError(f"x must have {3 + self.cell.spatial} axes, {axes}; got shape {tuple(x.shape)}")
         self.cell.check_dtype("x", x)

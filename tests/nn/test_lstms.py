@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import pytest
@@ -448,6 +449,42 @@ def test_what_is_not_one_node():
 
 
 def test_few_gates_stay_as_they_are():
+@pytest.mark.usefixtures("every_size_is_large")
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_one_channel_strided_to_a_single_column(norm):
+    """oneDNN's convolution with the channels last is wrong there."""
+    module = LayerNormConvLSTM(1, 16, 3, (1, 2), 0, norm=norm)
+    x = torch.randn(2, 20, 1, 30, 3)
+    expected = copy.deepcopy(module).double()(x.double())[0]
+    torch.testing.assert_close(module(x)[0].double(), expected, rtol=1e-4, atol=1e-5)
+    for size, stride in (((30, 5), (1, 2)), ((3, 30), (2, 1))):
+        cell = LayerNormConvLSTM(1, 16, 3, stride, 0).cell
+        assert cell.prefers_channels_last(torch.empty(2, 20, 1, *size))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+@pytest.mark.parametrize(
+    ("make", "size"), [(LayerNormLSTM, ()), (lambda *a, **k: LayerNormConvLSTM(*a, 3, **k), (5, 6))]
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_what_a_mask_leaves_out_may_be_anything(make, size, norm, batch_first):
+    module = make(3, 4, norm=norm, batch_first=batch_first)
+    x, mask = torch.randn(3, 4, 3, *size), torch.rand(3, 4) < 0.6
+    found = []
+    for value in (0.0, math.nan, math.inf):
+        padded = x.clone()
+        padded[~mask] = value
+        padded.requires_grad_()
+        same = copy.deepcopy(module)
+        output, state = same(padded, mask=mask)
+        loss = output.square().sum() + sum(t.sum() for t in state)
+        found.append((output, *torch.autograd.grad(loss, [padded, *same.parameters()])))
+        assert output.is_contiguous()
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
     cell = LayerNormConvLSTM(3, 32, 3).cell
     assert cell.prefers_channels_last(torch.empty(10, 16, 3, 32, 32))
     assert not cell.prefers_channels_last(torch.empty(10, 8, 3, 32, 32))
