@@ -10,14 +10,16 @@ HALF = (torch.bfloat16, torch.float16)
 
 def apply_map(linear: nn.Module, x: Tensor) -> Tensor:
     """The map in the type of its weight, or autocast's."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     weight = getattr(linear, "weight", None)
-    if weight is not None and x.dtype != weight.dtype and not _autocast(x.device.type):
+    if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
         x = x.to(weight.dtype)
     y: Tensor = linear(x)
     return y
 
 
-def _autocast(device: str) -> bool:
+def autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

@@ -448,7 +448,6 @@ def test_what_is_not_one_node():
         assert not LayerNormConvLSTM(3, 5, 3).cell.is_one_node(x, None)
 
 
-def test_few_gates_stay_as_they_are():
 @pytest.mark.usefixtures("every_size_is_large")
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_one_channel_strided_to_a_single_column(norm):
@@ -485,6 +484,7 @@ def test_what_a_mask_leaves_out_may_be_anything(make, size, norm, batch_first):
             assert torch.equal(a, b)
 
 
+def test_few_gates_stay_as_they_are():
     cell = LayerNormConvLSTM(3, 32, 3).cell
     assert cell.prefers_channels_last(torch.empty(10, 16, 3, 32, 32))
     assert not cell.prefers_channels_last(torch.empty(10, 8, 3, 32, 32))
@@ -655,6 +655,9 @@ def test_gradcheck():
         (lambda: LayerNormConvLSTM(3, 0, 3), "hidden size must be at least 1, got 0"),
         (lambda: LayerNormLSTM(0, 3), "input_size must be at least 1, got 0"),
         (lambda: LayerNormConvLSTMCell((1, 2, 3), 4, 3), "in_channels must be one number or a pair"),
+        (lambda: LayerNormLSTMCell((1, 2, 3), 4), "input_size must be one number or a pair"),
+        (lambda: LayerNormLSTM(3, 4, eps=-1.0), "eps must be finite and not negative; got -1.0"),
+        (lambda: LayerNormLSTM(3, 4, forget_bias=10**400), "forget_bias must be finite; got 10000"),
     ],
 )
 def test_wrong_arguments(make, message):
@@ -670,6 +673,13 @@ def test_wrong_arguments(make, message):
         (lambda: LayerNormConvLSTM(3, None, 3), "hidden size must be a whole number, got None"),
         (lambda: LayerNormConvLSTM("3", 4, 3), "in_channels must be a whole number, got '3'"),
         (lambda: LayerNormLSTM(3.0, 4), "input_size must be a whole number, got 3.0"),
+        (lambda: LayerNormLSTMCell(3.0, 4), "input_size must be a whole number, got 3.0"),
+        (lambda: LayerNormConvLSTM((3, 2), 4, 3), r"in_channels must be a whole number, got \(3, 2\)"),
+        (lambda: LayerNormConvLSTM(3, 4, 3, stride=True), "stride must be one whole number or 2 of them"),
+        (lambda: LayerNormLSTM(3, 4, 2), "bias must be a bool; got int"),  # no number of layers
+        (lambda: LayerNormLSTM(3, 4, batch_first="no"), "batch_first must be a bool; got str"),
+        (lambda: LayerNormLSTM(3, 4, normalise_cell=1), "normalise_cell must be a bool; got int"),
+        (lambda: LayerNormLSTM(3, 4, forget_bias="1"), "forget_bias must be a number; got '1'"),
         (lambda: LayerNormLSTM(3, 4)(None), r"x must be a tensor \(T, N, C, \*\), got NoneType"),
         (
             lambda: LayerNormLSTM(3, 4)(torch.zeros(2, 2, 3, dtype=torch.float64)),
@@ -695,6 +705,23 @@ def test_wrong_types(make, message):
 def test_a_kernel_wider_than_the_image_is_the_convolutions_to_refuse():
     with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         LayerNormConvLSTM(1, 4, 3, padding=0)(torch.zeros(2, 3, 1, 2, 9))
+
+
+@pytest.mark.parametrize("cell", [LayerNormConvLSTMCell(3, 4, 3), LayerNormLSTMCell(3, 4)])
+def test_wrong_inputs_of_a_cell(cell):
+    x = torch.zeros(2, 3, *[5] * cell.spatial)
+    for other in (None, 3, "x"):
+        got = type(other).__name__
+        with pytest.raises(TypeError, match=f"x must be a tensor or a pair of tensors, got {got}"):
+            cell(other)
+    with pytest.raises(TypeError, match="an input must be a tensor, got list"):
+        cell((x.tolist(),))
+    with pytest.raises(
+        TypeError, match=r"an input must have the dtype of the weights, torch.float32, got torch.float64"
+    ):
+        cell(x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cell(x.bfloat16())
 
 
 def test_wrong_inputs():
