@@ -238,6 +238,16 @@ def test_a_map_that_puts_out_other_channels():
 
 
 def test_wrong_arguments():
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=f"num_features must be at least 1, got {number}"):
+            LadderEncoderLayer(nn.Identity(), number)
+    with pytest.raises(TypeError, match=r"num_features must be a whole number, got 3\.0"):
+        LadderEncoderLayer(nn.Identity(), 3.0)
+    for name in ("noise_std", "eps"):
+        with pytest.raises(ValueError, match=f"{name} must be finite and not negative; got -1.0"):
+            LadderEncoderLayer(nn.Identity(), 3, **{name: -1.0})
+        with pytest.raises(TypeError, match=f"{name} must be a number; got 'x'"):
+            LadderEncoderLayer(nn.Identity(), 3, **{name: "x"})
     with pytest.raises(ValueError, match="activation must be one of identity, relu, leaky_relu; got 'tanh'"):
         LadderEncoderLayer(nn.Identity(), 3, activation="tanh")
     with pytest.raises(ValueError, match="combinator must be one of gaussian"):
