@@ -404,9 +404,11 @@ def test_squash_v_is_a_bool(value):
     z, u, params, _ = make((4, 3), dtype=torch.float32)
     got = type(value).__name__
     for name in (None, "reference"):
-        with ladderfast.use_backend(name):
-            with pytest.raises(TypeError, match=f"gaussian_combinator: squash_v must be a bool; got {got}"):
-                gaussian_combinator(z, u, params, squash_v=value)
+        with (
+            ladderfast.use_backend(name),
+            pytest.raises(TypeError, match=f"gaussian_combinator: squash_v must be a bool; got {got}"),
+        ):
+            gaussian_combinator(z, u, params, squash_v=value)
 
 
 BAD = [
