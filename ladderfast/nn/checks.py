@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ladderfast.nn.maps import autocasts
+from ladderfast.ops.checks import check_dense
 
 
 def whole(name: str, value: Any) -> int:
@@ -53,9 +54,14 @@ def check_tensor(name: str, t: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
+def autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_dtype_of(weight: Tensor, name: str, t: Any) -> None:
-    """TypeError unless t is a tensor of the weight's dtype; under autocast of any."""
+    """TypeError unless t is a dense tensor of the weight's dtype; under autocast of any."""
     check_tensor(name, t)
+    check_dense(name, t)
     if t.dtype != weight.dtype and not autocasts(t.device.type):
         raise TypeError(f"{name} must have the dtype of the weights, {weight.dtype}, got {t.dtype}")
 

@@ -148,7 +148,7 @@ class LadderEncoderLayer(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         z_pre = apply_map(self.linear, x)
-        if z_pre.dim() > 1 and z_pre.shape[1] != self.num_features:
+        if not z_pre.is_nested and z_pre.dim() > 1 and z_pre.shape[1] != self.num_features:
             raise ValueError(
                 f"linear must put out (N, {self.num_features}, *), as num_features says, got {tuple(z_pre.shape)}"
             )

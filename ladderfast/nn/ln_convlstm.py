@@ -116,7 +116,7 @@ class _Cell(nn.Module):
                 nn.init.ones_(module.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-            nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], self.forget_bias)
+            nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], float(self.forget_bias))
         if self.cell_weight is not None and self.cell_bias is not None:
             nn.init.ones_(self.cell_weight)
             nn.init.zeros_(self.cell_bias)
@@ -484,9 +484,9 @@ class _Sequence(nn.Module):
         axes = "(N, T, C, *)" if self.batch_first else "(T, N, C, *)"
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor {axes}, got {type(x).__name__}")
+        check_dtype_of(self.cell.weight_hh, "x", x)
         if x.dim() != 3 + self.cell.spatial:
             raise ValueError(f"x must have {3 + self.cell.spatial} axes, {axes}; got shape {tuple(x.shape)}")
-        check_dtype_of(self.cell.weight_hh, "x", x)
         if mask is not None:
             check_tensor("mask", mask)
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:

@@ -23,7 +23,7 @@ from ladderfast.nn.checks import (
 from ladderfast.nn.combinator import GaussianCombinator
 from ladderfast.nn.maps import HALF, for_op
 from ladderfast.ops import gaussian_combinator
-from ladderfast.ops.checks import check_not_negative
+from ladderfast.ops.checks import check_dense, check_not_negative
 
 NORMS = ("layer", "batch", "none")
 GATES = ("g1", "convg1", "convg2", "convg3")
@@ -344,6 +344,7 @@ class DecoderGate(nn.Module):
     def forward(self, e: Tensor, v: Tensor, step: int = 0) -> Tensor:
         for name, t, shape in (("e", e, self.shape), ("v", v, self.top_shape)):
             check_tensor(name, t)
+            check_dense(name, t)
             if t.shape[1:] != shape:
                 sizes = ", ".join(map(str, shape))
                 raise ValueError(f"{name} must have shape (N, {sizes}), got {tuple(t.shape)}")

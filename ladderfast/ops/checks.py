@@ -31,15 +31,16 @@ def check_dtype(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
-    check_dense(op, name, t)
+    if t.is_nested or t.layout is not torch.strided:
+        check_dense(f"{op}: {name}", t)
 
 
-def check_dense(op: str, name: str, t: Tensor) -> None:
+def check_dense(name: str, t: Tensor) -> None:
     """TypeError unless t is dense, which a nested tensor's layout may say of itself too."""
-    if t.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor; got one with layout {t.layout}")
     if t.is_nested:
-        raise TypeError(f"{op}: {name} must be a dense tensor; got a nested one")
+        raise TypeError(f"{name} must be a dense tensor; got a nested one")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one with layout {t.layout}")
 
 
 def check_bool(name: str, value: object) -> None:

@@ -445,7 +445,7 @@ def _check(
     if not isinstance(noise_state, Tensor) or noise_state.dtype != torch.int64:
         got = noise_state.dtype if isinstance(noise_state, Tensor) else type(noise_state).__name__
         raise TypeError(f"{op}: noise_state must be an int64 tensor of seed and offset; got {got}")
-    check_dense(op, "noise_state", noise_state)
+    check_dense(f"{op}: noise_state", noise_state)
     if noise_state.shape != (2,):
         raise ValueError(
             f"{op}: noise_state must have shape (2,), seed and offset; got {shape_text(noise_state)}"

@@ -512,7 +512,7 @@ def where_max_unpool2d(
         raise TypeError(f"{op}: where must be a tensor; got {type(where).__name__}")
     if where.dtype not in (torch.uint8, torch.int64):
         raise TypeError(f"{op}: where must be torch.uint8 or torch.int64; got {where.dtype}")
-    check_dense(op, "where", where)
+    check_dense(f"{op}: where", where)
     if what.dim() != 4:
         raise ValueError(f"{op}: what must have shape (N, C, h, w); got {shape_text(what)}")
     if where.shape != what.shape:

@@ -227,6 +227,11 @@ def test_every_combinator_refuses_what_the_op_refuses(combinator, change, error,
         layer.combinator.decode(*given.values(), eps=-1.0)
 
 
+def test_a_sparse_input_is_the_maps():
+    layer, x = LadderEncoderLayer(nn.Linear(5, 3), 3), torch.randn(4, 5)
+    torch.testing.assert_close(layer(x.to_sparse_csr()).h, layer(x).h)
+
+
 def test_a_map_that_puts_out_other_channels():
     for shift in (False, True):
         layer = LadderEncoderLayer(nn.Linear(5, 4), 3, shift=shift)

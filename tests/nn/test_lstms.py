@@ -717,6 +717,10 @@ def test_wrong_inputs_of_a_cell(cell):
     with pytest.raises(TypeError, match="an input must be a tensor, got list"):
         cell((x.tolist(),))
     with pytest.raises(
+        TypeError, match=r"an input must be a dense tensor; got one with layout torch.sparse_coo"
+    ):
+        cell(x.to_sparse())
+    with pytest.raises(
         TypeError, match=r"an input must have the dtype of the weights, torch.float32, got torch.float64"
     ):
         cell(x.double())
