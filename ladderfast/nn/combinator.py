@@ -10,19 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ladderfast.nn.checks import positive
 from ladderfast.nn.maps import for_op
 from ladderfast.ops import gaussian_combinator, ladder_decoder
-from ladderfast.ops.ladder_decoder import LadderDecoderOutput
+from ladderfast.ops.checks import check_bool, check_dtype
+from ladderfast.ops.ladder_decoder import LadderDecoderOutput, prepare
 from ladderfast.reference.ladder_decoder import denoising_cost
 from ladderfast.reference.ladder_encoder import moments, normalise
-
-
-def _check_features(num_features: int) -> int:
-    if not isinstance(num_features, int):
-        raise TypeError(f"num_features must be an int, got {num_features!r}")
-    if num_features < 1:
-        raise ValueError(f"num_features must be at least 1, got {num_features}")
-    return num_features
 
 
 class GaussianCombinator(nn.Module):
@@ -49,7 +43,8 @@ class GaussianCombinator(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = _check_features(num_features)
+        self.num_features = positive("num_features", num_features)
+        check_bool("squash_v", squash_v)
         self.squash_v = squash_v
         self.weight = nn.Parameter(torch.empty(10, num_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -75,6 +70,7 @@ class GaussianCombinator(nn.Module):
         eps: float = 1e-10,
     ) -> LadderDecoderOutput:
         """g(z, u normalised) and the denoising cost, as `ladderfast.ops.ladder_decoder`."""
+        check_dtype("ladder_decoder", "u", u)
         weight = for_op(self.weight, u)
         return ladder_decoder(u, z, weight, clean_z, mean, var, squash_v=self.squash_v, eps=eps)
 
@@ -95,7 +91,7 @@ class _UnitwiseCombinator(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = _check_features(num_features)
+        self.num_features = positive("num_features", num_features)
         self.weight = nn.Parameter(torch.empty(len(self.start), num_features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -109,6 +105,8 @@ class _UnitwiseCombinator(nn.Module):
         """The formula; `rows` are those of `weight`, shaped to broadcast over z."""
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        for name, t in (("z", z), ("u", u)):
+            check_dtype(type(self).__name__, name, t)
         if z.dim() < 2 or z.shape[1] != self.num_features:
             raise ValueError(f"z must have shape (N, {self.num_features}, *), got {tuple(z.shape)}")
         if u.shape != z.shape:
@@ -130,7 +128,11 @@ class _UnitwiseCombinator(nn.Module):
         *,
         eps: float = 1e-10,
     ) -> LadderDecoderOutput:
-        """g(z, u normalised) and the denoising cost; arguments as those of `ladderfast.ops.ladder_decoder`."""
+        """g(z, u normalised) and the denoising cost; arguments, and errors, as those of
+        `ladderfast.ops.ladder_decoder`."""
+        check_dtype("ladder_decoder", "u", u)
+        weight = for_op(self.weight, u)
+        u, z, clean_z = prepare(len(self.start), u, z, weight, clean_z, mean, var, eps)
         dtype = u.dtype
         if dtype in (torch.bfloat16, torch.float16):
             u, z, clean_z = u.float(), z.float(), None if clean_z is None else clean_z.float()

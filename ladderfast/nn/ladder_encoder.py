@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderfast.nn.checks import positive
 from ladderfast.nn.maps import HALF, apply_map, for_op, op_dtype
+from ladderfast.ops.checks import check_not_negative
 from ladderfast.ops.function import plain
 from ladderfast.ops.ladder_encoder import LadderEncoderOutput, ladder_encoder
 from ladderfast.reference.ladder_encoder import ACTIVATIONS, activate
@@ -57,8 +59,10 @@ class LadderEncoderLayer(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        check_not_negative("noise_std", noise_std)
+        check_not_negative("eps", eps)
         self.linear = linear
-        self.num_features = num_features
+        self.num_features = positive("num_features", num_features)
         self.activation = activation
         self.noise_std = noise_std
         self.wide = wide
@@ -144,6 +148,10 @@ class LadderEncoderLayer(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         z_pre = apply_map(self.linear, x)
+        if not z_pre.is_nested and z_pre.dim() > 1 and z_pre.shape[1] != self.num_features:
+            raise ValueError(
+                f"linear must put out (N, {self.num_features}, *), as num_features says, got {tuple(z_pre.shape)}"
+            )
         if self.wide and z_pre.dtype in HALF:
             return z_pre.float()
         return z_pre.to(op_dtype(z_pre.dtype, z_pre.device))

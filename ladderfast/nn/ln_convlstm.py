@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladderfast.nn.checks import cell_inputs, check_dtype_of, check_tensor, one_or_pair, positive
 from ladderfast.nn.convlstm_sequence import Geometry, sequence
 from ladderfast.ops import backend, ln_convlstm_step
+from ladderfast.ops.checks import check_bool, check_not_negative, check_number, finite
 from ladderfast.ops.function import plain
 from ladderfast.ops.layout import channels_last, stack_contiguous, with_gradient_channels_last
 from ladderfast.ops.linear import linear
@@ -30,14 +32,6 @@ _LARGE = 1 << 21
 _AT_ONCE = 1 << 20
 _WEIGHT_PART = 1 / 16
 _BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 def _keep_running(module: nn.BatchNorm1d, mean: Tensor, var: Tensor) -> None:
@@ -63,6 +57,8 @@ def _values(gates: Tensor) -> int:
 class _Cell(nn.Module):
     """What the dense and the convolutional cell share: the norm, the bias, the step, the state."""
 
+    weight_hh: nn.Parameter
+
     def __init__(
         self,
         hidden: int,
@@ -77,10 +73,16 @@ class _Cell(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        norm = norm or "none"
+        norm = "none" if norm is None else norm
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-        self.hidden, self.inputs, self.spatial = _positive("hidden size", hidden), inputs, spatial
+        check_bool("bias", bias)
+        check_bool("normalise_cell", normalise_cell)
+        check_not_negative("eps", eps)
+        check_number("forget_bias", forget_bias)
+        if not finite(forget_bias):
+            raise ValueError(f"forget_bias must be finite; got {forget_bias}")
+        self.hidden, self.inputs, self.spatial = positive("hidden size", hidden), inputs, spatial
         self.norm, self.forget_bias, self.eps = norm, forget_bias, eps
         vector = 4 * hidden
         self.norm_weight: nn.ParameterList | None = None
@@ -114,7 +116,7 @@ class _Cell(nn.Module):
                 nn.init.ones_(module.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-            nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], self.forget_bias)
+            nn.init.constant_(self.bias[self.hidden : 2 * self.hidden], float(self.forget_bias))
         if self.cell_weight is not None and self.cell_bias is not None:
             nn.init.ones_(self.cell_weight)
             nn.init.zeros_(self.cell_bias)
@@ -192,19 +194,10 @@ class _Cell(nn.Module):
         if not isinstance(state, tuple) or len(state) != 2:
             raise TypeError(f"state must be a pair (h, c), got {type(state).__name__}")
         for name, t in zip(("h", "c"), state, strict=True):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+            check_tensor(name, t)
             if tuple(t.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-            self.check_dtype(name, t)
-
-    def check_dtype(self, name: str, t: Tensor) -> None:
-        """That of the weights; under autocast any."""
-        dtype, device = next(self.parameters()).dtype, t.device.type
-        if t.dtype != dtype and not (
-            torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        ):
-            raise TypeError(f"{name} must have the dtype of the weights, {dtype}, got {t.dtype}")
+            check_dtype_of(self.weight_hh, name, t)
 
 
 class _DenseCell(_Cell):
@@ -213,7 +206,7 @@ class _DenseCell(_Cell):
     ) -> None:
         super().__init__(hidden, 1, 0, norm, normalise_cell, bias, forget_bias, eps, device, dtype)
         self.weight_ih = nn.Parameter(
-            torch.empty(4 * hidden, _positive("input_size", input_size), device=device, dtype=dtype)
+            torch.empty(4 * hidden, positive("input_size", input_size), device=device, dtype=dtype)
         )
         self.weight_hh = nn.Parameter(torch.empty(4 * hidden, hidden, device=device, dtype=dtype))
         self.reset_parameters()
@@ -242,7 +235,9 @@ class _DenseCell(_Cell):
 
 def _sizes(name: str, value: int | Sequence[int], spatial: int, least: int) -> tuple[int, ...]:
     sizes = (value,) * spatial if isinstance(value, int) else value
-    if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+    if not isinstance(sizes, Sequence) or not all(
+        isinstance(size, int) and not isinstance(size, bool) for size in sizes
+    ):
         raise TypeError(f"{name} must be one whole number or {spatial} of them, got {value!r}")
     if len(sizes) != spatial or any(size < least for size in sizes):
         raise ValueError(f"{name} must be one number or {spatial}, each at least {least}; got {value}")
@@ -302,10 +297,8 @@ class LayerNormConvLSTMCell(_Cell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        channels = (in_channels,) if isinstance(in_channels, int) else tuple(in_channels)
-        if len(channels) not in (1, 2):
-            raise ValueError(f"in_channels must be one number or a pair, got {in_channels}")
-        if spatial not in _CONVOLUTIONS:
+        channels = one_or_pair("in_channels", in_channels)
+        if spatial not in tuple(_CONVOLUTIONS):
             raise ValueError(f"spatial must be 1 or 2, got {spatial}")
         super().__init__(
             hidden_channels,
@@ -328,7 +321,7 @@ class LayerNormConvLSTMCell(_Cell):
             ("in_channels", channels[-1]),
             ("hidden_channels", hidden_channels),
         ):
-            if _positive(name, count) % _positive("groups", groups) != 0:
+            if count % positive("groups", groups) != 0:
                 raise ValueError(f"{name} must be a positive multiple of groups, {groups}; got {count}")
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         if any(r % 2 for r in reach):
@@ -365,8 +358,6 @@ class LayerNormConvLSTMCell(_Cell):
         return t.unflatten(1, (self.groups, 4, -1)).transpose(1, 2).flatten(1, 3)
 
     def _check_inputs(self, inputs: Sequence[Tensor | None]) -> None:
-        if len(inputs) != self.inputs:
-            raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
         for t, channels in zip(inputs, self.in_channels, strict=True):
             if t is not None and (t.dim() != 2 + self.spatial or t.shape[1] != channels):
                 axes = ", H, W" if self.spatial == 2 else ", L"
@@ -378,8 +369,7 @@ class LayerNormConvLSTMCell(_Cell):
         """Of the base class; a weight stands for that of the first input."""
         self._check_inputs(inputs)
         first, *others = inputs
-        if first is None:
-            raise TypeError("the first input must be a tensor, got None")
+        assert first is not None
         convolve = _CONVOLUTIONS[self.spatial]
         weight = self.weight_ih[0] if weight is None else weight
         gates = convolve(first, weight, None, self.stride, self.padding, self.dilation, self.groups)
@@ -403,6 +393,8 @@ class LayerNormConvLSTMCell(_Cell):
             and torch.backends.mkldnn.is_available()
             and bool(torch.backends.mkldnn.enabled)
             and not torch.is_autocast_enabled("cpu")
+            # oneDNN's strided convolution of one channel to a single column is wrong there (torch 2.13).
+            and not (self.in_channels[0] == 1 and self.stride[1] > 1 and self.state_shape(x)[-1] == 1)
         )
 
     def samples_at_once(self, x: Tensor) -> int:
@@ -456,7 +448,7 @@ class LayerNormConvLSTMCell(_Cell):
         return self._convolve_state(h, self.weight_hh if weight is None else weight)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
-        gates = self.project((x,) if isinstance(x, Tensor) else x)
+        gates = self.project(cell_inputs(x, self.inputs, self.weight_hh))
         if state is not None:
             first = cast(Tensor, gates[0])
             self.check_state(state, (first.shape[0], self.hidden, *first.shape[2:]))
@@ -477,6 +469,7 @@ class _Sequence(nn.Module):
 
     def __init__(self, cell: _DenseCell | LayerNormConvLSTMCell, batch_first: bool) -> None:
         super().__init__()
+        check_bool("batch_first", batch_first)
         self.cell, self.batch_first = cell, batch_first
 
     def reset_parameters(self) -> None:
@@ -491,16 +484,17 @@ class _Sequence(nn.Module):
         axes = "(N, T, C, *)" if self.batch_first else "(T, N, C, *)"
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor {axes}, got {type(x).__name__}")
+        check_dtype_of(self.cell.weight_hh, "x", x)
         if x.dim() != 3 + self.cell.spatial:
             raise ValueError(f"x must have {3 + self.cell.spatial} axes, {axes}; got shape {tuple(x.shape)}")
-        self.cell.check_dtype("x", x)
         if mask is not None:
-            if not isinstance(mask, Tensor):
-                raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+            check_tensor("mask", mask)
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
                 raise ValueError(
                     f"mask must be bool of shape {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}"
                 )
+            # What is not there may be anything: NaN times the gradient 0 would be NaN in those of the weights.
+            x = torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, 0)
             mask = mask.transpose(0, 1) if self.batch_first else mask
         if self.batch_first:
             x = x.transpose(0, 1)
@@ -635,7 +629,7 @@ class LayerNormConvLSTM(_Sequence):
         dtype: torch.dtype | None = None,
     ) -> None:
         cell = LayerNormConvLSTMCell(
-            in_channels,
+            positive("in_channels", in_channels),
             hidden_channels,
             kernel_size,
             stride,
@@ -721,6 +715,7 @@ class LayerNormLSTMCell(_Cell):
 
     Raises:
         ValueError: sizes or shapes that do not fit.
+        TypeError: a size that is no whole number; what is no tensor, or of another dtype than the weights.
 
     Source: Prémont-Schwarz et al., "Recurrent Ladder Networks", 2017.
     """
@@ -738,13 +733,11 @@ class LayerNormLSTMCell(_Cell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-        if len(sizes) not in (1, 2):
-            raise ValueError(f"input_size must be one number or a pair, got {input_size}")
+        sizes = one_or_pair("input_size", input_size)
         super().__init__(
             hidden_size, len(sizes), 0, norm, normalise_cell, bias, forget_bias, eps, device, dtype
         )
-        self.input_sizes = tuple(_positive("input_size", size) for size in sizes)
+        self.input_sizes = sizes
         self.weight_ih = nn.ParameterList(
             nn.Parameter(torch.empty(4 * hidden_size, size, device=device, dtype=dtype)) for size in sizes
         )
@@ -758,11 +751,8 @@ class LayerNormLSTMCell(_Cell):
         self._reset_vectors()
 
     def project(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        if len(inputs) != self.inputs:
-            raise ValueError(f"the cell takes {self.inputs} inputs, got {len(inputs)}")
         first, *others = inputs
-        if first is None:
-            raise TypeError("the first input must be a tensor, got None")
+        assert first is not None
         for t, size in zip(inputs, self.input_sizes, strict=True):
             if t is not None and (t.dim() != 2 or t.shape[1] != size):
                 raise ValueError(f"an input must have shape (N, {size}), got {tuple(t.shape)}")
@@ -774,7 +764,7 @@ class LayerNormLSTMCell(_Cell):
         return linear(h, self.weight_hh if weight is None else weight)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor | None], state: State | None = None) -> State:
-        gates = self.project((x,) if isinstance(x, Tensor) else x)
+        gates = self.project(cell_inputs(x, self.inputs, self.weight_hh))
         if state is not None:
             self.check_state(state, (len(cast(Tensor, gates[0])), self.hidden))
         return self.step(gates, state)

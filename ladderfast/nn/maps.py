@@ -5,20 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ladderfast.nn.checks import autocasts, check_tensor
+
 HALF = (torch.bfloat16, torch.float16)
 
 
 def apply_map(linear: nn.Module, x: Tensor) -> Tensor:
     """The map in the type of its weight, or autocast's."""
+    check_tensor("x", x)
     weight = getattr(linear, "weight", None)
-    if weight is not None and x.dtype != weight.dtype and not _autocast(x.device.type):
+    if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
         x = x.to(weight.dtype)
     y: Tensor = linear(x)
     return y
-
-
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def for_op(v: Tensor, x: Tensor) -> Tensor:

@@ -10,9 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladderfast.nn.checks import (
+    cell_inputs,
+    check_dtype_of,
+    check_step,
+    check_tensor,
+    odd,
+    one_or_pair,
+    positive,
+    sample_shape,
+)
 from ladderfast.nn.combinator import GaussianCombinator
 from ladderfast.nn.maps import HALF, for_op
 from ladderfast.ops import gaussian_combinator
+from ladderfast.ops.checks import check_dense, check_not_negative
 
 NORMS = ("layer", "batch", "none")
 GATES = ("g1", "convg1", "convg2", "convg3")
@@ -43,11 +54,14 @@ class ChannelLayerNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        positive("num_features", num_features)
+        check_not_negative("eps", eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor, step: int = 0) -> Tensor:
+        check_step(step)
         return F.group_norm(x, 1, self.weight, self.bias, self.eps)
 
 
@@ -86,8 +100,10 @@ class StepBatchNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        positive("num_features", num_features)
+        positive("steps", steps)
+        check_not_negative("momentum", momentum)
+        check_not_negative("eps", eps)
         self.steps, self.momentum, self.eps = steps, momentum, eps
         self.updating = True
         self.counts: list[int] | None = None  # batches seen by step, while their plain average is taken
@@ -99,6 +115,7 @@ class StepBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(steps, num_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, step: int = 0) -> Tensor:
+        check_step(step)
         row = min(step, self.steps - 1)
         mean, var = (self.running_mean[row], self.running_var[row]) if self.training else self._trained(row)
         if self.training and not self.updating:
@@ -154,6 +171,7 @@ def make_norm(
 ) -> ChannelLayerNorm | StepBatchNorm | None:
     """The normalisation of that name, which is one of `NORMS`; None for "none"."""
     one_of("norm", norm, NORMS)
+    positive("steps", steps)
     if norm == "layer":
         return ChannelLayerNorm(num_features, bias=bias, device=device, dtype=dtype)
     if norm == "batch":
@@ -196,14 +214,14 @@ class TopDown(nn.Module):
     ) -> None:
         super().__init__()
         one_of("upsample", upsample, UPSAMPLING)
-        self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
+        self.in_shape = sample_shape("in_shape", in_shape)
+        self.out_shape = sample_shape("out_shape", out_shape)
         (channels, *above), (features, *below) = self.in_shape, self.out_shape
         if above and len(above) != len(below):
             raise ValueError(
                 f"a signal of shape {self.in_shape} cannot go down to a level of shape {self.out_shape}"
             )
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        odd("kernel_size", kernel_size)
         self.size: tuple[int, ...] | None = None  # to upsample to
         self.view: tuple[int, ...] | None = None
         kind: dict = {"bias": bias, "device": device, "dtype": dtype}
@@ -288,16 +306,18 @@ class DecoderGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.kind, self.shape, self.has_lateral = one_of("kind", kind, GATES), tuple(shape), lateral
+        self.kind, self.has_lateral = one_of("kind", kind, GATES), lateral
+        self.shape, self.top_shape = sample_shape("shape", shape), sample_shape("top_shape", top_shape)
         channels, *positions = self.shape
         if kind == "g1" and positions:
             raise ValueError(f"g1 is for dense levels, this one has shape {self.shape}; use convg1")
-        norm = norm or ("batch" if kind == "g1" else "layer")
+        if norm is None:
+            norm = "batch" if kind == "g1" else "layer"
         factory: dict = {"device": device, "dtype": dtype}
         both = kind in ("convg2", "convg3")
         features = 2 * channels if both else channels
         self.top = TopDown(
-            top_shape,
+            self.top_shape,
             (features, *positions),
             kernel_size,
             broadcast=broadcast,
@@ -322,6 +342,14 @@ class DecoderGate(nn.Module):
                 self.mu.copy_(_columns(mu, self.mu))
 
     def forward(self, e: Tensor, v: Tensor, step: int = 0) -> Tensor:
+        for name, t, shape in (("e", e, self.shape), ("v", v, self.top_shape)):
+            check_tensor(name, t)
+            check_dense(name, t)
+            if t.shape[1:] != shape:
+                sizes = ", ".join(map(str, shape))
+                raise ValueError(f"{name} must have shape (N, {sizes}), got {tuple(t.shape)}")
+        if len(v) != len(e):
+            raise ValueError(f"v must have the {len(e)} samples of e, got {len(v)}")
         if not self.has_lateral:
             e = torch.zeros_like(e)
         a = self.top(v)
@@ -379,6 +407,7 @@ class LayerNormGRUCell(nn.Module):
 
     Raises:
         ValueError: sizes or shapes that do not fit.
+        TypeError: a size that is no whole number; what is no tensor, or of another dtype than the weights.
 
     Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014; Prémont-Schwarz et al.,
     "Recurrent Ladder Networks", 2017.
@@ -398,13 +427,13 @@ class LayerNormGRUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        channels = (in_channels,) if isinstance(in_channels, int) else tuple(in_channels)
-        if len(channels) not in (1, 2):
-            raise ValueError(f"in_channels must be one number or a pair, got {in_channels}")
+        channels = one_or_pair("in_channels", in_channels)
         if spatial not in (0, 1, 2):
             raise ValueError(f"spatial must be 0, 1 or 2, got {spatial}")
-        if spatial and (kernel_size < 1 or kernel_size % 2 == 0):
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if spatial:
+            odd("kernel_size", kernel_size)
+        positive("hidden_channels", hidden_channels)
+        positive("stride", stride)
         self.in_channels, self.hidden_channels, self.spatial = channels, hidden_channels, spatial
         gates = 3 * hidden_channels
         factory: dict = {"device": device, "dtype": dtype}
@@ -427,9 +456,9 @@ class LayerNormGRUCell(nn.Module):
     def forward(
         self, x: Tensor | tuple[Tensor, Tensor | None], h: Tensor | None = None, step: int = 0
     ) -> Tensor:
-        inputs = (x,) if isinstance(x, Tensor) else x
-        if len(inputs) != len(self.in_channels):
-            raise ValueError(f"the cell takes {len(self.in_channels)} inputs, got {len(inputs)}")
+        weight = self.recurrent.weight
+        assert isinstance(weight, Tensor)
+        inputs = cell_inputs(x, len(self.in_channels), weight)
         a: Tensor | None = None
         for k, (t, channels) in enumerate(zip(inputs, self.in_channels, strict=True)):
             if t is None:
@@ -440,8 +469,7 @@ class LayerNormGRUCell(nn.Module):
             own = self.inputs[k](t)
             own = self.norms[k](own, step) if len(self.norms) else own
             a = own if a is None else a + own
-        if a is None:
-            raise TypeError("the first input must be a tensor, got None")
+        assert a is not None  # the first is there
         over = (-1, *[1] * self.spatial)
         a = a + self.bias.reshape(over)
         if h is None:
@@ -451,6 +479,7 @@ class LayerNormGRUCell(nn.Module):
             q = bias.reshape(over).expand_as(a)  # of zeros the convolution leaves the bias
         else:
             expected = (len(a), self.hidden_channels, *a.shape[2:])
+            check_dtype_of(weight, "h", h)
             if h.shape != expected:
                 raise ValueError(f"h must have shape {expected}, got {tuple(h.shape)}")
             q = self.recurrent(h)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import WIDE, autocast_promote, check_dtype, shape_text
+from ladderfast.ops.checks import WIDE, autocast_promote, check_bool, check_dtype, shape_text, shaped
 from ladderfast.ops.function import (
     Argument,
     apply,
@@ -135,7 +135,7 @@ _node = node(
 def _fits(z: Tensor, u: Tensor, params: Tensor) -> bool:
     """Whether all is as it must be, without an axis of seeds and of a wide dtype: the common case, found in a third of
     the time that the full checks take."""
-    if not (isinstance(z, Tensor) and isinstance(u, Tensor) and isinstance(params, Tensor)):
+    if not shaped(z, u, params):
         return False
     shape, dtype, device = z.shape, z.dtype, z.device
     return (
@@ -208,6 +208,7 @@ def gaussian_combinator(z: Tensor, u: Tensor, params: Tensor, *, squash_v: bool 
     """
     if direct() and (found := _node(z, u, params, squash_v)) is not None:
         return found
+    check_bool("gaussian_combinator: squash_v", squash_v)
     if not _fits(z, u, params):
         for name, t in (("z", z), ("u", u), ("params", params)):
             check_dtype("gaussian_combinator", name, t)
@@ -216,4 +217,4 @@ def gaussian_combinator(z: Tensor, u: Tensor, params: Tensor, *, squash_v: bool 
     name = backend.choose("gaussian_combinator", z.device.type, z.dtype)
     if name == "reference":
         return reference.gaussian_combinator(z, u, params, squash_v=squash_v)
-    return apply(_Combinator, z, u, params, bool(squash_v), name)
+    return apply(_Combinator, z, u, params, squash_v, name)

@@ -37,9 +37,16 @@ def tangents() -> bool:
 
 
 def packed(x: Tensor, axis: int) -> Tensor:
-    """x as the kernels take it: contiguous, or with the axis of the channels last; a copy only where it is neither."""
-    if x.is_contiguous() or x.movedim(axis, -1).is_contiguous():
+    """x as the kernels take it: contiguous, or with the axis of the channels last; a copy only where it is neither.
+
+    What stands before the axes (N, C, *) are seeds, of which a copy keeps the layout that each has: the noise is
+    counted in it.
+    """
+    if x.is_contiguous() or (last := x.movedim(axis, -1)).is_contiguous():
         return x
+    one = (0,) * (axis - 1)
+    if axis > 1 and not x[one].is_contiguous() and last[one].is_contiguous():
+        return last.contiguous().movedim(-1, axis)
     return x.contiguous()
 
 

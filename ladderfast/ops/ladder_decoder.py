@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, finite, shape_text
+from ladderfast.ops.checks import autocast_promote, check_bool, check_dtype, check_not_negative, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed, readable
 from ladderfast.reference import ladder_decoder as reference
 
@@ -269,19 +269,8 @@ def ladder_decoder(
 
     Source: Rasmus et al., "Semi-Supervised Learning with Ladder Networks", 2015, Algorithm 1.
     """
-    if not _fit(u, z, params, clean_z, mean, var, eps):
-        for name, t in (("u", u), ("z", z), ("params", params), ("clean_z", clean_z)):
-            if t is not None or name != "clean_z":
-                check_dtype("ladder_decoder", name, t)  # type: ignore[arg-type]  # None is what it refuses
-        if clean_z is None:
-            u, z = autocast_promote(u, z)
-        else:
-            u, z, clean_z = autocast_promote(u, z, clean_z)
-        _check(u, z, params, clean_z, mean, var, eps)
-    if var is not None and len(var) and readable(var):
-        least = float(var.detach().amin())
-        if least < 0:
-            raise ValueError(f"ladder_decoder: var must not be negative; got {least}")
+    check_bool("ladder_decoder: squash_v", squash_v)
+    u, z, clean_z = prepare(10, u, z, params, clean_z, mean, var, eps)
     name = backend.choose("ladder_decoder", u.device.type, u.dtype)
     if name == "reference":
         return LadderDecoderOutput(
@@ -289,17 +278,42 @@ def ladder_decoder(
         )
     if name == "cpu":
         params = params.to(_wide(u.dtype))
-    z_hat, cost, _, _ = apply(
-        _LadderDecoder, u, z, params, clean_z, mean, var, bool(squash_v), float(eps), name
-    )
+    z_hat, cost, _, _ = apply(_LadderDecoder, u, z, params, clean_z, mean, var, squash_v, float(eps), name)
     return LadderDecoderOutput(z_hat, None if clean_z is None else cost)
 
 
-def _fit(u: Any, z: Any, params: Any, clean_z: Any, mean: Any, var: Any, eps: Any) -> bool:
+def prepare(
+    rows: int,
+    u: Tensor,
+    z: Tensor,
+    params: Tensor,
+    clean_z: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """u, z and clean_z, under autocast promoted, of checked arguments; params has that many rows."""
+    if not _fit(rows, u, z, params, clean_z, mean, var, eps):
+        for name, t in (("u", u), ("z", z), ("params", params), ("clean_z", clean_z)):
+            if t is not None or name != "clean_z":
+                check_dtype("ladder_decoder", name, t)  # type: ignore[arg-type]  # None is what it refuses
+        if clean_z is None:
+            u, z = autocast_promote(u, z)
+        else:
+            u, z, clean_z = autocast_promote(u, z, clean_z)
+        _check(rows, u, z, params, clean_z, mean, var, eps)
+    if var is not None and len(var) and readable(var):
+        least = float(var.detach().amin())
+        if least < 0:
+            raise ValueError(f"ladder_decoder: var must not be negative; got {least}")
+    return u, z, clean_z
+
+
+def _fit(rows: int, u: Any, z: Any, params: Any, clean_z: Any, mean: Any, var: Any, eps: Any) -> bool:
     """Whether nothing is to be checked or promoted: every dtype as it shall be, one device and fitting shapes.
     What does not fit here `_check` may still accept."""
     try:
-        shape, dtype, device = u.shape, u.dtype, u.device
+        shape, dtype, device, dense = u.shape, u.dtype, u.device, torch.strided
         wide = _wide(dtype)
         alike = (z,) if clean_z is None else (z, clean_z)
         statistics = () if (mean is None and var is None) or clean_z is None else (mean, var)
@@ -307,20 +321,24 @@ def _fit(u: Any, z: Any, params: Any, clean_z: Any, mean: Any, var: Any, eps: An
         return (
             dtype in (torch.float32, torch.float64, torch.bfloat16)
             and len(shape) >= 2
-            and params.shape == (10, *channels)
+            and params.shape == (rows, *channels)
             and all(t.shape == shape for t in alike)
             and all(t.shape == channels for t in statistics)
-            and all(t.dtype == dtype and t.device == device for t in alike)
-            and all(t.dtype == wide and t.device == device for t in (params, *statistics))
+            and u.layout is dense
+            and all(t.dtype == dtype and t.device == device and t.layout is dense for t in alike)
+            and all(
+                t.dtype == wide and t.device == device and t.layout is dense for t in (params, *statistics)
+            )
             and (clean_z is not None or (mean is None and var is None))
             and type(eps) is float
             and 0 <= eps < math.inf
         )
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):  # the last of a nested tensor, which has no shape
         return False
 
 
 def _check(
+    rows: int,
     u: Tensor,
     z: Tensor,
     params: Tensor,
@@ -340,7 +358,7 @@ def _check(
     wanted: list[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
         ("z", z, tuple(u.shape), (u.dtype,)),
         ("clean_z", clean_z, tuple(u.shape), (u.dtype,)),
-        ("params", params, (10, channels), (u.dtype, wide)),
+        ("params", params, (rows, channels), (u.dtype, wide)),
         ("mean", mean, (channels,), (wide,)),
         ("var", var, (channels,), (wide,)),
     ]
@@ -357,6 +375,4 @@ def _check(
             raise TypeError(f"{op}: {name} must be {names} for u of {u.dtype}; got {t.dtype}")
         if t.device != u.device:
             raise ValueError(f"{op}: {name} must be on the device of u, {u.device}; got {t.device}")
-    check_number(op, "eps", eps)
-    if not (finite(eps) and eps >= 0):
-        raise ValueError(f"{op}: eps must be finite and not negative; got {eps}")
+    check_not_negative(f"{op}: eps", eps)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import check_dtype, finite, shape_text
+from ladderfast.ops.checks import check_bool, check_dense, check_dtype, check_not_negative, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ladder_encoder as reference
 from ladderfast.reference.ladder_encoder import ACTIVATIONS
@@ -68,13 +68,19 @@ if _extension.module is not None:
         )
 
 
-def _seeds_first(size: int, seeds: bool, in_dims: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
-    """The batch axis of vmap in front, merged with the axis of seeds if there is one already; None stays None."""
+def _seeds_first(
+    size: int, seeds: bool, in_dims: Any, tensors: tuple[Tensor | None, ...], z_pre: int
+) -> list[Any]:
+    """The batch axis of vmap in front, merged with the axis of seeds if there is one already; None stays None.
+    z_pre is at that index."""
     moved = [
         None if t is None else batch_first(size, (dim,), (t,))[0]
         for t, dim in zip(tensors, in_dims, strict=True)
     ]
-    return [None if t is None else t.flatten(0, 1) for t in moved] if seeds else moved
+    if not seeds:
+        return moved
+    moved[z_pre] = packed(cast(Tensor, moved[z_pre]), 3)  # before it is merged, which may copy it otherwise
+    return [None if t is None else t.flatten(0, 1) for t in moved]
 
 
 def _forward(
@@ -152,7 +158,7 @@ class _LadderEncoder(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         options, want_z, want_h, seeds, name = inputs[4:]
-        tensors = _seeds_first(info.batch_size, seeds, in_dims[:4], inputs[:4])
+        tensors = _seeds_first(info.batch_size, seeds, in_dims[:4], inputs[:4], 0)
         out = _LadderEncoder.apply(*tensors, options, want_z, want_h, True, name)
         dims = (0 if want_z else None, 0 if want_h else None, 0, 0)
         if seeds:
@@ -201,7 +207,7 @@ class _LadderEncoderBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         options, seeds, name = inputs[10:]
-        tensors = _seeds_first(info.batch_size, seeds, in_dims[:10], inputs[:10])
+        tensors = _seeds_first(info.batch_size, seeds, in_dims[:10], inputs[:10], 4)
         out = apply_in_backward(_LadderEncoderBackward, *tensors, options, True, name)
         dims = (0, None if inputs[7] is None else 0, None if inputs[8] is None else 0)
         if seeds:
@@ -304,8 +310,8 @@ def ladder_encoder(
         noise_std: standard deviation of the noise; 0 is the clean pass.
         noise_state: (2,) int64 on the device of z_pre: seed and offset, whose noise this is. Needed where noise_std
             is not 0.
-        noise_stream: added to the offset: calls that share a state need different ones for different noise. Not
-            negative.
+        noise_stream: added to the offset: calls that share a state need different ones for different noise. From 0
+            to 2**63 - 1.
         activation: "identity", "relu" or "leaky_relu".
         negative_slope: of the leaky ReLU.
         eps: beneath the square root.
@@ -340,6 +346,7 @@ def ladder_encoder(
         activation,
         negative_slope,
         eps,
+        want_z,
     )
     name = backend.choose("ladder_encoder", z_pre.device.type, z_pre.dtype)
     same = beta is None and gamma is None and activation == "identity"  # h is z then
@@ -389,6 +396,7 @@ def _check(
     activation: str,
     negative_slope: float,
     eps: float,
+    want_z: bool,
 ) -> None:
     op = "ladder_encoder"
     check_dtype(op, "z_pre", z_pre)
@@ -403,6 +411,8 @@ def _check(
             raise TypeError(f"{op}: {name} must be an integer; got {number!r}")
         if number < 0:
             raise ValueError(f"{op}: {name} must not be negative; got {number}")
+    if noise_stream >= 2**63:
+        raise ValueError(f"{op}: noise_stream must be less than 2**63; got {noise_stream}")
     if num_labelled + num_clean > len(z_pre):
         raise ValueError(
             f"{op}: num_labelled + num_clean must be at most the {len(z_pre)} rows of z_pre; "
@@ -424,12 +434,10 @@ def _check(
         if t.device != z_pre.device:
             raise ValueError(f"{op}: {name} must be on the device of z_pre, {z_pre.device}; got {t.device}")
     for name, value in (("noise_std", noise_std), ("negative_slope", negative_slope), ("eps", eps)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{op}: {name} must be a number; got {value!r}")
-        if not (finite(value) and value >= 0):
-            raise ValueError(f"{op}: {name} must be finite and not negative; got {value}")
+        check_not_negative(f"{op}: {name}", value)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    check_bool(f"{op}: want_z", want_z)
     if noise_state is None:
         if noise_std:
             raise ValueError(f"{op}: noise_state must be given for noise_std {noise_std}; got None")
@@ -437,6 +445,7 @@ def _check(
     if not isinstance(noise_state, Tensor) or noise_state.dtype != torch.int64:
         got = noise_state.dtype if isinstance(noise_state, Tensor) else type(noise_state).__name__
         raise TypeError(f"{op}: noise_state must be an int64 tensor of seed and offset; got {got}")
+    check_dense(f"{op}: noise_state", noise_state)
     if noise_state.shape != (2,):
         raise ValueError(
             f"{op}: noise_state must have shape (2,), seed and offset; got {shape_text(noise_state)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_promote, check_dtype, check_number, finite, shape_text
+from ladderfast.ops.checks import autocast_promote, check_dtype, check_not_negative, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import ln_convlstm as reference
 
@@ -317,9 +317,7 @@ def _check(
     for name, t in others + every:
         if t.device != device:
             raise ValueError(f"{OP}: {name} must be on the device of gates_in, {device}; got {t.device}")
-    check_number(OP, "eps", eps)
-    if not (finite(eps) and eps >= 0):
-        raise ValueError(f"{OP}: eps must be finite and not negative; got {eps}")
+    check_not_negative(f"{OP}: eps", eps)
 
 
 @overload

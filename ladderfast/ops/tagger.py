@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, shape_text
+from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, shape_text, shaped
 from ladderfast.ops.function import (
     Argument,
     apply,
@@ -239,7 +239,7 @@ _bernoulli_nll_node = _node("bernoulli_mixture_nll", "g0")
 def _fits(x: Tensor, z: Tensor, m: Tensor) -> bool:
     """Whether x, z and m are as they must be, of a wide dtype: the common case, found in a fifth of the time that
     _check takes."""
-    if not (isinstance(x, Tensor) and isinstance(z, Tensor) and isinstance(m, Tensor)):
+    if not shaped(x, z, m):
         return False
     shape, dtype, device = z.shape, z.dtype, z.device
     return (
@@ -298,6 +298,7 @@ def _prepare_scalar(op: str, name: str, scalar: Tensor | float, z: Tensor) -> Te
     """The scalar as a tensor without axes."""
     if (
         isinstance(scalar, Tensor)
+        and not scalar.is_nested
         and scalar.dim() == 0
         and scalar.dtype == z.dtype
         and z.dtype in WIDE

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import WIDE, autocast_float32, check_dtype, check_number, finite, shape_text
+from ladderfast.ops.checks import (
+    WIDE,
+    autocast_float32,
+    check_dtype,
+    check_number,
+    finite,
+    shape_text,
+    shaped,
+)
 from ladderfast.ops.function import (
     Argument,
     apply,
@@ -379,7 +387,7 @@ def bernoulli_step_inputs(x: Tensor, z: Tensor, mask_logits: Tensor, flip_prob: 
 
 def _parameters_fit(z_pre: Tensor, z_weight: Tensor, z_bias: Tensor, mask_weight: Tensor) -> bool:
     """Whether they are as they must be, of a wide dtype: the common case, found in little time."""
-    if not (isinstance(z_weight, Tensor) and isinstance(z_bias, Tensor) and isinstance(mask_weight, Tensor)):
+    if not shaped(z_weight, z_bias, mask_weight):
         return False
     dtype, device = z_pre.dtype, z_pre.device
     return (
@@ -429,7 +437,7 @@ def _outputs(
     if not _parameters_fit(z_pre, *parameters):
         parameters = _prepared_parameters(op, z_pre, *parameters)
     parameters += [prepare_variance(op, v, z_pre) for v in variance]
-    check_number(op, "eps", eps)
+    check_number(f"{op}: eps", eps)
     if not (finite(eps) and eps > 0):
         raise ValueError(f"{op}: eps must be above 0 and finite; got {eps}")
     name = backend.choose(op, z_pre.device.type, z_pre.dtype, _lacking(z_pre.shape[1]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ladderfast import _extension
 from ladderfast.ops import backend
-from ladderfast.ops.checks import autocast_promote, check_dtype, shape_text
+from ladderfast.ops.checks import autocast_promote, check_bool, check_dense, check_dtype, shape_text
 from ladderfast.ops.function import apply, apply_in_backward, batch_first, known_signature, packed
 from ladderfast.reference import what_where as reference
 
@@ -469,8 +469,7 @@ def where_max_pool2d(
     """
     op = "where_max_pool2d"
     rows, columns = _check_pooled(op, z, kernel_size)
-    if not isinstance(positions, bool):
-        raise TypeError(f"{op}: positions must be a bool; got {type(positions).__name__}")
+    check_bool(f"{op}: positions", positions)
     name = backend.choose(op, z.device.type, z.dtype)
     if name == "reference":
         return reference.where_max_pool2d(z, (rows, columns), positions=positions)
@@ -513,6 +512,7 @@ def where_max_unpool2d(
         raise TypeError(f"{op}: where must be a tensor; got {type(where).__name__}")
     if where.dtype not in (torch.uint8, torch.int64):
         raise TypeError(f"{op}: where must be torch.uint8 or torch.int64; got {where.dtype}")
+    check_dense(f"{op}: where", where)
     if what.dim() != 4:
         raise ValueError(f"{op}: what must have shape (N, C, h, w); got {shape_text(what)}")
     if where.shape != what.shape:

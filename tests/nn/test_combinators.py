@@ -162,6 +162,23 @@ def test_wrong_shapes(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_wrong_dtypes(name):
+    module, x = make_combinator(name, 4), torch.ones(2, 4)
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match=f"z must be float32.*; got {dtype}"):
+            module(x.to(dtype), x)
+        with pytest.raises(TypeError, match=f"u must be float32.*; got {dtype}"):
+            module(x, x.to(dtype))
+    with pytest.raises(TypeError, match="u must be a tensor; got list"):
+        module(x, x.tolist())
+
+
+def test_squash_v_is_a_bool():
+    with pytest.raises(TypeError, match="squash_v must be a bool; got str"):
+        GaussianCombinator(4, squash_v="no")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_state_dict_and_repr(name):
     torch.manual_seed(0)
     module = randomised(name, 4)
@@ -173,7 +190,7 @@ def test_state_dict_and_repr(name):
 
 @pytest.mark.parametrize("name", ["gaussian", "additive"])
 def test_a_number_of_features_that_is_none(name):
-    with pytest.raises(TypeError, match="num_features must be an int, got '5'"):
+    with pytest.raises(TypeError, match="num_features must be a whole number, got '5'"):
         make_combinator(name, "5")
     for number in (0, -1):
         with pytest.raises(ValueError, match=f"num_features must be at least 1, got {number}"):

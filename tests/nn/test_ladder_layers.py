@@ -192,7 +192,67 @@ def test_decoder_layer_in_half_precision(combinator):
     torch.testing.assert_close(cost, expected.cost, rtol=0.05, atol=0)
 
 
+BAD = [
+    ({"u": None}, TypeError, "u must be a tensor; got NoneType"),
+    ({"z": torch.ones(6, 4, dtype=torch.int64)}, TypeError, r"z must be float32.*got torch.int64"),
+    ({"z": torch.ones(1, 4)}, ValueError, r"z must have shape \(6, 4\).*got \(1, 4\)"),
+    ({"clean_z": torch.ones(1, 4)}, ValueError, r"clean_z must have shape \(6, 4\).*got \(1, 4\)"),
+    ({"clean_z": torch.ones(7, 6, 4)}, ValueError, r"clean_z must have shape \(6, 4\).*got \(7, 6, 4\)"),
+    ({"clean_z": None}, ValueError, "mean and var must be given together, and only with clean_z"),
+    ({"mean": None}, ValueError, "mean and var must be given together, and only with clean_z"),
+    ({"var": None}, ValueError, "mean and var must be given together, and only with clean_z"),
+    ({"mean": torch.ones(1)}, ValueError, r"mean must have shape \(4,\).*got \(1,\)"),
+    ({"mean": torch.ones(4).double()}, TypeError, r"mean must be torch.float32.*got torch.float64"),
+    ({"var": -torch.ones(4)}, ValueError, "var must not be negative; got -1.0"),
+    ({"u": torch.ones(6)}, ValueError, r"u must have shape \(N, C, \*\); got \(6,\)"),
+    (
+        dict.fromkeys(("u", "z", "clean_z"), torch.ones(6, 5)),
+        ValueError,
+        r"params must have shape \(\d+, 5\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("combinator", [name for name in COMBINATORS if name != "none"])
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[b[2] for b in BAD])
+def test_every_combinator_refuses_what_the_op_refuses(combinator, change, error, message):
+    layer = LadderDecoderLayer(None, 4, combinator=combinator)
+    x = torch.randn(6, 4)
+    given = {"u": x, "z": x, "clean_z": x, "mean": torch.zeros(4), "var": torch.ones(4)}
+    for call in (layer.combinator.decode, lambda u, *rest: layer(u, *rest)):
+        call(*given.values())
+        with pytest.raises(error, match="ladder_decoder: " + message):
+            call(*{**given, **change}.values())
+    with pytest.raises(ValueError, match="eps must be finite and not negative; got -1"):
+        layer.combinator.decode(*given.values(), eps=-1.0)
+
+
+def test_a_sparse_input_is_the_maps():
+    layer, x = LadderEncoderLayer(nn.Linear(5, 3), 3), torch.randn(4, 5)
+    torch.testing.assert_close(layer(x.to_sparse_csr()).h, layer(x).h)
+
+
+def test_a_map_that_puts_out_other_channels():
+    for shift in (False, True):
+        layer = LadderEncoderLayer(nn.Linear(5, 4), 3, shift=shift)
+        for call in (layer, layer.evaluate):
+            with pytest.raises(ValueError, match=r"linear must put out \(N, 3, \*\).*got \(2, 4\)"):
+                call(torch.zeros(2, 5))
+            with pytest.raises(TypeError, match="x must be a tensor, got list"):
+                call([[0.0] * 5])
+
+
 def test_wrong_arguments():
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=f"num_features must be at least 1, got {number}"):
+            LadderEncoderLayer(nn.Identity(), number)
+    with pytest.raises(TypeError, match=r"num_features must be a whole number, got 3\.0"):
+        LadderEncoderLayer(nn.Identity(), 3.0)
+    for name in ("noise_std", "eps"):
+        with pytest.raises(ValueError, match=f"{name} must be finite and not negative; got -1.0"):
+            LadderEncoderLayer(nn.Identity(), 3, **{name: -1.0})
+        with pytest.raises(TypeError, match=f"{name} must be a number; got 'x'"):
+            LadderEncoderLayer(nn.Identity(), 3, **{name: "x"})
     with pytest.raises(ValueError, match="activation must be one of identity, relu, leaky_relu; got 'tanh'"):
         LadderEncoderLayer(nn.Identity(), 3, activation="tanh")
     with pytest.raises(ValueError, match="combinator must be one of gaussian"):

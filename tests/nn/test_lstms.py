@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import pytest
@@ -447,6 +448,42 @@ def test_what_is_not_one_node():
         assert not LayerNormConvLSTM(3, 5, 3).cell.is_one_node(x, None)
 
 
+@pytest.mark.usefixtures("every_size_is_large")
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_one_channel_strided_to_a_single_column(norm):
+    """oneDNN's convolution with the channels last is wrong there."""
+    module = LayerNormConvLSTM(1, 16, 3, (1, 2), 0, norm=norm)
+    x = torch.randn(2, 20, 1, 30, 3)
+    expected = copy.deepcopy(module).double()(x.double())[0]
+    torch.testing.assert_close(module(x)[0].double(), expected, rtol=1e-4, atol=1e-5)
+    for size, stride in (((30, 5), (1, 2)), ((3, 30), (2, 1))):
+        cell = LayerNormConvLSTM(1, 16, 3, stride, 0).cell
+        assert cell.prefers_channels_last(torch.empty(2, 20, 1, *size))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+@pytest.mark.parametrize(
+    ("make", "size"), [(LayerNormLSTM, ()), (lambda *a, **k: LayerNormConvLSTM(*a, 3, **k), (5, 6))]
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_what_a_mask_leaves_out_may_be_anything(make, size, norm, batch_first):
+    module = make(3, 4, norm=norm, batch_first=batch_first)
+    x, mask = torch.randn(3, 4, 3, *size), torch.rand(3, 4) < 0.6
+    found = []
+    for value in (0.0, math.nan, math.inf):
+        padded = x.clone()
+        padded[~mask] = value
+        padded.requires_grad_()
+        same = copy.deepcopy(module)
+        output, state = same(padded, mask=mask)
+        loss = output.square().sum() + sum(t.sum() for t in state)
+        found.append((output, *torch.autograd.grad(loss, [padded, *same.parameters()])))
+        assert output.is_contiguous()
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_few_gates_stay_as_they_are():
     cell = LayerNormConvLSTM(3, 32, 3).cell
     assert cell.prefers_channels_last(torch.empty(10, 16, 3, 32, 32))
@@ -618,6 +655,9 @@ def test_gradcheck():
         (lambda: LayerNormConvLSTM(3, 0, 3), "hidden size must be at least 1, got 0"),
         (lambda: LayerNormLSTM(0, 3), "input_size must be at least 1, got 0"),
         (lambda: LayerNormConvLSTMCell((1, 2, 3), 4, 3), "in_channels must be one number or a pair"),
+        (lambda: LayerNormLSTMCell((1, 2, 3), 4), "input_size must be one number or a pair"),
+        (lambda: LayerNormLSTM(3, 4, eps=-1.0), "eps must be finite and not negative; got -1.0"),
+        (lambda: LayerNormLSTM(3, 4, forget_bias=10**400), "forget_bias must be finite; got 10000"),
     ],
 )
 def test_wrong_arguments(make, message):
@@ -633,6 +673,13 @@ def test_wrong_arguments(make, message):
         (lambda: LayerNormConvLSTM(3, None, 3), "hidden size must be a whole number, got None"),
         (lambda: LayerNormConvLSTM("3", 4, 3), "in_channels must be a whole number, got '3'"),
         (lambda: LayerNormLSTM(3.0, 4), "input_size must be a whole number, got 3.0"),
+        (lambda: LayerNormLSTMCell(3.0, 4), "input_size must be a whole number, got 3.0"),
+        (lambda: LayerNormConvLSTM((3, 2), 4, 3), r"in_channels must be a whole number, got \(3, 2\)"),
+        (lambda: LayerNormConvLSTM(3, 4, 3, stride=True), "stride must be one whole number or 2 of them"),
+        (lambda: LayerNormLSTM(3, 4, 2), "bias must be a bool; got int"),  # no number of layers
+        (lambda: LayerNormLSTM(3, 4, batch_first="no"), "batch_first must be a bool; got str"),
+        (lambda: LayerNormLSTM(3, 4, normalise_cell=1), "normalise_cell must be a bool; got int"),
+        (lambda: LayerNormLSTM(3, 4, forget_bias="1"), "forget_bias must be a number; got '1'"),
         (lambda: LayerNormLSTM(3, 4)(None), r"x must be a tensor \(T, N, C, \*\), got NoneType"),
         (
             lambda: LayerNormLSTM(3, 4)(torch.zeros(2, 2, 3, dtype=torch.float64)),
@@ -658,6 +705,27 @@ def test_wrong_types(make, message):
 def test_a_kernel_wider_than_the_image_is_the_convolutions_to_refuse():
     with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         LayerNormConvLSTM(1, 4, 3, padding=0)(torch.zeros(2, 3, 1, 2, 9))
+
+
+@pytest.mark.parametrize("cell", [LayerNormConvLSTMCell(3, 4, 3), LayerNormLSTMCell(3, 4)])
+def test_wrong_inputs_of_a_cell(cell):
+    x = torch.zeros(2, 3, *[5] * cell.spatial)
+    for other in (None, 3, "x"):
+        got = type(other).__name__
+        with pytest.raises(TypeError, match=f"x must be a tensor or a pair of tensors, got {got}"):
+            cell(other)
+    with pytest.raises(TypeError, match="an input must be a tensor, got list"):
+        cell((x.tolist(),))
+    with pytest.raises(
+        TypeError, match=r"an input must be a dense tensor; got one with layout torch.sparse_coo"
+    ):
+        cell(x.to_sparse())
+    with pytest.raises(
+        TypeError, match=r"an input must have the dtype of the weights, torch.float32, got torch.float64"
+    ):
+        cell(x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cell(x.bfloat16())
 
 
 def test_wrong_inputs():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ladderfast.nn import (
+    ChannelLayerNorm,
     DecoderGate,
     LayerNormConvLSTMCell,
     LayerNormGRUCell,
@@ -160,11 +161,102 @@ def test_a_mean_over_positions_comes_back_to_all_of_them():
         (("g1", (4, 5), (4, 5)), "g1 is for dense levels"),
         (("convg1", (4,), (4, 5)), r"shape \(4, 5\) cannot go down to a level of shape \(4,\)"),
         (("convg1", (4, 5), (4, 5), 4), "kernel_size must be odd and positive, got 4"),
+        (("convg2", (4, 0, 6), (4, 3, 3)), "each size in shape must be at least 1, got 0"),
+        (("convg2", (4, 6, 6), (4, 3, -3)), "each size in top_shape must be at least 1, got -3"),
     ],
 )
 def test_gates_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DecoderGate(*arguments)
+
+
+def test_what_a_gate_refuses_to_read():
+    gate, e, v = (
+        DecoderGate("convg2", (C, 6, 6), (ABOVE, 3, 3)),
+        torch.zeros(N, C, 6, 6),
+        torch.zeros(N, ABOVE, 3, 3),
+    )
+    with pytest.raises(ValueError, match="v must have the 3 samples of e, got 1"):
+        gate(e, v[:1])
+    with pytest.raises(ValueError, match=r"e must have shape \(N, 4, 6, 6\), got \(3, 4, 1, 6\)"):
+        gate(e[:, :, :1], v)
+    with pytest.raises(ValueError, match=r"v must have shape \(N, 5, 3, 3\), got \(3, 5, 3\)"):
+        gate(e, v[..., 0])
+    with pytest.raises(TypeError, match="v must be a tensor, got list"):
+        gate(e, v.tolist())
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (-1, ValueError, "step must not be negative, got -1"),
+        ("x", TypeError, "step must be a whole number, got 'x'"),
+        (0.5, TypeError, "step must be a whole number, got 0.5"),
+    ],
+)
+def test_a_step_is_a_number_from_0(norm, step, error, message):
+    x = torch.randn(N, C)
+    gate, gru = (
+        DecoderGate("g1", (C,), (C,), norm=norm, steps=2),
+        LayerNormGRUCell(C, C, norm=norm, spatial=0),
+    )
+    for call in (lambda: gate(x, x, step), lambda: gru(x, None, step)):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: TopDown((), (4,)),
+            TypeError,
+            r"in_shape must be a sequence \(C, \*\) of whole numbers, got \(\)",
+        ),
+        (
+            lambda: TopDown((4,), 4),
+            TypeError,
+            r"out_shape must be a sequence \(C, \*\) of whole numbers, got 4",
+        ),
+        (lambda: TopDown((4, 3), (4, 3), "3"), TypeError, "kernel_size must be a whole number, got '3'"),
+        (lambda: StepBatchNorm(0), ValueError, "num_features must be at least 1, got 0"),
+        (lambda: StepBatchNorm(3, 2.5), TypeError, "steps must be a whole number, got 2.5"),
+        (
+            lambda: StepBatchNorm(3, momentum=-1),
+            ValueError,
+            "momentum must be finite and not negative; got -1",
+        ),
+        (lambda: ChannelLayerNorm(-1), ValueError, "num_features must be at least 1, got -1"),
+        (lambda: ChannelLayerNorm(3, eps="x"), TypeError, "eps must be a number; got 'x'"),
+        (lambda: LayerNormGRUCell(3, 0), ValueError, "hidden_channels must be at least 1, got 0"),
+        (lambda: LayerNormGRUCell(3, -1), ValueError, "hidden_channels must be at least 1, got -1"),
+        (lambda: LayerNormGRUCell("ab", 4), TypeError, "in_channels must be a whole number, got 'ab'"),
+        (lambda: LayerNormGRUCell((3, 2, 1), 4), ValueError, "in_channels must be one number or a pair"),
+        (lambda: LayerNormGRUCell(3, 4, "3"), TypeError, "kernel_size must be a whole number, got '3'"),
+        (lambda: LayerNormGRUCell(3, 4, 3, 0), ValueError, "stride must be at least 1, got 0"),
+        (lambda: LayerNormGRUCell(3, 4, steps=0), ValueError, "steps must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_are_none(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_what_a_gru_refuses_to_read():
+    cell, x, h = LayerNormGRUCell(3, 4, spatial=0), torch.zeros(2, 3), torch.zeros(2, 4)
+    with pytest.raises(TypeError, match="x must be a tensor or a pair of tensors, got NoneType"):
+        cell(None)
+    with pytest.raises(
+        TypeError, match=r"an input must have the dtype of the weights, torch.float32, got torch.float64"
+    ):
+        cell(x.double())
+    with pytest.raises(TypeError, match="h must be a tensor, got list"):
+        cell(x, h.tolist())
+    with pytest.raises(
+        TypeError, match=r"h must have the dtype of the weights, torch.float32, got torch.float64"
+    ):
+        cell(x, h.double())
 
 
 def test_a_transposed_convolution_that_does_not_fit_is_refused():

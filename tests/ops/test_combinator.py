@@ -399,6 +399,18 @@ def test_half_on_the_cpu_is_the_reference_rounded_once():
     assert gaussian_combinator(z, u, params.float()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_squash_v_is_a_bool(value):
+    z, u, params, _ = make((4, 3), dtype=torch.float32)
+    got = type(value).__name__
+    for name in (None, "reference"):
+        with (
+            ladderfast.use_backend(name),
+            pytest.raises(TypeError, match=f"gaussian_combinator: squash_v must be a bool; got {got}"),
+        ):
+            gaussian_combinator(z, u, params, squash_v=value)
+
+
 BAD = [
     (lambda z, u, p: (z.int(), u, p), TypeError, r"z must be float32.*got torch.int32"),
     (lambda z, u, p: (z.to_sparse(), u, p), TypeError, r"z must be a dense tensor; got .* torch.sparse_coo"),

@@ -587,6 +587,7 @@ BAD = [
     (lambda a: {**a, "eps": -1.0}, ValueError, r"eps must be finite and not negative; got -1.0"),
     (lambda a: {**a, "eps": math.nan}, ValueError, r"eps must be finite and not negative; got nan"),
     (lambda a: {**a, "eps": 10**400}, ValueError, r"eps must be finite and not negative; got 10000"),
+    (lambda a: {**a, "squash_v": "no"}, TypeError, r"squash_v must be a bool; got str"),
 ]
 
 

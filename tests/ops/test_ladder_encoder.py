@@ -534,6 +534,31 @@ def test_vmap(target, shape):
             torch.testing.assert_close(a, torch.stack([b, b]))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_vmap_counts_the_noise_of_images_with_the_channels_last_as_without(target, gaps, nested):
+    """Where the seeds share them or leave gaps in memory, so that they have to be copied."""
+    shared = torch.randn(5, 3, 2, 4, device=target.device).to(memory_format=torch.channels_last)
+    apart = torch.randn(6, 5, 2, 4, 3, device=target.device).movedim(-1, 2)[::2]
+    states = torch.tensor([[i, 10 * i] for i in range(3)], device=target.device)
+
+    def function(x, state):
+        return ladder_encoder(x, 2, noise_std=0.3, noise_state=state, activation="relu").h
+
+    def gradient(x, state):
+        return torch.func.grad(lambda x: function(x, state).square().sum())(x)
+
+    for f in (function, gradient):
+        over_seeds = torch.func.vmap(f, (0 if gaps else None, 0))
+        x = apart if gaps else shared
+        together = (
+            torch.func.vmap(over_seeds, (None, 0))(x, states[None])[0] if nested else over_seeds(x, states)
+        )
+        for seed, state in enumerate(states):
+            alone = f(x[seed] if gaps else x, state)
+            torch.testing.assert_close(together[seed], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_vmap_without_parameters_and_z(target):
     z_pre = torch.randn(3, 6, 4, device=target.device)
     together = torch.func.vmap(lambda x: tuple(ladder_encoder(x, 2))[2:])(z_pre)
@@ -760,6 +785,8 @@ BAD = [
         r"noise_state must be on the device of z_pre, cpu; got meta",
     ),
     ({"noise_stream": 1.5}, TypeError, r"noise_stream must be an integer; got 1.5"),
+    ({"noise_stream": 2**63}, ValueError, r"noise_stream must be less than 2\*\*63; got 9223372036854775808"),
+    ({"want_z": "no"}, TypeError, r"want_z must be a bool; got str"),
 ]
 
 
