@@ -48,9 +48,12 @@ void parallel_items(int64_t items, int64_t elements, const F& f) {
 
 // torch::stable's functions look their op up by its name at each call; these do not, or only where they have to. On the
 // CPU they do without any op.
-Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-    int32_t dtype, device_type, index;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                  std::optional<ScalarType> of = std::nullopt) {
+    int32_t dtype = of.has_value() ? (int32_t)*of : 0, device_type, index;
+    if (!of.has_value()) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    }
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
     const int64_t axes = (int64_t)sizes.size();
@@ -62,8 +65,7 @@ Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef s
             strides[axis] = stride;
             stride *= std::max<int64_t>(sizes[axis], 1);
         }
-        TORCH_ERROR_CODE_CHECK(
-            aoti_torch_empty_strided(axes, sizes.data(), strides, dtype, device_type, index, &made));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes.data(), strides, dtype, device_type, index, &made));
     } else {
         int32_t layout;
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
@@ -265,8 +267,8 @@ ScalarType wide_of(const Tensor& t) {
 }
 
 Tensor new_statistics(const Tensor& z_pre, ScalarType dtype, bool seeds, const LadderEncoderShape& s) {
-    return seeds ? torch::stable::new_empty(z_pre, {s.seeds, s.parts, s.channels}, dtype)
-                 : torch::stable::new_empty(z_pre, {s.parts, s.channels}, dtype);
+    return seeds ? new_packed(z_pre, {s.seeds, s.parts, s.channels}, dtype)
+                 : new_packed(z_pre, {s.parts, s.channels}, dtype);
 }
 
 void check_params_dtype(const char* op, const std::optional<Tensor>& beta, const std::optional<Tensor>& gamma,
@@ -282,7 +284,7 @@ void run_encoder(const Tensor& z_pre, const std::optional<Tensor>& beta, const s
                  Tensor& var, const LadderEncoderOptions& options, const LadderEncoderShape& shape) {
     namespace cpu = ladderfast::cpu;
     using T = ladderfast::Wide<S>;
-    Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_workspace(shape)}, wide_of(z_pre));
+    Tensor workspace = new_packed(z_pre, {cpu::ladder_encoder_workspace(shape)}, wide_of(z_pre));
     const cpu::LadderEncoderForward<S> pass{(const S*)z_pre.data_ptr(),
                                             (const T*)pointer(beta),
                                             (const T*)pointer(gamma),
@@ -312,8 +314,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_encoder_cpu(Tensor z_pre, std:
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
     const ScalarType dtype = z_pre.scalar_type(), wide = wide_of(z_pre);
     check_params_dtype("ladder_encoder", beta, gamma, wide);
-    Tensor z = want_z ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
-    Tensor h = want_h ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
+    Tensor z = want_z ? new_like(z_pre) : new_packed(z_pre, {0});
+    Tensor h = want_h ? new_like(z_pre) : new_packed(z_pre, {0});
     Tensor mean = new_statistics(z_pre, wide, seeds, shape), var = new_statistics(z_pre, wide, seeds, shape);
     if (dtype == ScalarType::Float) {
         run_encoder<float>(z_pre, beta, gamma, state, want_z, want_h, z, h, mean, var, options, shape);
@@ -354,7 +356,7 @@ void pack_encoder_gradients(const char* op, std::optional<Tensor>& grad_z, std::
 
 // What backward allocates: for beta and gamma nothing where there are none.
 Tensor empty_or_none(const Tensor& z_pre, const std::optional<Tensor>& t) {
-    return t.has_value() ? new_like(*t) : torch::stable::new_empty(z_pre, {0});
+    return t.has_value() ? new_like(*t) : new_packed(z_pre, {0});
 }
 
 template <class S>
@@ -366,9 +368,8 @@ void run_encoder_backward(const std::optional<Tensor>& grad_z, const std::option
                           const LadderEncoderShape& shape) {
     namespace cpu = ladderfast::cpu;
     using T = ladderfast::Wide<S>;
-    Tensor workspace = torch::stable::new_empty(z_pre, {cpu::ladder_encoder_backward_workspace(shape)}, wide_of(z_pre));
-    const Tensor reaching =
-        sizeof(S) == sizeof(T) ? grad_x : torch::stable::new_empty(z_pre, {numel(shape)}, wide_of(z_pre));
+    Tensor workspace = new_packed(z_pre, {cpu::ladder_encoder_backward_workspace(shape)}, wide_of(z_pre));
+    const Tensor reaching = sizeof(S) == sizeof(T) ? grad_x : new_packed(z_pre, {numel(shape)}, wide_of(z_pre));
     const cpu::LadderEncoderBackward<S> pass{(const S*)pointer(grad_z),
                                              (const S*)pointer(grad_h),
                                              (const T*)pointer(grad_mean),
@@ -465,7 +466,7 @@ struct DecoderTensors {
     // The dtype of statistics and cost.
     ScalarType wide() const { return wide_of(u); }
 
-    Tensor new_wide(std::initializer_list<int64_t> size) const { return torch::stable::new_empty(u, size, wide()); }
+    Tensor new_wide(std::initializer_list<int64_t> size) const { return new_packed(u, size, wide()); }
 
     Tensor new_statistics() const {
         return params.dim() == 3 ? new_wide({shape.seeds, shape.channels}) : new_wide({shape.channels});
@@ -572,7 +573,7 @@ struct DecoderGradients {
         grad_var = want_statistics ? d.new_statistics() : d.new_wide({0});
     }
 
-    Tensor nothing() const { return torch::stable::new_empty(d.u, {0}); }
+    Tensor nothing() const { return new_packed(d.u, {0}); }
 
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
         return {grad_u, grad_z, grad_params, grad_clean_z, grad_mean, grad_var};
@@ -963,7 +964,7 @@ std::tuple<Tensor, Tensor, Tensor> combinator_backward_cuda(Tensor grad, Tensor 
     params = as_contiguous(params);
     Tensor grad_z = new_like(z), grad_u = new_like(z);
     Tensor grad_params = new_like(params);
-    Tensor workspace = torch::stable::new_empty(z, {ladderfast_combinator_workspace_cuda(&shape)}, ScalarType::Byte);
+    Tensor workspace = new_packed(z, {ladderfast_combinator_workspace_cuda(&shape)}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_combinator_backward_cuda(
         grad.data_ptr(), z.data_ptr(), u.data_ptr(), params.data_ptr(), grad_z.data_ptr(), grad_u.data_ptr(),
         grad_params.data_ptr(), workspace.data_ptr(), dtype_code("combinator_backward", z.scalar_type()),
@@ -992,12 +993,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_encoder_cuda(Tensor z_pre, std
     const LadderEncoderShape shape = encoder_shape(op, z_pre, num_labelled, num_clean, seeds);
     pack_encoder_inputs(op, z_pre, beta, gamma, state, noise_std, seeds, shape);
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
-    Tensor z = want_z ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
-    Tensor h = want_h ? new_like(z_pre) : torch::stable::new_empty(z_pre, {0});
+    Tensor z = want_z ? new_like(z_pre) : new_packed(z_pre, {0});
+    Tensor h = want_h ? new_like(z_pre) : new_packed(z_pre, {0});
     Tensor mean = new_statistics(z_pre, statistics_dtype(z_pre), seeds, shape);
     Tensor var = new_statistics(z_pre, statistics_dtype(z_pre), seeds, shape);
-    Tensor workspace =
-        torch::stable::new_empty(z_pre, {ladderfast_ladder_encoder_workspace_cuda(&shape)}, ScalarType::Byte);
+    Tensor workspace = new_packed(z_pre, {ladderfast_ladder_encoder_workspace_cuda(&shape)}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_encoder_forward_cuda(
         z_pre.data_ptr(), pointer(beta), pointer(gamma), (const int64_t*)pointer(state),
         want_z ? z.data_ptr() : nullptr, want_h ? h.data_ptr() : nullptr, mean.data_ptr(), var.data_ptr(),
@@ -1021,8 +1021,7 @@ std::tuple<Tensor, Tensor, Tensor> ladder_encoder_backward_cuda(
     const LadderEncoderOptions options{noise_std, negative_slope, eps, noise_stream, (int)activation};
     Tensor grad_x = new_like(z_pre);
     Tensor grad_beta = empty_or_none(z_pre, beta), grad_gamma = empty_or_none(z_pre, gamma);
-    Tensor workspace =
-        torch::stable::new_empty(z_pre, {ladderfast_ladder_encoder_backward_workspace_cuda(&shape)}, ScalarType::Byte);
+    Tensor workspace = new_packed(z_pre, {ladderfast_ladder_encoder_backward_workspace_cuda(&shape)}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_encoder_backward_cuda(
         pointer(grad_z), pointer(grad_h), pointer(grad_mean), pointer(grad_var), z_pre.data_ptr(), mean.data_ptr(),
         var.data_ptr(), pointer(beta), pointer(gamma), (const int64_t*)pointer(state), grad_x.data_ptr(),
@@ -1042,7 +1041,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ladder_decoder_cuda(Tensor u, Tensor 
     Tensor z_hat = new_like(u), cost = d.new_cost();
     Tensor u_mean = d.new_statistics(), u_var = d.new_statistics();
     const int64_t size = ladderfast_ladder_decoder_workspace_cuda(&d.shape);
-    Tensor workspace = torch::stable::new_empty(u, {size}, ScalarType::Byte);
+    Tensor workspace = new_packed(u, {size}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_decoder_forward_cuda(
         d.u.data_ptr(), d.z.data_ptr(), d.params.data_ptr(), pointer(d.clean_z), pointer(d.mean), pointer(d.var),
         z_hat.data_ptr(), u_mean.data_ptr(), u_var.data_ptr(), d.clean_z.has_value() ? cost.data_ptr() : nullptr,
@@ -1061,7 +1060,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ladder_decoder_backwa
                              DecoderTensors(op, u, z, params, clean_z, mean, var, squash_v, eps), u_mean, u_var, want_z,
                              want_clean_z, want_statistics);
     const int64_t size = ladderfast_ladder_decoder_backward_workspace_cuda(&g.d.shape);
-    Tensor workspace = torch::stable::new_empty(u, {size}, ScalarType::Byte);
+    Tensor workspace = new_packed(u, {size}, ScalarType::Byte);
     STD_CUDA_CHECK((cudaError_t)ladderfast_ladder_decoder_backward_cuda(
         pointer(g.grad_z_hat), pointer(g.grad_cost), g.d.u.data_ptr(), g.d.z.data_ptr(), g.d.params.data_ptr(),
         pointer(g.d.clean_z), pointer(g.d.mean), pointer(g.d.var), g.u_mean.data_ptr(), g.u_var.data_ptr(),
@@ -1326,7 +1325,7 @@ TaggerGradients tagger_backward_cuda(const char* op, bool gaussian, const Tagger
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
         out.scalar = new_like(call.scalar);
-        workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
+        workspace = new_packed(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
         scalar = out.scalar.data_ptr();
         scratch = workspace.data_ptr();
     }
@@ -1521,7 +1520,7 @@ TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, cons
     const TaggerShape& s = call.shape;
     check_tagger_outputs_cpu(op, call);
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
     dispatch_cpu(op, call.z, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
@@ -1633,7 +1632,7 @@ TaggerGradients tagger_step_inputs_backward_cuda(const char* op, bool gaussian, 
     void *scalar = nullptr, *scratch = nullptr;
     if (gaussian) {
         out.scalar = new_like(call.scalar);
-        workspace = torch::stable::new_empty(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
+        workspace = new_packed(call.z, {ladderfast_tagger_workspace_cuda(&call.shape)}, ScalarType::Byte);
         scalar = out.scalar.data_ptr();
         scratch = workspace.data_ptr();
     }
@@ -1648,8 +1647,7 @@ int tagger_variance_code(const char* op, const TaggerOutputsCall& call) {
 }
 
 Tensor tagger_outputs_scratch(const TaggerOutputsCall& call) {
-    return torch::stable::new_empty(call.z, {ladderfast_tagger_step_outputs_workspace_cuda(&call.shape)},
-                                    ScalarType::Byte);
+    return new_packed(call.z, {ladderfast_tagger_step_outputs_workspace_cuda(&call.shape)}, ScalarType::Byte);
 }
 
 TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, const TaggerOutputsCall& call,
@@ -1657,7 +1655,7 @@ TaggerOutputsResults tagger_step_outputs_cuda(const char* op, bool gaussian, con
     const torch::stable::accelerator::DeviceGuard guard(call.z.get_device_index());
     const TaggerShape& s = call.shape;
     Tensor z = call.like_groups(), logits = call.like_groups(), nll = call.like_pixels();
-    Tensor stats = torch::stable::new_empty(call.z, {s.seeds, 4, s.pixels}, call.wide());
+    Tensor stats = new_packed(call.z, {s.seeds, 4, s.pixels}, call.wide());
     Tensor workspace = tagger_outputs_scratch(call);
     STD_CUDA_CHECK((cudaError_t)ladderfast_tagger_step_outputs_cuda(
         gaussian, &call.in, z.data_ptr(), logits.data_ptr(), nll.data_ptr(), stats.data_ptr(), workspace.data_ptr(),
@@ -1807,7 +1805,7 @@ struct LnConvLstmArguments {
     }
 
     Tensor empty_cells() const {
-        if (!shape.channels_last) return torch::stable::new_empty(x, c.sizes());
+        if (!shape.channels_last) return new_packed(x, c.sizes());
         // The order of the axes of a part of x, packed.
         Tensor of_x = x;
         return new_like(torch::stable::narrow(of_x, axis, 0, shape.channels));
@@ -1837,18 +1835,17 @@ struct LnConvLstmArguments {
     }
 
     int64_t elements() const { return shape.seeds * shape.samples * 4 * shape.channels * shape.positions; }
-    Tensor none() const { return torch::stable::new_empty(x, {0}); }
+    Tensor none() const { return new_packed(x, {0}); }
     Tensor like(const std::optional<Tensor>& t) const { return t.has_value() ? new_like(*t) : none(); }
     ScalarType stats_dtype() const {
         return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     }
     Tensor new_stats() const {
-        if (shape.batch)
-            return torch::stable::new_empty(x, {shape.seeds, shape.inputs, 3, 4 * shape.channels}, stats_dtype());
-        return torch::stable::new_empty(x, {shape.seeds, shape.samples, shape.inputs, 2}, stats_dtype());
+        if (shape.batch) return new_packed(x, {shape.seeds, shape.inputs, 3, 4 * shape.channels}, stats_dtype());
+        return new_packed(x, {shape.seeds, shape.samples, shape.inputs, 2}, stats_dtype());
     }
     Tensor new_cell_stats() const {
-        return torch::stable::new_empty(x, {shape.seeds, shape.cell ? shape.samples : 0, 2}, stats_dtype());
+        return new_packed(x, {shape.seeds, shape.cell ? shape.samples : 0, 2}, stats_dtype());
     }
 };
 
@@ -1872,8 +1869,7 @@ using LnConvLstmResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Doubles for passes that leave each other sums.
 Tensor ln_convlstm_split(const LnConvLstmArguments& args) {
-    return torch::stable::new_empty(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(args.shape)},
-                                    ScalarType::Double);
+    return new_packed(args.x, {ladderfast::cpu::ln_convlstm_split_workspace(args.shape)}, ScalarType::Double);
 }
 
 template <class T>
@@ -1985,7 +1981,7 @@ void run_ln_convlstm_backward(const LnConvLstmArguments& args, const LnConvLstmB
     const LnConvLstmInputs<T> in = args.pointers<T>();
     const LnConvLstmGradients<T> grad = out.pointers<T>();
     const Tensor split = ln_convlstm_split(args);
-    const Tensor workspace = torch::stable::new_empty(args.x, {cpu::ln_convlstm_reduce_workspace(shape)});
+    const Tensor workspace = new_packed(args.x, {cpu::ln_convlstm_reduce_workspace(shape)});
     double* sp = (double*)split.data_ptr();
     T* ws = (T*)workspace.data_ptr();
     parallel_items(cpu::ln_convlstm_cell_items(shape), args.elements(), [&](int64_t begin, int64_t end) {
@@ -2053,7 +2049,7 @@ void lay_out_cpu(Tensor to, Tensor source) {
 
 Tensor channels_last_cpu(Tensor t) {
     STD_TORCH_CHECK(t.dim() == 4, "channels_last: t must be (N, C, H, W)");
-    Tensor out = torch::stable::new_empty(t, {t.size(0), t.size(2), t.size(3), t.size(1)});
+    Tensor out = new_packed(t, {t.size(0), t.size(2), t.size(3), t.size(1)});
     out = torch::stable::transpose(torch::stable::transpose(out, 1, 3), 2, 3);
     lay_out_cpu(out, t);
     return out;
@@ -2068,8 +2064,7 @@ LnConvLstmResults ln_convlstm_cuda(Tensor x, std::optional<Tensor> y, Tensor rec
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     const LnConvLstmArguments args("ln_convlstm", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias, batch);
     const LnConvLstmForward results(args);
-    Tensor workspace =
-        torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
+    Tensor workspace = new_packed(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
     const auto in = args.pointers<void>();
     const auto out = results.pointers<void>();
     STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_forward_cuda(
@@ -2087,8 +2082,7 @@ LnConvLstmGrads ln_convlstm_backward_cuda(Tensor grad_h, Tensor grad_c_new, Tens
     const LnConvLstmArguments args("ln_convlstm_backward", x, y, rec, c, weight, weight_y, bias, cell_weight, cell_bias,
                                    batch);
     const LnConvLstmBackward results(args, grad_h, grad_c_new, c_new, stats, cell_stats);
-    Tensor workspace =
-        torch::stable::new_empty(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
+    Tensor workspace = new_packed(x, {ladderfast_ln_convlstm_workspace_cuda(&args.shape)}, ScalarType::Byte);
     const auto in = args.pointers<void>();
     const auto grad = results.pointers<void>();
     STD_CUDA_CHECK((cudaError_t)ladderfast_ln_convlstm_backward_cuda(
