@@ -251,6 +251,7 @@ struct KernelFunction {
 
 // The same without what a function in general needs: 4 us less for a call and its backward.
 struct KernelNode : torch::autograd::CppNode<KernelFunction> {
+    // In saved_data too, where compiled autograd looks for them, by names that take long to look up.
     const Op* op = nullptr;
     std::vector<c10::IValue> numbers;
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ladderfast.nn.combinator import make_combinator
 from ladderfast.nn.maps import apply_map, op_dtype
-from ladderfast.ops.checks import check_dtype
-from ladderfast.ops.ladder_decoder import LadderDecoderOutput
+from ladderfast.ops.ladder_decoder import LadderDecoderOutput, check_dtypes
 
 
 class LadderDecoderLayer(nn.Module):
@@ -80,9 +79,7 @@ def decode(
 ) -> LadderDecoderOutput:
     """`LadderDecoderLayer.forward` with these two modules."""
     u = x if linear is None else apply_map(linear, x)
-    for name, t in (("u", u), ("z", z), ("clean_z", clean_z)):  # before they are converted
-        if t is not None or name != "clean_z":
-            check_dtype("ladder_decoder", name, t)  # type: ignore[arg-type]  # None is what it refuses
+    check_dtypes(u=u, z=z, clean_z=clean_z)  # before they are converted
     dtype = op_dtype(torch.promote_types(u.dtype, z.dtype), u.device)
     u, z = u.to(dtype), z.to(dtype)
     if clean_z is not None:

@@ -25,7 +25,7 @@ def shaped(a: object, b: object, c: object) -> bool:
     )
 
 
-def check_dtype(op: str, name: str, t: Tensor) -> None:
+def check_dtype(op: str, name: str, t: object) -> None:
     """A tensor of a floating dtype that the ops know, or a TypeError."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}")

@@ -282,6 +282,13 @@ def ladder_decoder(
     return LadderDecoderOutput(z_hat, None if clean_z is None else cost)
 
 
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """TypeError unless each is a tensor of a floating dtype; clean_z may be None."""
+    for name, t in tensors.items():
+        if t is not None or name != "clean_z":
+            check_dtype("ladder_decoder", name, t)
+
+
 def prepare(
     rows: int,
     u: Tensor,
@@ -294,9 +301,7 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """u, z and clean_z, under autocast promoted, of checked arguments; params has that many rows."""
     if not _fit(rows, u, z, params, clean_z, mean, var, eps):
-        for name, t in (("u", u), ("z", z), ("params", params), ("clean_z", clean_z)):
-            if t is not None or name != "clean_z":
-                check_dtype("ladder_decoder", name, t)  # type: ignore[arg-type]  # None is what it refuses
+        check_dtypes(u=u, z=z, params=params, clean_z=clean_z)
         if clean_z is None:
             u, z = autocast_promote(u, z)
         else:
