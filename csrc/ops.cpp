@@ -74,6 +74,26 @@ Tensor new_packed(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef s
     }
     return Tensor(made);
 }
+
+// parallel_items in as many ranges as there are threads, each with `scratch` elements of T of its own, null of none:
+// f(begin, end, its scratch).
+template <class T, class F>
+void parallel_items_with_scratch(const Tensor& like, int64_t scratch, int64_t items, int64_t elements, const F& f) {
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), elements / kGrain);
+    const int64_t ranges = std::max<int64_t>(std::min(items, threads), 1);
+    T* first = nullptr;
+    Tensor all;
+    if (scratch > 0) {
+        constexpr int64_t kLine = 64 / sizeof(T);
+        scratch = (scratch + kLine - 1) / kLine * kLine;
+        all = new_packed(like, {ranges * scratch + kLine});
+        first = (T*)(((uintptr_t)all.data_ptr() + 63) / 64 * 64);
+    }
+    torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            f(items * i / ranges, items * (i + 1) / ranges, first == nullptr ? nullptr : first + i * scratch);
+    });
+}
 Tensor new_like(const Tensor& t) { return t.is_contiguous() ? new_packed(t, t.sizes()) : torch::stable::empty_like(t); }
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -1525,9 +1545,12 @@ TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, cons
         using T = std::remove_pointer_t<decltype(type)>;
         T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
         T* to_stats = (T*)stats.data_ptr();
-        parallel_items(ladderfast::cpu::tagger_outputs_items(s), call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, eps, s, begin, end);
-        });
+        parallel_items_with_scratch<T>(
+            call.z, ladderfast::cpu::tagger_outputs_scratch<T>(call.in, s), ladderfast::cpu::tagger_outputs_items(s),
+            call.elements(), [&](int64_t begin, int64_t end, T* scratch) {
+                ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, eps, scratch, s,
+                                                        begin, end);
+            });
     });
     return {z, logits, nll, stats};
 }
@@ -1590,9 +1613,11 @@ TaggerOutputsGrads tagger_step_outputs_backward_cpu(const char* op, bool gaussia
                                                 (T*)out.b1.data_ptr(),
                                                 of_c2.data(),
                                                 of_variance.data()};
-        parallel_items(items, call.elements(), [&](int64_t begin, int64_t end) {
-            ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad, s, begin, end);
-        });
+        parallel_items_with_scratch<T>(call.z, ladderfast::cpu::tagger_outputs_scratch<T>(call.in, s), items,
+                                       call.elements(), [&](int64_t begin, int64_t end, T* scratch) {
+                                           ladderfast::cpu::tagger_step_outputs_backward<T>(gaussian, call.in, grad,
+                                                                                            scratch, s, begin, end);
+                                       });
         // In the order of the items.
         const auto sum_of_seed = [&](const std::vector<double>& parts, int64_t seed) {
             const int64_t per_seed = (int64_t)parts.size() / s.seeds;

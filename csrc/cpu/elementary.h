@@ -223,15 +223,23 @@ struct Exp2Bits {
 };
 static constexpr Exp2Bits exp2_bits;
 
-// As exp2_parts, for |y| <= 125. What looks after larger ones there keeps the units that add busy: vreduceps and
-// vscalefps take both of them.
-LF_HD void exp2_parts_of_calm(VecTraits<float>::Raw y, VecTraits<float>::Raw& r, VecTraits<float>::Raw& scale) {
+#define LF_IN_STEP(begin, end) _Pragma("GCC unroll 16") for (int i = begin; i < (end); ++i)
+
+// As exp2_parts of n, in step, for |y| <= 125. What looks after larger ones there keeps the units that add busy:
+// vreduceps and vscalefps take both of them.
+template <int n>
+LF_HD void exp2_parts_of_calm(const VecTraits<float>::Raw* y, VecTraits<float>::Raw* r, VecTraits<float>::Raw* scale) {
     using V = VecTraits<float>::Raw;
-    const V magic = V{} + 393216.0f, shifted = y + magic;
-    r = y - (shifted - magic);
-    const __m512i bits = (__m512i)shifted, *table = reinterpret_cast<const __m512i*>(exp2_bits.of);
-    const __m512i fraction = _mm512_permutex2var_epi32(_mm512_load_si512(table), bits, _mm512_load_si512(table + 1));
-    scale = (V)_mm512_add_epi32(fraction, _mm512_slli_epi32(bits, 18));
+    const V magic = V{} + 393216.0f;
+    const __m512i* table = reinterpret_cast<const __m512i*>(exp2_bits.of);
+    const __m512i low = _mm512_load_si512(table), high = _mm512_load_si512(table + 1);
+    V shifted[n];
+    LF_IN_STEP(0, n) shifted[i] = y[i] + magic;
+    LF_IN_STEP(0, n) r[i] = y[i] - (shifted[i] - magic);
+    LF_IN_STEP(0, n) {
+        const __m512i bits = (__m512i)shifted[i];
+        scale[i] = (V)_mm512_add_epi32(_mm512_permutex2var_epi32(low, bits, high), _mm512_slli_epi32(bits, 18));
+    }
 }
 #endif
 
@@ -241,7 +249,7 @@ LF_HD Vec<T> exp2_of_calm(Vec<T> y) {
 #if LF_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4) {
         VecTraits<float>::Raw r, scale;
-        exp2_parts_of_calm(y.raw, r, scale);
+        exp2_parts_of_calm<1>(&y.raw, &r, &scale);
         return {exp2_fraction(r) * scale + scale};
     }
 #endif
@@ -258,11 +266,37 @@ LF_HD Vec<T> logistic_of_calm(Vec<T> y) {
 #if LF_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4) {
         VecTraits<float>::Raw r, scale;
-        exp2_parts_of_calm(y.raw, r, scale);  // not by exp2_of_calm, which would cost an addition more
+        exp2_parts_of_calm<1>(&y.raw, &r, &scale);  // not by exp2_of_calm, which would cost an addition more
         return inverse(Vec<T>{(exp2_fraction(r) + 1.0f) * scale + 1.0f});
     }
 #endif
     return logistic_of(y);
+}
+
+// n arguments of logistic_of_calm and m of exp2_of_calm, in step: a chain of operations is long, and of such as follow
+// one another the processor has few in hand.
+template <int n, int m, class T>
+LF_HD void in_step_of_calm(Vec<T>* logistic, Vec<T>* power) {
+#if LF_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+        constexpr int all = n + m;
+        VecTraits<float>::Raw y[all], r[all], scale[all];
+        LF_IN_STEP(0, n) y[i] = logistic[i].raw;
+        LF_IN_STEP(n, all) y[i] = power[i - n].raw;
+        exp2_parts_of_calm<all>(y, r, scale);
+        LF_IN_STEP(0, all) y[i] = r[i] * 0.240226507f + 0.693157344f;
+        LF_IN_STEP(0, n) y[i] = y[i] * r[i] + 1.0f;
+        LF_IN_STEP(n, all) y[i] = y[i] * r[i];
+        LF_IN_STEP(0, n) y[i] = y[i] * scale[i] + 1.0f;
+        LF_IN_STEP(n, all) power[i - n].raw = y[i] * scale[i] + scale[i];
+        LF_IN_STEP(0, n) r[i] = (VecTraits<float>::Raw)_mm512_rcp14_ps((__m512)y[i]);
+        LF_IN_STEP(0, n) y[i] = 1.0f - y[i] * r[i];
+        LF_IN_STEP(0, n) logistic[i].raw = y[i] * r[i] + r[i];
+        return;
+    }
+#endif
+    for (int i = 0; i < n; ++i) logistic[i] = logistic_of_calm(logistic[i]);
+    for (int i = 0; i < m; ++i) power[i] = exp2_of_calm(power[i]);
 }
 
 template <class T>

@@ -5,7 +5,8 @@
 // the Gaussian forward pass, single vectors are faster.
 //
 // Outputs: an item is a few neighbouring columns of all rows and groups of a seed. It goes over them twice in either
-// direction, to sum and with what the sums say, and the second time finds them in the second-level cache.
+// direction, to sum and with what the sums say. The second time finds them in the second-level cache: where they
+// were or, as rows of some widths fall on few of that cache's sets, packed in scratch.
 //
 // Floor: in float32 the inputs move 25 bytes for an element of z forward and 34 backward, the outputs 18 and 27. One
 // AVX-512 core of the machine in bench/results takes, at 100 x 4 x 784, .27 and .42 ns an element for Bernoulli inputs
@@ -29,6 +30,7 @@ namespace ladderfast::cpu {
 static const int64_t kOutputsBlock = 64;   // pixels of an item of the outputs, at most
 static const int64_t kOutputsLanes = 16;   // its pixels are a multiple of these but for the last
 static const int64_t kOutputsTile = 1024;  // values that a tile of rows may leave: by pixel or by pixel and group
+static const int64_t kOutputsParts = 4;  // of a row and group in scratch: z_pre, m_pre and what becomes their gradients
 
 // Items of a seed: their number is a multiple of eight where there are pixels enough, so that threads have equal
 // shares. Sums over a chunk of about 64 rows and groups are made in T and added up in double.
@@ -43,7 +45,15 @@ struct OutputsPlan {
     }
     int64_t row_begin(int64_t chunk) const { return rows * chunk / chunks; }
     int64_t pixel_begin(int64_t block) const { return min_of(lanes * block / blocks * kOutputsLanes, pixels); }
+    int64_t most_pixels() const { return blocks > 0 ? ceil_div(lanes, blocks) * kOutputsLanes : 0; }
 };
+
+// Whether places that are a row or a group apart fall on so few sets of a cache that an item does not fit it.
+template <class T>
+static bool outputs_collide(const TaggerOutputs& in, const TaggerShape& s) {
+    constexpr int64_t apart = 512 / sizeof(T);
+    return s.rows * s.groups > 1 && (in.z.group % apart == 0 || in.m.group % apart == 0 || s.pixels % apart == 0);
+}
 
 }  // namespace ladderfast::cpu
 
@@ -291,14 +301,14 @@ template <class V>
 struct Columns {
     V mean_z, scale_z, b1, mean_m, scale_m;
 
-    LF_HD V z(V z_pre) const { return (z_pre - mean_z) * scale_z + b1; }
-    LF_HD V logit(V m_pre) const { return (m_pre - mean_m) * scale_m; }
-    // The same with the logit to the base 2 and, for Bernoulli groups, the argument of `logistic_of` in the place of z.
+    // For Bernoulli groups, whose z is `logistic_of` of it: the argument of that.
     template <bool gaussian>
-    LF_HD Columns powers_of_two() const {
-        const V up = constant<V>(LF_TAGGER_LOG2E), down = constant<V>(-LF_TAGGER_LOG2E);
-        return {mean_z, gaussian ? scale_z : scale_z * down, gaussian ? b1 : b1 * down, mean_m, scale_m * up};
+    LF_HD V z(V centred) const {
+        const V down = constant<V>(-LF_TAGGER_LOG2E);
+        return gaussian ? centred * scale_z + b1 : centred * (scale_z * down) + b1 * down;
     }
+    LF_HD V logit(V centred) const { return centred * scale_m; }
+    LF_HD V exponent(V centred) const { return centred * (scale_m * constant<V>(LF_TAGGER_LOG2E)); }
 };
 
 // One item of the outputs: pixels [first, last) of the rows of a seed, the first of which is `row`.
@@ -339,19 +349,52 @@ struct OutputsItem {
                 read<whole, V>(stats + 3 * width + d, n) * V::broadcast(c2)};
     }
 
-    // Whether Bernoulli groups need not look for large logits and arguments of a sigmoid. Of n values, one is at most
-    // sqrt(n - 1) standard deviations from their mean, and n / sqrt(n - 1) from their mean as T has it: rounding goes
-    // to the nearest number, so that it errs by no more than the nearest of the values is away.
+    // Whether Bernoulli groups need not look for large differences of logits and arguments of a sigmoid. Of n values,
+    // one is at most sqrt(n - 1) standard deviations from their mean, and n / sqrt(n - 1) from their mean as T has it:
+    // rounding goes to the nearest number, so that it errs by no more than the nearest of the values is away. Two are
+    // at most sqrt(2 n) from each other.
     LF_HD bool is_calm() const {
         const double n = (double)(plan.rows * groups);
         const T most = (T)(LF_TAGGER_CALM / LF_TAGGER_LOG2E), reach = n > 1 ? (T)(n / sqrt(n - 1)) : 0;
-        bool calm = reach * magnitude(c2) <= most;
+        bool calm = (T)1.5 * reach * magnitude(c2) <= most;
         for (int64_t d = first; d < last; ++d) calm &= reach * magnitude(c1[d]) + magnitude(b1[d]) <= most;
         return calm;
     }
 
   private:
     static LF_HD T magnitude(T x) { return x < 0 ? -x : x; }
+};
+
+// Where an item finds for the second time what it goes over twice: where it was or, packed, in scratch.
+template <class T>
+struct OutputsCopy {
+    bool packed;
+    int64_t row, first;  // of the item
+    struct Part {
+        T* data;         // of the item's first pixel
+        int64_t stride;  // from group to group; `groups` of them from row to row
+    } z, m, grad_z, grad_m;
+
+    // Without scratch it stays where it was, or will be.
+    template <class Item>
+    LF_HD OutputsCopy(const Item& item, T* scratch, T* grad_z_pre, T* grad_m_pre)
+        : packed(scratch != nullptr),
+          row(item.row),
+          first(item.first),
+          z{const_cast<T*>(item.z_at(item.row, item.first)), item.z_stride},
+          m{const_cast<T*>(item.m_at(item.row, item.first)), item.m_stride},
+          grad_z{grad_z_pre + item.packed(item.row, item.first), item.width},
+          grad_m{grad_m_pre + item.packed(item.row, item.first), item.width} {
+        if (!packed) return;
+        const int64_t count = ceil_div(item.last - item.first, kOutputsLanes) * kOutputsLanes;
+        z = {scratch, kOutputsParts * count};
+        m = {scratch + count, z.stride};
+        grad_z = {scratch + 2 * count, z.stride};
+        grad_m = {scratch + 3 * count, z.stride};
+    }
+    LF_HD T* at(const Part& part, int64_t r, int64_t groups, int64_t d) const {
+        return part.data + (r - row) * groups * part.stride + (d - first);
+    }
 };
 
 // step<V, whole>(pixel, count, row, row_end) for the pixels of an item.
@@ -369,57 +412,111 @@ static inline int64_t tile_rows(int64_t groups) {
     return most > 0 ? most : 1;
 }
 
-// Writes mean and 1 / std of z and m for the item's columns.
-template <class Item, class T>
-static inline void outputs_statistics(const Item& item, T* stats, double eps) {
+// Of n vectors of columns over `places`: their mean less the first place, the sum of squares about it and, packed, a
+// copy. Squares are of distances from the mean of the first few places, which costs few digits.
+template <int n, bool whole, bool packed, class T>
+LF_HD void moments_and_copy(const T* x, int64_t stride, int64_t places, int64_t lanes, T* copy, int64_t apart, T* mean,
+                            T* squares) {
+    using V = Vec<T>;
+    const int64_t head = min_of(places, 4);
+    V first[n], center[n], sum[n], square[n];
+    for (int j = 0; j < n; ++j) {
+        first[j] = read<whole, V>(x + j * V::width, lanes);
+        V total = constant<V>(0);
+        for (int64_t p = 1; p < head; ++p)
+            total = total + (read<whole, V>(x + p * stride + j * V::width, lanes) - first[j]);
+        center[j] = first[j] + total * V::broadcast((T)1 / (T)head);
+        sum[j] = square[j] = constant<V>(0);
+    }
+    for (int64_t p = 0; p < places; ++p) {
+        for (int j = 0; j < n; ++j) {
+            const V value = read<whole, V>(x + p * stride + j * V::width, lanes), d = value - center[j];
+            if (packed) value.store(copy + p * apart + j * V::width);
+            sum[j] = sum[j] + d;
+            square[j] = square[j] + d * d;
+        }
+    }
+    const V share = V::broadcast((T)1 / (T)places);
+    for (int j = 0; j < n; ++j) {
+        const V rest = sum[j] * share;
+        ((center[j] - first[j]) + rest).store(mean + j * V::width);
+        larger(constant<V>(0), square[j] - sum[j] * rest).store(squares + j * V::width);
+    }
+}
+
+// Writes mean and 1 / std of z and m for the item's columns, and copies these.
+template <bool packed, class Item, class T>
+static inline void outputs_statistics(const Item& item, const OutputsCopy<T>& copy, T* stats, double eps) {
+    using V = Vec<T>;
     const int64_t count = item.last - item.first;
-    const struct {
-        const T* at;
-        int64_t stride;
-    } pre[2] = {{item.z_at(item.row, item.first), item.z_stride}, {item.m_at(item.row, item.first), item.m_stride}};
     for (int j = 0; j < 2; ++j) {
-        alignas(64) T its_mean[kOutputsBlock], its_squares[kOutputsBlock], center[kOutputsBlock];
+        const T* pre = j == 0 ? item.z_at(item.row, item.first) : item.m_at(item.row, item.first);
+        const int64_t stride = j == 0 ? item.z_stride : item.m_stride;
+        const auto& to = j == 0 ? copy.z : copy.m;
+        alignas(64) T its_mean[kOutputsBlock], its_squares[kOutputsBlock];
         alignas(64) double mean[kOutputsBlock] = {}, squares[kOutputsBlock] = {};
         double n = 0;
         for (int64_t chunk = 0; chunk < item.plan.chunks; ++chunk) {
             const int64_t begin = item.plan.row_begin(chunk) * item.groups;
-            const int64_t rows = item.plan.row_begin(chunk + 1) * item.groups - begin;
-            const T* from = pre[j].at + begin * pre[j].stride;
-            if (chunk == 0)
-                memcpy(center, from, count * sizeof(T));
-            else
-                for (int64_t d = 0; d < count; ++d) center[d] = (T)mean[d];
-            partial_column_moments(from, pre[j].stride, rows, count, its_mean, its_squares,
-                                   chunk == 0 ? nullptr : center);
-            merge_partials<true>(its_mean, its_squares, 1, center, 1, count, (double)rows, n, mean, squares);
+            const int64_t places = item.plan.row_begin(chunk + 1) * item.groups - begin;
+            const T* from = pre + begin * stride;
+            const auto moments = [&](const auto& of, int64_t c, int64_t lanes) {
+                of(from + c, stride, places, lanes, to.data + begin * to.stride + c, to.stride, its_mean + c,
+                   its_squares + c);
+            };
+            int64_t c = 0;
+            for (; c + 4 * V::width <= count; c += 4 * V::width) moments(moments_and_copy<4, true, packed, T>, c, 0);
+            const int64_t vectors = (count - c) / V::width;
+            if (vectors == 3) moments(moments_and_copy<3, true, packed, T>, c, 0);
+            if (vectors == 2) moments(moments_and_copy<2, true, packed, T>, c, 0);
+            if (vectors == 1) moments(moments_and_copy<1, true, packed, T>, c, 0);
+            c += vectors * V::width;
+            if (c < count) moments(moments_and_copy<1, false, packed, T>, c, count - c);
+            merge_partials<true>(its_mean, its_squares, 1, from, 1, count, (double)places, n, mean, squares);
         }
-        T* to = stats + (item.seed * 4 + 2 * j) * item.width + item.first;
+        T* at = stats + (item.seed * 4 + 2 * j) * item.width + item.first;
         for (int64_t d = 0; d < count; ++d) {
-            to[d] = (T)mean[d];
-            to[item.width + d] = (T)(n > 0 ? 1.0 / sqrt(squares[d] / n + eps) : 0.0);
+            at[d] = (T)mean[d];
+            at[item.width + d] = (T)(n > 0 ? 1.0 / sqrt(squares[d] / n + eps) : 0.0);
         }
     }
 }
 
-// z of a group: what the columns, in powers of two, say, or the sigmoid of it.
-template <bool gaussian, bool calm, class V>
-static LF_HD V activated(V z) {
-    if constexpr (gaussian)
-        return z;
+// Bernoulli groups that are calm: from the arguments of z's sigmoids and, but for the first group, the logits less that
+// of the first to z and the masks' weights, of which the first is 1.
+template <int fixed, class T>
+LF_HD void calm_weights(Vec<T>* z, Vec<T>* weights, int64_t groups) {
+    if constexpr (fixed > 0)
+        in_step_of_calm<fixed, fixed - 1>(z, weights + 1);
     else
-        return calm ? logistic_of_calm(z) : logistic_of(z);
+        for (int64_t k = 0; k < groups; ++k) {
+            z[k] = logistic_of_calm(z[k]);
+            if (k > 0) weights[k] = exp2_of_calm(weights[k]);
+        }
 }
+template <class V>
+struct CalmMixture {
+    V p, total;
+
+    explicit LF_HD CalmMixture(V first) : p(first), total(constant<V>(1)) {}
+    LF_HD void gather(V z, V weight) {
+        p = p + weight * z;
+        total = total + weight;
+    }
+};
 
 template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsPass {
     OutputsItem<gaussian, fixed, T> item;
+    OutputsCopy<T> copy;
     T *z_out, *logits_out, *nll;
     // Of a tile's pixels: the sum of weights that costs; of the masks' weights; Gaussian: the top of the former.
     alignas(64) T sum[kOutputsTile], masks_sum[kOutputsTile], top[kOutputsTile];
 
     // The arrays stay as they are.
-    LF_HD OutputsPass(const OutputsItem<gaussian, fixed, T>& item, T* z_out, T* logits_out, T* nll)
-        : item(item), z_out(z_out), logits_out(logits_out), nll(nll) {}
+    LF_HD OutputsPass(const OutputsItem<gaussian, fixed, T>& item, const OutputsCopy<T>& copy, T* z_out, T* logits_out,
+                      T* nll)
+        : item(item), copy(copy), z_out(z_out), logits_out(logits_out), nll(nll) {}
 
     LF_HD void run() {
         // Groups leave nothing of their own here.
@@ -434,37 +531,51 @@ struct OutputsPass {
     template <class V, bool whole>
     LF_HD void groups(int64_t d, int64_t n, int64_t begin, int64_t end) {
         const auto c = item.template columns<V, whole>(d, n);
-        const auto powers = c.template powers_of_two<gaussian>();
         const auto scalars = broadcast<V>(item.scalars);
+        const int64_t groups = item.groups, width = item.width, z_stride = copy.z.stride, m_stride = copy.m.stride;
         for (int64_t r = begin; r < end; ++r) {
             const V x = item.x.template load<V, whole>(r, 0, d, n);
-            const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+            const T *z_at = copy.at(copy.z, r, groups, d), *m_at = copy.at(copy.m, r, groups, d);
             T *to_z = z_out + item.packed(r, d), *to_logits = logits_out + item.packed(r, d);
+            const int64_t at = (r - begin) * kOutputsBlock + d - item.first;
             V l[kept<fixed>], z[kept<fixed>];
-            MaskPixel<V, !calm> masks;
-            MaskPixel<V> joint;
-            LF_EACH_GROUP(k, item.groups) {
-                z[k] = activated<gaussian, calm>(powers.z(read<whole, V>(z_at + k * item.z_stride, n)));
-                const V logit = c.logit(read<whole, V>(m_at + k * item.m_stride, n));
-                write<whole>(z[k], to_z + k * item.width, n);
-                write<whole>(logit, to_logits + k * item.width, n);
-                l[k] = logit_exponent(logit);
-                if constexpr (!calm) masks.compare(l[k]);
+            LF_EACH_GROUP(k, groups) {
+                z[k] = c.template z<gaussian>(read<whole, V>(z_at + k * z_stride, n) - c.mean_z);
+                l[k] = c.logit(read<whole, V>(m_at + k * m_stride, n) - c.mean_m);
+                write<whole>(l[k], to_logits + k * width, n);
+            }
+            if constexpr (calm) {
+                LF_EACH_GROUP(k, groups) if (k > 0) l[k] = logit_exponent(l[k] - l[0]);
+                calm_weights<fixed>(z, l, groups);
+                CalmMixture<V> mixture(z[0]);
+                LF_EACH_GROUP(k, groups) {
+                    write<whole>(z[k], to_z + k * width, n);
+                    if (k > 0) mixture.gather(z[k], l[k]);
+                }
+                mixture.p.store(sum + at);
+                mixture.total.store(masks_sum + at);
+                continue;
+            }
+            MaskPixel<V> masks, joint;
+            LF_EACH_GROUP(k, groups) {
+                if constexpr (!gaussian) z[k] = logistic_of(z[k]);
+                write<whole>(z[k], to_z + k * width, n);
+                l[k] = logit_exponent(l[k]);
+                masks.compare(l[k]);
                 if constexpr (gaussian) z[k] = gaussian_exponent(x - z[k], scalars);
             }
-            const int64_t at = (r - begin) * kOutputsBlock + d - item.first;
             if constexpr (gaussian) {
-                LF_EACH_GROUP(k, item.groups) {
+                LF_EACH_GROUP(k, groups) {
                     masks.weigh(l[k]);
                     z[k] = (l[k] - masks.top) + z[k];
                     joint.compare(z[k]);
                 }
-                LF_EACH_GROUP(k, item.groups) joint.weigh(z[k]);
+                LF_EACH_GROUP(k, groups) joint.weigh(z[k]);
                 joint.total.store(sum + at);
                 joint.top.store(top + at);
             } else {
                 BernoulliMixture<V> mixture;
-                LF_EACH_GROUP(k, item.groups) mixture.gather(z[k], masks.weigh(l[k]));
+                LF_EACH_GROUP(k, groups) mixture.gather(z[k], masks.weigh(l[k]));
                 mixture.p.store(sum + at);
             }
             masks.total.store(masks_sum + at);
@@ -491,26 +602,30 @@ struct OutputsPass {
 };
 
 template <bool gaussian, int fixed, class T>
-static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, const TaggerShape& s,
-                           int64_t begin, int64_t end) {
+static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, T* scratch,
+                           const TaggerShape& s, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const OutputsItem<gaussian, fixed, T> item(in, s, stats, i);
-        outputs_statistics(item, stats, eps);
+        const OutputsCopy<T> copy(item, scratch, nullptr, nullptr);
+        copy.packed ? outputs_statistics<true>(item, copy, stats, eps)
+                    : outputs_statistics<false>(item, copy, stats, eps);
         if constexpr (!gaussian) {
             if (item.is_calm()) {
-                OutputsPass<gaussian, true, fixed, T>(item, z, logits, nll).run();
+                OutputsPass<gaussian, true, fixed, T>(item, copy, z, logits, nll).run();
                 continue;
             }
         }
-        OutputsPass<gaussian, false, fixed, T>(item, z, logits, nll).run();
+        OutputsPass<gaussian, false, fixed, T>(item, copy, z, logits, nll).run();
     }
 }
 
-// First leaves the gradients of c1 z_hat + b1 and of the logits where those of z_pre and m_pre will be, and their sums
-// over rows and groups, each alone and times z_pre or m_pre less its mean; then goes on through the normalisation.
+// First leaves the gradients of c1 z_hat + b1 and of the logits, where those of z_pre and m_pre will be or in scratch,
+// and their sums over rows and groups, each alone and times z_pre or m_pre less its mean; then goes on through the
+// normalisation.
 template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsBackward {
     OutputsItem<gaussian, fixed, T> item;
+    OutputsCopy<T> copy;
     TaggerView<T> grad_z, grad_logits, grad_nll;
     const TaggerOutputsGradients<T>& to;
     Vec<T> of_variance;
@@ -522,11 +637,18 @@ struct OutputsBackward {
     static constexpr int64_t kMost =
         kTaggerGroups * kOutputsBlock > kOutputsTile ? kTaggerGroups * kOutputsBlock : kOutputsTile;
     alignas(64) T masks_at[kMost], other_at[kMost];
-    // By pixel: share of the masks' weights; Gaussian that of the joint ones, Bernoulli p and then the gradient of p.
+    // By pixel: share of the masks' weights; Gaussian that of the joint ones, Bernoulli p and the gradient of p.
     alignas(64) T share_at[kOutputsTile], joint_at[kOutputsTile], slope_at[kOutputsTile];
 
-    LF_HD OutputsBackward(const OutputsItem<gaussian, fixed, T>& item, const TaggerOutputsGradients<T>& to)
-        : item(item), grad_z(to.z), grad_logits(to.logits), grad_nll(to.nll), to(to), variance(0), c2(0) {
+    LF_HD OutputsBackward(const OutputsItem<gaussian, fixed, T>& item, const TaggerOutputsGradients<T>& to, T* scratch)
+        : item(item),
+          copy(item, scratch, to.z_pre, to.m_pre),
+          grad_z(to.z),
+          grad_logits(to.logits),
+          grad_nll(to.nll),
+          to(to),
+          variance(0),
+          c2(0) {
         memset(totals, 0, sizeof(totals));
     }
 
@@ -574,25 +696,51 @@ struct OutputsBackward {
     template <class V, bool whole>
     LF_HD void weights(int64_t d, int64_t n, int64_t begin, int64_t end) {
         const auto c = item.template columns<V, whole>(d, n);
-        const auto powers = c.template powers_of_two<gaussian>();
         const auto scalars = broadcast<V>(item.scalars);
+        const int64_t groups = item.groups, z_stride = item.z_stride, m_stride = item.m_stride;
+        const int64_t copy_stride = copy.z.stride;
+        const bool packed = copy.packed;
         for (int64_t r = begin; r < end; ++r) {
-            const V x = item.x.template load<V, whole>(r, 0, d, n);
             const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
-            const int64_t at = tile_at(r - begin, d), groups_at = tile_at((r - begin) * item.groups, d);
+            T *z_copy = copy.at(copy.z, r, groups, d), *m_copy = copy.at(copy.m, r, groups, d);
+            const int64_t at = tile_at(r - begin, d), groups_at = tile_at((r - begin) * groups, d);
             V l[kept<fixed>], other[kept<fixed>];
-            MaskPixel<V, !calm> masks;
-            MaskPixel<V> joint;
-            LF_EACH_GROUP(k, item.groups) {
-                other[k] = activated<gaussian, calm>(powers.z(read<whole, V>(z_at + k * item.z_stride, n)));
-                const V m_pre = read<whole, V>(m_at + k * item.m_stride, n);
-                l[k] = gaussian ? logit_exponent(c.logit(m_pre)) : powers.logit(m_pre);
-                if constexpr (!calm) masks.compare(l[k]);
-                if constexpr (gaussian) other[k] = gaussian_exponent(x - other[k], scalars);
+            const auto take = [&](int64_t k) {
+                const V z = read<whole, V>(z_at + k * z_stride, n);
+                l[k] = read<whole, V>(m_at + k * m_stride, n);
+                if (packed) {
+                    write<whole>(z, z_copy + k * copy_stride, n);
+                    write<whole>(l[k], m_copy + k * copy_stride, n);
+                }
+                other[k] = c.template z<gaussian>(z - c.mean_z);
+            };
+            if constexpr (calm) {
+                LF_EACH_GROUP(k, groups) take(k);
+                LF_EACH_GROUP(k, groups) if (k > 0) l[k] = c.exponent(l[k] - l[0]);
+                calm_weights<fixed>(other, l, groups);
+                CalmMixture<V> mixture(other[0]);
+                LF_EACH_GROUP(k, groups) {
+                    other[k].store(other_at + groups_at + k * kOutputsBlock);
+                    if (k == 0) continue;
+                    l[k].store(masks_at + groups_at + k * kOutputsBlock);
+                    mixture.gather(other[k], l[k]);
+                }
+                mixture.p.store(joint_at + at);
+                mixture.total.store(share_at + at);
+                continue;
+            }
+            const V x = item.x.template load<V, whole>(r, 0, d, n);
+            MaskPixel<V> masks, joint;
+            LF_EACH_GROUP(k, groups) {
+                take(k);
+                l[k] = c.exponent(l[k] - c.mean_m);
+                masks.compare(l[k]);
+                other[k] = gaussian ? gaussian_exponent(x - other[k], scalars) : logistic_of(other[k]);
             }
             BernoulliMixture<V> mixture;
-            LF_EACH_GROUP(k, item.groups) {
+            LF_EACH_GROUP(k, groups) {
                 const V weight = masks.weigh(l[k]);
+                weight.store(masks_at + groups_at + k * kOutputsBlock);
                 if constexpr (gaussian) {
                     other[k] = (l[k] - masks.top) + other[k];
                     joint.compare(other[k]);
@@ -600,10 +748,9 @@ struct OutputsBackward {
                     mixture.gather(other[k], weight);
                     other[k].store(other_at + groups_at + k * kOutputsBlock);
                 }
-                weight.store(masks_at + groups_at + k * kOutputsBlock);
             }
             if constexpr (gaussian) {
-                LF_EACH_GROUP(k, item.groups) joint.weigh(other[k]).store(other_at + groups_at + k * kOutputsBlock);
+                LF_EACH_GROUP(k, groups) joint.weigh(other[k]).store(other_at + groups_at + k * kOutputsBlock);
             }
             masks.total.store(share_at + at);
             (gaussian ? joint.total : mixture.p).store(joint_at + at);
@@ -634,51 +781,61 @@ struct OutputsBackward {
     LF_HD void gradients(int64_t d, int64_t n, int64_t begin, int64_t end) {
         const auto c = item.template columns<V, whole>(d, n);
         const auto scalars = broadcast<V>(item.scalars);
-        V sum[4];
+        const int64_t groups = item.groups, z_stride = copy.z.stride, m_stride = copy.m.stride;
+        const int64_t to_z_stride = copy.grad_z.stride, to_m_stride = copy.grad_m.stride;
+        const int64_t grad_z_stride = grad_z.group, grad_l_stride = grad_logits.group;
+        T* to_x = to.x;
+        V sum[4], variance = constant<V>(0);
         for (int j = 0; j < 4; ++j) sum[j] = V::load(sums[j] + d - item.first);
         for (int64_t r = begin; r < end; ++r) {
-            const V x = item.x.template load<V, whole>(r, 0, d, n);
-            const V grad = grad_nll.template load<V, whole>(r, 0, d, n);
-            const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
             const T* grad_z_at = grad_z.data + r * grad_z.row + d;
             const T* grad_l_at = grad_logits.data + r * grad_logits.row + d;
-            T *to_z = to.z_pre + item.packed(r, d), *to_m = to.m_pre + item.packed(r, d);
-            const int64_t at = tile_at(r - begin, d), groups_at = tile_at((r - begin) * item.groups, d);
+            const T *z_at = copy.at(copy.z, r, groups, d), *m_at = copy.at(copy.m, r, groups, d);
+            T *to_z = copy.at(copy.grad_z, r, groups, d), *to_m = copy.at(copy.grad_m, r, groups, d);
+            const int64_t at = tile_at(r - begin, d), groups_at = tile_at((r - begin) * groups, d);
             const V share = V::load(share_at + at), joint = V::load(joint_at + at);
-            V slope, grad_x = constant<V>(0), sum_v = grad;
-            if constexpr (!gaussian) slope = V::load(slope_at + at);
-            LF_EACH_GROUP(k, item.groups) {
-                const V m = V::load(masks_at + groups_at + k * kOutputsBlock) * share;
+            V x, grad, slope, of_x = constant<V>(0), sum_v;
+            if constexpr (gaussian) {
+                x = item.x.template load<V, whole>(r, 0, d, n);
+                sum_v = grad = grad_nll.template load<V, whole>(r, 0, d, n);
+            } else {
+                slope = V::load(slope_at + at);
+            }
+            LF_EACH_GROUP(k, groups) {
+                V m = share;
+                if (!calm || k > 0) m = V::load(masks_at + groups_at + k * kOutputsBlock) * share;
                 const V other = V::load(other_at + groups_at + k * kOutputsBlock);
-                const V from_z = read<whole, V>(grad_z_at + k * grad_z.group, n);
-                const V z_centred = read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z;
+                const V from_z = read<whole, V>(grad_z_at + k * grad_z_stride, n);
+                const V z_centred = read<whole, V>(z_at + k * z_stride, n) - c.mean_z;
+                const V m_centred = read<whole, V>(m_at + k * m_stride, n) - c.mean_m;
                 V out_z, out_m;
                 if constexpr (gaussian) {
-                    const V z = z_centred * c.scale_z + c.b1;
-                    gaussian_logits_backward(grad, x - z, m, other * joint, scalars, out_z, out_m, sum_v);
-                    grad_x = grad_x - out_z;
+                    gaussian_logits_backward(grad, x - c.template z<true>(z_centred), m, other * joint, scalars, out_z,
+                                             out_m, sum_v);
+                    of_x = of_x - out_z;
                     out_z = out_z + from_z;
                 } else {
                     const V pull = slope * m;
-                    out_z = (pull + from_z) * (other * (constant<V>(1) - other));
+                    out_z = (pull + from_z) * (other - other * other);
                     out_m = pull * (other - joint);
                 }
-                out_m = out_m + read<whole, V>(grad_l_at + k * grad_logits.group, n);
-                write<whole>(out_z, to_z + k * item.width, n);
-                write<whole>(out_m, to_m + k * item.width, n);
+                out_m = out_m + read<whole, V>(grad_l_at + k * grad_l_stride, n);
+                write<whole>(out_z, to_z + k * to_z_stride, n);
+                write<whole>(out_m, to_m + k * to_m_stride, n);
                 sum[0] = sum[0] + out_z;
                 sum[1] = sum[1] + out_z * z_centred;
                 sum[2] = sum[2] + out_m;
-                sum[3] = sum[3] + out_m * (read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m);
+                sum[3] = sum[3] + out_m * m_centred;
             }
             if constexpr (gaussian) {
-                if (to.x != nullptr) write<whole>(grad_x, to.x + r * item.width + d, n);
+                if (to_x != nullptr) write<whole>(of_x, to_x + r * item.width + d, n);
                 if constexpr (!whole)
                     for (int64_t j = n; j < V::width; ++j) sum_v.raw[j] = 0;
-                of_variance = of_variance + sum_v;
+                variance = variance + sum_v;
             }
         }
         for (int j = 0; j < 4; ++j) sum[j].store(sums[j] + d - item.first);
+        if constexpr (gaussian) of_variance = of_variance + variance;
     }
 
     // From the gradient of scale x_hat to that of x.
@@ -686,36 +843,40 @@ struct OutputsBackward {
     LF_HD void finish(int64_t d, int64_t n, int64_t begin, int64_t end) const {
         const auto c = item.template columns<V, whole>(d, n);
         const T* rstd = item.stats + item.width + d;
-        const int64_t at = d - item.first;
+        const int64_t at = d - item.first, groups = item.groups, width = item.width;
+        const int64_t z_stride = copy.z.stride, m_stride = copy.m.stride;
+        const int64_t grad_z_stride = copy.grad_z.stride, grad_m_stride = copy.grad_m.stride;
         const V mean_z = V::load(sums[0] + at), mean_m = V::load(sums[2] + at);
         const V pull_z = read<whole, V>(rstd, n) * V::load(sums[1] + at);
-        const V pull_m = read<whole, V>(rstd + 2 * item.width, n) * V::load(sums[3] + at);
+        const V pull_m = read<whole, V>(rstd + 2 * width, n) * V::load(sums[3] + at);
         for (int64_t r = begin; r < end; ++r) {
-            const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
+            const T *z_at = copy.at(copy.z, r, groups, d), *m_at = copy.at(copy.m, r, groups, d);
+            const T *grad_z_at = copy.at(copy.grad_z, r, groups, d), *grad_m_at = copy.at(copy.grad_m, r, groups, d);
             T *to_z = to.z_pre + item.packed(r, d), *to_m = to.m_pre + item.packed(r, d);
-            LF_EACH_GROUP(k, item.groups) {
-                T *z = to_z + k * item.width, *m = to_m + k * item.width;
-                const V from_z = read<whole, V>(z_at + k * item.z_stride, n) - c.mean_z;
-                const V from_m = read<whole, V>(m_at + k * item.m_stride, n) - c.mean_m;
-                write<whole>(c.scale_z * ((read<whole, V>(z, n) - mean_z) - from_z * pull_z), z, n);
-                write<whole>(c.scale_m * ((read<whole, V>(m, n) - mean_m) - from_m * pull_m), m, n);
+            LF_EACH_GROUP(k, groups) {
+                const V z = read<whole, V>(z_at + k * z_stride, n) - c.mean_z;
+                const V m = read<whole, V>(m_at + k * m_stride, n) - c.mean_m;
+                const V of_z = read<whole, V>(grad_z_at + k * grad_z_stride, n) - mean_z;
+                const V of_m = read<whole, V>(grad_m_at + k * grad_m_stride, n) - mean_m;
+                write<whole>(c.scale_z * (of_z - z * pull_z), to_z + k * width, n);
+                write<whole>(c.scale_m * (of_m - m * pull_m), to_m + k * width, n);
             }
         }
     }
 };
 
 template <bool gaussian, int fixed, class T>
-static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, const TaggerShape& s,
-                                    int64_t begin, int64_t end) {
+static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputsGradients<T>& to, T* scratch,
+                                    const TaggerShape& s, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const OutputsItem<gaussian, fixed, T> item(in, s, to.stats, i);
         if constexpr (!gaussian) {
             if (item.is_calm()) {
-                OutputsBackward<gaussian, true, fixed, T>(item, to).run(i);
+                OutputsBackward<gaussian, true, fixed, T>(item, to, scratch).run(i);
                 continue;
             }
         }
-        OutputsBackward<gaussian, false, fixed, T>(item, to).run(i);
+        OutputsBackward<gaussian, false, fixed, T>(item, to, scratch).run(i);
     }
 }
 
@@ -735,22 +896,22 @@ static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputs
             LF_BY_GROUPS(T, BernoulliStepInputsBackward, g, in, s, gx, gz, gl, nullptr)                               \
     }                                                                                                                 \
     static void outputs_##suffix(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats,           \
-                                 double eps, const TaggerShape& s, int64_t begin, int64_t end) {                      \
+                                 double eps, T* scratch, const TaggerShape& s, int64_t begin, int64_t end) {          \
         if (gaussian)                                                                                                 \
-            s.groups == kFew ? outputs<true, kFew>(in, z, logits, nll, stats, eps, s, begin, end)                     \
-                             : outputs<true, 0>(in, z, logits, nll, stats, eps, s, begin, end);                       \
+            s.groups == kFew ? outputs<true, kFew>(in, z, logits, nll, stats, eps, scratch, s, begin, end)            \
+                             : outputs<true, 0>(in, z, logits, nll, stats, eps, scratch, s, begin, end);              \
         else                                                                                                          \
-            s.groups == kFew ? outputs<false, kFew>(in, z, logits, nll, stats, eps, s, begin, end)                    \
-                             : outputs<false, 0>(in, z, logits, nll, stats, eps, s, begin, end);                      \
+            s.groups == kFew ? outputs<false, kFew>(in, z, logits, nll, stats, eps, scratch, s, begin, end)           \
+                             : outputs<false, 0>(in, z, logits, nll, stats, eps, scratch, s, begin, end);             \
     }                                                                                                                 \
     static void outputs_backward_##suffix(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g, \
-                                          const TaggerShape& s, int64_t begin, int64_t end) {                         \
+                                          T* scratch, const TaggerShape& s, int64_t begin, int64_t end) {             \
         if (gaussian)                                                                                                 \
-            s.groups == kFew ? outputs_backward<true, kFew>(in, g, s, begin, end)                                     \
-                             : outputs_backward<true, 0>(in, g, s, begin, end);                                       \
+            s.groups == kFew ? outputs_backward<true, kFew>(in, g, scratch, s, begin, end)                            \
+                             : outputs_backward<true, 0>(in, g, scratch, s, begin, end);                              \
         else                                                                                                          \
-            s.groups == kFew ? outputs_backward<false, kFew>(in, g, s, begin, end)                                    \
-                             : outputs_backward<false, 0>(in, g, s, begin, end);                                      \
+            s.groups == kFew ? outputs_backward<false, kFew>(in, g, scratch, s, begin, end)                           \
+                             : outputs_backward<false, 0>(in, g, scratch, s, begin, end);                             \
     }
 
 LF_TAGGER_STEP_INSTANCES(float, f32)
@@ -769,6 +930,11 @@ int64_t tagger_outputs_items(const TaggerShape& s) { return s.seeds * OutputsPla
 
 #define LF_TAGGER_STEP_DISPATCH(T, suffix)                                                                             \
     template <>                                                                                                        \
+    int64_t tagger_outputs_scratch<T>(const TaggerOutputs& in, const TaggerShape& s) {                                 \
+        const OutputsPlan plan(s);                                                                                     \
+        return outputs_collide<T>(in, s) ? plan.rows * s.groups * kOutputsParts * plan.most_pixels() : 0;              \
+    }                                                                                                                  \
+    template <>                                                                                                        \
     void tagger_step_inputs<T>(bool gaussian, const TaggerInputs& in, T* out, const TaggerShape& s, int64_t begin,     \
                                int64_t end) {                                                                          \
         static const auto kernel = LF_SELECT(inputs_##suffix);                                                         \
@@ -782,15 +948,15 @@ int64_t tagger_outputs_items(const TaggerShape& s) { return s.seeds * OutputsPla
     }                                                                                                                  \
     template <>                                                                                                        \
     void tagger_step_outputs<T>(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, \
-                                const TaggerShape& s, int64_t begin, int64_t end) {                                    \
+                                T* scratch, const TaggerShape& s, int64_t begin, int64_t end) {                        \
         static const auto kernel = LF_SELECT(outputs_##suffix);                                                        \
-        kernel(gaussian, in, z, logits, nll, stats, eps, s, begin, end);                                               \
+        kernel(gaussian, in, z, logits, nll, stats, eps, scratch, s, begin, end);                                      \
     }                                                                                                                  \
     template <>                                                                                                        \
     void tagger_step_outputs_backward<T>(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,   \
-                                         const TaggerShape& s, int64_t begin, int64_t end) {                           \
+                                         T* scratch, const TaggerShape& s, int64_t begin, int64_t end) {               \
         static const auto kernel = LF_SELECT(outputs_backward_##suffix);                                               \
-        kernel(gaussian, in, g, s, begin, end);                                                                        \
+        kernel(gaussian, in, g, scratch, s, begin, end);                                                               \
     }
 
 LF_TAGGER_STEP_DISPATCH(float, f32)

@@ -28,6 +28,7 @@ SHAPES = [
     (2, 64, 19),  # the most groups
     (37, 4, 200),  # several chunks of rows, each of several tiles
     (2, 64, 512),  # the most groups in whole blocks of pixels
+    (37, 4, 256),  # rows and groups a power of two apart
 ]
 EMPTY = [(0, 3, 4), (3, 2, 0)]
 
@@ -259,20 +260,54 @@ def test_extremes(target, name):
             assert ((a.double() - b).abs().max() / scale) < (1e-2 if "outputs" in name else 1e-4), k
 
 
+@pytest.mark.parametrize("name", NAMES[2:])
+@pytest.mark.parametrize("apart", [128, 130], ids=["a power of two", "other"])
+def test_the_same_wherever_rows_lie(target, name, apart):
+    """The CPU's kernel keeps a copy of columns whose rows and groups are a power of two apart: same bits with and without,
+    of pixels that do not fill the last vector."""
+    inputs, grads = make(name, (19, 4, 100), dtype=torch.float32, device=target.device)
+    expected = run(ours(name), name, inputs, grads)
+    for k in (1, 2):
+        inputs[k] = torch.full((19, 4, apart), math.nan, device=target.device)[..., :100].copy_(inputs[k])
+    assert inputs[1].stride() == (4 * apart, apart, 1)
+    for a, b in zip(run(ours(name), name, inputs, grads), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(_extension.module is None, reason=str(_extension.reason))
+def test_a_tiny_gradient_keeps_its_digits():
+    """Where the last group's logit is far above the first one's, and with it what its mask is divided by."""
+    inputs, (grad_z, grad_l, grad_nll) = make("bernoulli_step_outputs", (37, 4, 20), dtype=torch.float32)
+    inputs[2][3, 0], inputs[2][3, 3] = -1e4, 1e4
+    inputs[5].fill_(4.0)
+    grads = [0 * grad_z, 0 * grad_l, 1e-18 * grad_nll]
+    with ladderfast.use_backend("cpu"):
+        found = run(ours("bernoulli_step_outputs"), "bernoulli_step_outputs", inputs, grads)
+    truth = run(
+        exact("bernoulli_step_outputs"),
+        "bernoulli_step_outputs",
+        [t.double() for t in inputs],
+        [t.double() for t in grads],
+    )
+    row = truth[4][3]  # the gradient of z_pre
+    assert row[3].abs().max() > 1e-19
+    torch.testing.assert_close(found[4][3].double(), row, rtol=1e-4, atol=1e-5 * row.abs().max().item())
+
+
 @pytest.mark.parametrize(
     ("c1", "b1", "c2"),
-    [(4, 2, 6.2), (4, 2, 6.3), (6, 2, 1), (6.2, 2, 1), (4, 70, 1), (-30, 2, 1), (1, 900, 300)],
+    [(4, 2, 4.1), (4, 2, 4.2), (6, 2, 1), (6.2, 2, 1), (4, 70, 1), (-30, 2, 1), (1, 900, 300)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_steep_parameters(target, dtype, c1, b1, c2):
-    """The CPU's kernel goes another way where no value that was normalised over 148, and so is at most 12.2, can
-    overflow an exponential: up to 12.2 c2 = 76.2 and 12.2 c1 + b1 = 76.2."""
+    """The CPU's kernel goes another way where no values that were normalised over 148, and so are at most 12.2 and 17.2
+    apart, can overflow an exponential: up to 18.3 c2 = 76.2 and 12.2 c1 + b1 = 76.2."""
     name = "bernoulli_step_outputs"
     if dtype == torch.float64 and target.backend != "cpu":
         pytest.skip("of the CPU's kernel alone")
     inputs, grads = make(name, (37, 4, 20), dtype=dtype, device=target.device)
-    for z in inputs[1:3]:  # values that come near the largest
-        z[5, 1, :10], z[7, 2, 10:] = 1e4, -1e4
+    for z in inputs[1:3]:  # values that come near the largest, and near the largest difference
+        z[5, 1, :10], z[7, 2, 10:15], z[9, 0, 15:], z[9, 3, 15:] = 1e4, -1e4, -1e4, 1e4
     inputs[3].fill_(c1)
     inputs[4].fill_(b1)
     inputs[5].fill_(c2)
