@@ -1545,12 +1545,9 @@ TaggerOutputsResults tagger_step_outputs_cpu(const char* op, bool gaussian, cons
         using T = std::remove_pointer_t<decltype(type)>;
         T *to_z = (T*)z.data_ptr(), *to_l = (T*)logits.data_ptr(), *to_n = (T*)nll.data_ptr();
         T* to_stats = (T*)stats.data_ptr();
-        parallel_items_with_scratch<T>(
-            call.z, ladderfast::cpu::tagger_outputs_scratch<T>(call.in, s), ladderfast::cpu::tagger_outputs_items(s),
-            call.elements(), [&](int64_t begin, int64_t end, T* scratch) {
-                ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, eps, scratch, s,
-                                                        begin, end);
-            });
+        parallel_items(ladderfast::cpu::tagger_outputs_items(s), call.elements(), [&](int64_t begin, int64_t end) {
+            ladderfast::cpu::tagger_step_outputs<T>(gaussian, call.in, to_z, to_l, to_n, to_stats, eps, s, begin, end);
+        });
     });
     return {z, logits, nll, stats};
 }

@@ -49,8 +49,8 @@ void tagger_step_inputs_backward(bool gaussian,
 
 int64_t tagger_outputs_items(const TaggerShape& shape);
 
-// Elements of scratch that a thread needs for its items of the outputs, at a multiple of 64 bytes; null if it needs
-// none.
+// Elements of scratch that a thread needs for its items of the outputs, backward, at a multiple of 64 bytes; null if it
+// needs none.
 template <class T>
 int64_t tagger_outputs_scratch(const TaggerOutputs& in, const TaggerShape& shape);
 
@@ -60,7 +60,7 @@ void tagger_step_outputs(bool gaussian, const TaggerOutputs& in,
                          T* logits,  // (rows, groups, pixels)
                          T* nll,     // (rows, pixels)
                          T* stats,   // (seeds, 4, pixels): mean and 1 / sqrt(variance + eps) of z, then of m
-                         double eps, T* scratch, const TaggerShape& shape, int64_t begin, int64_t end);
+                         double eps, const TaggerShape& shape, int64_t begin, int64_t end);
 
 template <class T>
 void tagger_step_outputs_backward(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& grad,

@@ -10,24 +10,16 @@
 static const int64_t kMomentTile = 1024;  // elements of runs that are read twice while the first-level cache has them
 
 // The columns of n vectors; with `partial` n is 1 and only so many lanes are read and written.
-//
-// With `center`, for each column a value not far from its mean as these things go, that takes the place of the first
-// one, and one pass is enough: what it is off costs digits of squares in the measure in which it will be merged as a
-// difference of means.
 template <int n, bool partial, class S, class T>
-LF_HD void column_moments(const S* x, int64_t stride, int64_t rows, T* mean, T* squares, int64_t lanes,
-                          const T* center) {
+LF_HD void column_moments(const S* x, int64_t stride, int64_t rows, T* mean, T* squares, int64_t lanes) {
     using V = Vec<T>;
     const V inverse = V::broadcast((T)1 / (T)rows);
     V first[n], sum[n], about[n], square[n];
     for (int j = 0; j < n; ++j) {
-        if (center != nullptr)
-            first[j] = partial ? V::load(center, lanes) : V::load(center + j * V::width);
-        else
-            first[j] = partial ? V::load(x, lanes) : V::load(x + j * V::width);
+        first[j] = partial ? V::load(x, lanes) : V::load(x + j * V::width);
         sum[j] = about[j] = square[j] = V::broadcast(0);
     }
-    for (int64_t r = 1; r < rows && center == nullptr; ++r) {
+    for (int64_t r = 1; r < rows; ++r) {
         const S* row = x + r * stride;
         for (int j = 0; j < n; ++j) {
             __builtin_prefetch(row + (n + j) * V::width);
@@ -59,19 +51,17 @@ LF_HD void column_moments(const S* x, int64_t stride, int64_t rows, T* mean, T* 
 
 // The same of `count` columns.
 template <class S, class T>
-LF_HD void partial_column_moments(const S* x, int64_t stride, int64_t rows, int64_t count, T* mean, T* squares,
-                                  const T* center = nullptr) {
+LF_HD void partial_column_moments(const S* x, int64_t stride, int64_t rows, int64_t count, T* mean, T* squares) {
     using V = Vec<T>;
     int64_t c = 0;
-    const auto at = [&] { return center == nullptr ? nullptr : center + c; };
     for (; c + 4 * V::width <= count; c += 4 * V::width)
-        column_moments<4, false>(x + c, stride, rows, mean + c, squares + c, 0, at());
+        column_moments<4, false>(x + c, stride, rows, mean + c, squares + c, 0);
     const int64_t vectors = (count - c) / V::width;
-    if (vectors == 3) column_moments<3, false>(x + c, stride, rows, mean + c, squares + c, 0, at());
-    if (vectors == 2) column_moments<2, false>(x + c, stride, rows, mean + c, squares + c, 0, at());
-    if (vectors == 1) column_moments<1, false>(x + c, stride, rows, mean + c, squares + c, 0, at());
+    if (vectors == 3) column_moments<3, false>(x + c, stride, rows, mean + c, squares + c, 0);
+    if (vectors == 2) column_moments<2, false>(x + c, stride, rows, mean + c, squares + c, 0);
+    if (vectors == 1) column_moments<1, false>(x + c, stride, rows, mean + c, squares + c, 0);
     c += vectors * V::width;
-    if (c < count) column_moments<1, true>(x + c, stride, rows, mean + c, squares + c, count - c, at());
+    if (c < count) column_moments<1, true>(x + c, stride, rows, mean + c, squares + c, count - c);
 }
 
 // Mean and sum of squared deviations of a growing number of elements.

@@ -5,15 +5,16 @@
 // the Gaussian forward pass, single vectors are faster.
 //
 // Outputs: an item is a few neighbouring columns of all rows and groups of a seed. It goes over them twice in either
-// direction, to sum and with what the sums say. The second time finds them in the second-level cache: where they
-// were or, as rows of some widths fall on few of that cache's sets, packed in scratch.
+// direction, to sum and with what the sums say. The second time finds them in the second-level cache: where they were
+// or, backward, packed in scratch, where rows of a width fall on few of that cache's sets.
 //
-// Floor: in float32 the inputs move 25 bytes for an element of z forward and 34 backward, the outputs 18 and 27. One
-// AVX-512 core of the machine in bench/results takes, at 100 x 4 x 784, .27 and .42 ns an element for Bernoulli inputs
-// (.31 and .40 Gaussian), near the third-level cache's 100 GB/s, and .33 and .56 for Bernoulli outputs (.37 and .64):
-// of these forward a quarter goes to the statistics, at that pace, half to sigmoids and exponentials, whose additions
-// two units share, a fifth to costs; backward a fifth each to the weights and to `finish`, at the second-level cache's
-// pace.
+// Floor: in float32 the inputs move 25 bytes for an element of z forward and 34 backward, the outputs 18 and 27. Two
+// AVX-512 cores of the machine in bench/results take, at 100 x 4 x 784, .27 and .42 ns an element for Bernoulli inputs
+// (.31 and .40 Gaussian), near the third-level cache's 100 GB/s, and .29 and .49 for Bernoulli outputs (.34 and .61).
+// Of the latter's 58 cycles for a vector of 16 backward, 48 remain with all data in the first-level cache: 16 for the
+// weights, where multiplications and additions need 12 (chains are longer than the processor's window), 19 for the
+// gradients, 9 for `finish`. At 100 x 4 x 1024 scratch saves a quarter of the backward pass, at 40 x 4 x 4096 a third;
+// forward, copying costs more than it saves.
 #undef LF_THIS_FILE
 #define LF_THIS_FILE "tagger_step.cpp"
 
@@ -48,11 +49,17 @@ struct OutputsPlan {
     int64_t most_pixels() const { return blocks > 0 ? ceil_div(lanes, blocks) * kOutputsLanes : 0; }
 };
 
-// Whether places that are a row or a group apart fall on so few sets of a cache that an item does not fit it.
+// Whether what an item of the backward pass goes over twice, four tensors, is twice what a cache of 2048 sets of 8
+// lines has room for on the sets where places that are so many elements apart fall.
 template <class T>
-static bool outputs_collide(const TaggerOutputs& in, const TaggerShape& s) {
-    constexpr int64_t apart = 512 / sizeof(T);
-    return s.rows * s.groups > 1 && (in.z.group % apart == 0 || in.m.group % apart == 0 || s.pixels % apart == 0);
+static bool outputs_collide(int64_t apart, const TaggerShape& s) {
+    const OutputsPlan plan(s);
+    const int64_t line = 64 / sizeof(T);
+    int64_t shared = apart % line == 0 ? 1 : 0;  // sets by which a step from place to place is a multiple
+    while (shared > 0 && shared < 2048 && apart % (2 * shared * line) == 0) shared *= 2;
+    const int64_t lines = ceil_div(plan.most_pixels(), line);
+    const int64_t sets = shared > lines ? 2048 / shared * lines : 2048;
+    return plan.rows * s.groups * lines * 4 > 2 * 8 * sets;
 }
 
 }  // namespace ladderfast::cpu
@@ -412,11 +419,10 @@ static inline int64_t tile_rows(int64_t groups) {
     return most > 0 ? most : 1;
 }
 
-// Of n vectors of columns over `places`: their mean less the first place, the sum of squares about it and, packed, a
-// copy. Squares are of distances from the mean of the first few places, which costs few digits.
-template <int n, bool whole, bool packed, class T>
-LF_HD void moments_and_copy(const T* x, int64_t stride, int64_t places, int64_t lanes, T* copy, int64_t apart, T* mean,
-                            T* squares) {
+// Of n vectors of columns over `places`: their mean less the first place, and the sum of squares about it. Squares are
+// of distances from the mean of the first few places, which costs few digits.
+template <int n, bool whole, class T>
+LF_HD void moments_of_places(const T* x, int64_t stride, int64_t places, int64_t lanes, T* mean, T* squares) {
     using V = Vec<T>;
     const int64_t head = min_of(places, 4);
     V first[n], center[n], sum[n], square[n];
@@ -430,8 +436,7 @@ LF_HD void moments_and_copy(const T* x, int64_t stride, int64_t places, int64_t 
     }
     for (int64_t p = 0; p < places; ++p) {
         for (int j = 0; j < n; ++j) {
-            const V value = read<whole, V>(x + p * stride + j * V::width, lanes), d = value - center[j];
-            if (packed) value.store(copy + p * apart + j * V::width);
+            const V d = read<whole, V>(x + p * stride + j * V::width, lanes) - center[j];
             sum[j] = sum[j] + d;
             square[j] = square[j] + d * d;
         }
@@ -444,40 +449,40 @@ LF_HD void moments_and_copy(const T* x, int64_t stride, int64_t places, int64_t 
     }
 }
 
-// Writes mean and 1 / std of z and m for the item's columns, and copies these.
-template <bool packed, class Item, class T>
-static inline void outputs_statistics(const Item& item, const OutputsCopy<T>& copy, T* stats, double eps) {
+// Writes mean and 1 / std of z and m for the item's columns.
+template <class Item, class T>
+static inline void outputs_statistics(const Item& item, T* stats, double eps) {
     using V = Vec<T>;
     const int64_t count = item.last - item.first;
+    const struct {
+        const T* at;
+        int64_t stride;
+    } pre[2] = {{item.z_at(item.row, item.first), item.z_stride}, {item.m_at(item.row, item.first), item.m_stride}};
     for (int j = 0; j < 2; ++j) {
-        const T* pre = j == 0 ? item.z_at(item.row, item.first) : item.m_at(item.row, item.first);
-        const int64_t stride = j == 0 ? item.z_stride : item.m_stride;
-        const auto& to = j == 0 ? copy.z : copy.m;
         alignas(64) T its_mean[kOutputsBlock], its_squares[kOutputsBlock];
         alignas(64) double mean[kOutputsBlock] = {}, squares[kOutputsBlock] = {};
         double n = 0;
         for (int64_t chunk = 0; chunk < item.plan.chunks; ++chunk) {
-            const int64_t begin = item.plan.row_begin(chunk) * item.groups;
+            const int64_t begin = item.plan.row_begin(chunk) * item.groups, stride = pre[j].stride;
             const int64_t places = item.plan.row_begin(chunk + 1) * item.groups - begin;
-            const T* from = pre + begin * stride;
+            const T* from = pre[j].at + begin * stride;
             const auto moments = [&](const auto& of, int64_t c, int64_t lanes) {
-                of(from + c, stride, places, lanes, to.data + begin * to.stride + c, to.stride, its_mean + c,
-                   its_squares + c);
+                of(from + c, stride, places, lanes, its_mean + c, its_squares + c);
             };
             int64_t c = 0;
-            for (; c + 4 * V::width <= count; c += 4 * V::width) moments(moments_and_copy<4, true, packed, T>, c, 0);
+            for (; c + 4 * V::width <= count; c += 4 * V::width) moments(moments_of_places<4, true, T>, c, 0);
             const int64_t vectors = (count - c) / V::width;
-            if (vectors == 3) moments(moments_and_copy<3, true, packed, T>, c, 0);
-            if (vectors == 2) moments(moments_and_copy<2, true, packed, T>, c, 0);
-            if (vectors == 1) moments(moments_and_copy<1, true, packed, T>, c, 0);
+            if (vectors == 3) moments(moments_of_places<3, true, T>, c, 0);
+            if (vectors == 2) moments(moments_of_places<2, true, T>, c, 0);
+            if (vectors == 1) moments(moments_of_places<1, true, T>, c, 0);
             c += vectors * V::width;
-            if (c < count) moments(moments_and_copy<1, false, packed, T>, c, count - c);
+            if (c < count) moments(moments_of_places<1, false, T>, c, count - c);
             merge_partials<true>(its_mean, its_squares, 1, from, 1, count, (double)places, n, mean, squares);
         }
-        T* at = stats + (item.seed * 4 + 2 * j) * item.width + item.first;
+        T* to = stats + (item.seed * 4 + 2 * j) * item.width + item.first;
         for (int64_t d = 0; d < count; ++d) {
-            at[d] = (T)mean[d];
-            at[item.width + d] = (T)(n > 0 ? 1.0 / sqrt(squares[d] / n + eps) : 0.0);
+            to[d] = (T)mean[d];
+            to[item.width + d] = (T)(n > 0 ? 1.0 / sqrt(squares[d] / n + eps) : 0.0);
         }
     }
 }
@@ -508,15 +513,13 @@ struct CalmMixture {
 template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsPass {
     OutputsItem<gaussian, fixed, T> item;
-    OutputsCopy<T> copy;
     T *z_out, *logits_out, *nll;
     // Of a tile's pixels: the sum of weights that costs; of the masks' weights; Gaussian: the top of the former.
     alignas(64) T sum[kOutputsTile], masks_sum[kOutputsTile], top[kOutputsTile];
 
     // The arrays stay as they are.
-    LF_HD OutputsPass(const OutputsItem<gaussian, fixed, T>& item, const OutputsCopy<T>& copy, T* z_out, T* logits_out,
-                      T* nll)
-        : item(item), copy(copy), z_out(z_out), logits_out(logits_out), nll(nll) {}
+    LF_HD OutputsPass(const OutputsItem<gaussian, fixed, T>& item, T* z_out, T* logits_out, T* nll)
+        : item(item), z_out(z_out), logits_out(logits_out), nll(nll) {}
 
     LF_HD void run() {
         // Groups leave nothing of their own here.
@@ -532,10 +535,10 @@ struct OutputsPass {
     LF_HD void groups(int64_t d, int64_t n, int64_t begin, int64_t end) {
         const auto c = item.template columns<V, whole>(d, n);
         const auto scalars = broadcast<V>(item.scalars);
-        const int64_t groups = item.groups, width = item.width, z_stride = copy.z.stride, m_stride = copy.m.stride;
+        const int64_t groups = item.groups, width = item.width, z_stride = item.z_stride, m_stride = item.m_stride;
         for (int64_t r = begin; r < end; ++r) {
             const V x = item.x.template load<V, whole>(r, 0, d, n);
-            const T *z_at = copy.at(copy.z, r, groups, d), *m_at = copy.at(copy.m, r, groups, d);
+            const T *z_at = item.z_at(r, d), *m_at = item.m_at(r, d);
             T *to_z = z_out + item.packed(r, d), *to_logits = logits_out + item.packed(r, d);
             const int64_t at = (r - begin) * kOutputsBlock + d - item.first;
             V l[kept<fixed>], z[kept<fixed>];
@@ -602,20 +605,18 @@ struct OutputsPass {
 };
 
 template <bool gaussian, int fixed, class T>
-static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, T* scratch,
-                           const TaggerShape& s, int64_t begin, int64_t end) {
+static inline void outputs(const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, const TaggerShape& s,
+                           int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const OutputsItem<gaussian, fixed, T> item(in, s, stats, i);
-        const OutputsCopy<T> copy(item, scratch, nullptr, nullptr);
-        copy.packed ? outputs_statistics<true>(item, copy, stats, eps)
-                    : outputs_statistics<false>(item, copy, stats, eps);
+        outputs_statistics(item, stats, eps);
         if constexpr (!gaussian) {
             if (item.is_calm()) {
-                OutputsPass<gaussian, true, fixed, T>(item, copy, z, logits, nll).run();
+                OutputsPass<gaussian, true, fixed, T>(item, z, logits, nll).run();
                 continue;
             }
         }
-        OutputsPass<gaussian, false, fixed, T>(item, copy, z, logits, nll).run();
+        OutputsPass<gaussian, false, fixed, T>(item, z, logits, nll).run();
     }
 }
 
@@ -896,13 +897,13 @@ static inline void outputs_backward(const TaggerOutputs& in, const TaggerOutputs
             LF_BY_GROUPS(T, BernoulliStepInputsBackward, g, in, s, gx, gz, gl, nullptr)                               \
     }                                                                                                                 \
     static void outputs_##suffix(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats,           \
-                                 double eps, T* scratch, const TaggerShape& s, int64_t begin, int64_t end) {          \
+                                 double eps, const TaggerShape& s, int64_t begin, int64_t end) {                      \
         if (gaussian)                                                                                                 \
-            s.groups == kFew ? outputs<true, kFew>(in, z, logits, nll, stats, eps, scratch, s, begin, end)            \
-                             : outputs<true, 0>(in, z, logits, nll, stats, eps, scratch, s, begin, end);              \
+            s.groups == kFew ? outputs<true, kFew>(in, z, logits, nll, stats, eps, s, begin, end)                     \
+                             : outputs<true, 0>(in, z, logits, nll, stats, eps, s, begin, end);                       \
         else                                                                                                          \
-            s.groups == kFew ? outputs<false, kFew>(in, z, logits, nll, stats, eps, scratch, s, begin, end)           \
-                             : outputs<false, 0>(in, z, logits, nll, stats, eps, scratch, s, begin, end);             \
+            s.groups == kFew ? outputs<false, kFew>(in, z, logits, nll, stats, eps, s, begin, end)                    \
+                             : outputs<false, 0>(in, z, logits, nll, stats, eps, s, begin, end);                      \
     }                                                                                                                 \
     static void outputs_backward_##suffix(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g, \
                                           T* scratch, const TaggerShape& s, int64_t begin, int64_t end) {             \
@@ -932,7 +933,9 @@ int64_t tagger_outputs_items(const TaggerShape& s) { return s.seeds * OutputsPla
     template <>                                                                                                        \
     int64_t tagger_outputs_scratch<T>(const TaggerOutputs& in, const TaggerShape& s) {                                 \
         const OutputsPlan plan(s);                                                                                     \
-        return outputs_collide<T>(in, s) ? plan.rows * s.groups * kOutputsParts * plan.most_pixels() : 0;              \
+        const bool collide =                                                                                           \
+            outputs_collide<T>(s.pixels, s) || outputs_collide<T>(in.z.group, s) || outputs_collide<T>(in.m.group, s); \
+        return collide ? plan.rows * s.groups * kOutputsParts * plan.most_pixels() : 0;                                \
     }                                                                                                                  \
     template <>                                                                                                        \
     void tagger_step_inputs<T>(bool gaussian, const TaggerInputs& in, T* out, const TaggerShape& s, int64_t begin,     \
@@ -948,9 +951,9 @@ int64_t tagger_outputs_items(const TaggerShape& s) { return s.seeds * OutputsPla
     }                                                                                                                  \
     template <>                                                                                                        \
     void tagger_step_outputs<T>(bool gaussian, const TaggerOutputs& in, T* z, T* logits, T* nll, T* stats, double eps, \
-                                T* scratch, const TaggerShape& s, int64_t begin, int64_t end) {                        \
+                                const TaggerShape& s, int64_t begin, int64_t end) {                                    \
         static const auto kernel = LF_SELECT(outputs_##suffix);                                                        \
-        kernel(gaussian, in, z, logits, nll, stats, eps, scratch, s, begin, end);                                      \
+        kernel(gaussian, in, z, logits, nll, stats, eps, s, begin, end);                                               \
     }                                                                                                                  \
     template <>                                                                                                        \
     void tagger_step_outputs_backward<T>(bool gaussian, const TaggerOutputs& in, const TaggerOutputsGradients<T>& g,   \

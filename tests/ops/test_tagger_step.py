@@ -28,7 +28,7 @@ SHAPES = [
     (2, 64, 19),  # the most groups
     (37, 4, 200),  # several chunks of rows, each of several tiles
     (2, 64, 512),  # the most groups in whole blocks of pixels
-    (37, 4, 256),  # rows and groups a power of two apart
+    (37, 4, 2048),  # rows and groups a power of two apart
 ]
 EMPTY = [(0, 3, 4), (3, 2, 0)]
 
@@ -261,15 +261,18 @@ def test_extremes(target, name):
 
 
 @pytest.mark.parametrize("name", NAMES[2:])
-@pytest.mark.parametrize("apart", [128, 130], ids=["a power of two", "other"])
-def test_the_same_wherever_rows_lie(target, name, apart):
-    """The CPU's kernel keeps a copy of columns whose rows and groups are a power of two apart: same bits with and without,
-    of pixels that do not fill the last vector."""
-    inputs, grads = make(name, (19, 4, 100), dtype=torch.float32, device=target.device)
+@pytest.mark.parametrize("groups", [3, 4])
+@pytest.mark.parametrize("apart", [2048, 130], ids=["a power of two", "other"])
+def test_the_same_wherever_rows_lie(target, name, apart, groups):
+    """The CPU's kernel copies columns whose rows and groups are a power of two apart: same bits with and without, of
+    pixels that do not fill the last vector."""
+    inputs, grads = make(name, (37, groups, 100), dtype=torch.float32, device=target.device)
     expected = run(ours(name), name, inputs, grads)
     for k in (1, 2):
-        inputs[k] = torch.full((19, 4, apart), math.nan, device=target.device)[..., :100].copy_(inputs[k])
-    assert inputs[1].stride() == (4 * apart, apart, 1)
+        inputs[k] = torch.full((37, groups, apart), math.nan, device=target.device)[..., :100].copy_(
+            inputs[k]
+        )
+    assert inputs[1].stride() == (groups * apart, apart, 1)
     for a, b in zip(run(ours(name), name, inputs, grads), expected, strict=True):
         assert torch.equal(a, b)
 
