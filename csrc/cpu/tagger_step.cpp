@@ -31,6 +31,7 @@ namespace ladderfast::cpu {
 static const int64_t kOutputsBlock = 64;   // pixels of an item of the outputs, at most
 static const int64_t kOutputsLanes = 16;   // its pixels are a multiple of these but for the last
 static const int64_t kOutputsTile = 1024;  // values that a tile of rows may leave: by pixel or by pixel and group
+static const int64_t kOutputsCalm = 110;   // exponents to the base 2 that neither overflow nor underflow in a sum of 64
 static const int64_t kOutputsParts = 4;  // of a row and group in scratch: z_pre, m_pre and what becomes their gradients
 
 // Items of a seed: their number is a multiple of eight where there are pixels enough, so that threads have equal
@@ -362,7 +363,7 @@ struct OutputsItem {
     // at most sqrt(2 n) from each other.
     LF_HD bool is_calm() const {
         const double n = (double)(plan.rows * groups);
-        const T most = (T)(LF_TAGGER_CALM / LF_TAGGER_LOG2E), reach = n > 1 ? (T)(n / sqrt(n - 1)) : 0;
+        const T most = (T)(kOutputsCalm / LF_TAGGER_LOG2E), reach = n > 1 ? (T)(n / sqrt(n - 1)) : 0;
         bool calm = (T)1.5 * reach * magnitude(c2) <= most;
         for (int64_t d = first; d < last; ++d) calm &= reach * magnitude(c1[d]) + magnitude(b1[d]) <= most;
         return calm;

@@ -21,7 +21,6 @@
 // instruction set. V is a scalar or a vector type. Declared before: LF_HD (host_device.h) and, for V,
 //   constant<V>(double)
 //   exp2_of(V): zero where it underflows
-//   exp2_of_calm(V): of LF_TAGGER_CALM at most, positive or negative, where there are structs for such
 //   log_of(V): of positive normal numbers
 //   exponent_of(V): floor(log2) of positive numbers, for subnormal ones that of the least normal
 //   larger(a, b), smaller(a, b): b if either is NaN
@@ -34,7 +33,6 @@
 
 #define LF_TAGGER_ENOUGH 0x1p-32
 #define LF_TAGGER_LOWEST (-3.4e38)  // no finite exponent of float is less
-#define LF_TAGGER_CALM 110          // 64 groups add 6 to an exponent, and a clipped z times a power is still normal
 #define LF_TAGGER_LOG2E 1.4426950408889634
 
 template <class V>
@@ -302,21 +300,16 @@ LF_HD V logit_exponent(V logit) {
     return logit * constant<V>(LF_TAGGER_LOG2E);
 }
 
-// Masks from logits: 1. where scaled, top. 2. of a_k = 2^(l_k - top), total. m_k = a_k / total. One that is not scaled
-// is for logits of LF_TAGGER_CALM at most, positive or negative: no sum of such powers overflows or underflows.
-template <class V, bool scaled = true>
+// Masks from logits: 1. top. 2. of a_k = 2^(l_k - top), total. m_k = a_k / total.
+template <class V>
 struct MaskPixel {
     V top, total, share;
     V dot;  // in backward sum_k m_k grad_m_k
 
-    LF_HD MaskPixel() : top(constant<V>(scaled ? LF_TAGGER_LOWEST : 0)), total(constant<V>(0)), dot(total) {}
+    LF_HD MaskPixel() : top(constant<V>(LF_TAGGER_LOWEST)), total(constant<V>(0)), dot(total) {}
     LF_HD void compare(V l) { top = larger(l, top); }
     LF_HD V weigh(V l) {
-        V a;
-        if constexpr (scaled)
-            a = exp2_of(l - top);
-        else
-            a = exp2_of_calm(l);
+        const V a = exp2_of(l - top);
         total = total + a;
         return a;
     }
