@@ -421,7 +421,7 @@ static inline int64_t tile_rows(int64_t groups) {
 }
 
 // Of n vectors of columns over `places`: their mean less the first place, and the sum of squares about it. Squares are
-// of distances from the mean of the first few places, which costs few digits.
+// of distances from the mean of the first few places, which costs few digits and spares column_moments' second pass.
 template <int n, bool whole, class T>
 LF_HD void moments_of_places(const T* x, int64_t stride, int64_t places, int64_t lanes, T* mean, T* squares) {
     using V = Vec<T>;
@@ -500,17 +500,6 @@ LF_HD void calm_weights(Vec<T>* z, Vec<T>* weights, int64_t groups) {
             if (k > 0) weights[k] = exp2_of_calm(weights[k]);
         }
 }
-template <class V>
-struct CalmMixture {
-    V p, total;
-
-    explicit LF_HD CalmMixture(V first) : p(first), total(constant<V>(1)) {}
-    LF_HD void gather(V z, V weight) {
-        p = p + weight * z;
-        total = total + weight;
-    }
-};
-
 template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsPass {
     OutputsItem<gaussian, fixed, T> item;
@@ -551,13 +540,17 @@ struct OutputsPass {
             if constexpr (calm) {
                 LF_EACH_GROUP(k, groups) if (k > 0) l[k] = logit_exponent(l[k] - l[0]);
                 calm_weights<fixed>(z, l, groups);
-                CalmMixture<V> mixture(z[0]);
+                BernoulliMixture<V> mixture;
+                mixture.p = z[0];
+                V total = constant<V>(1);
                 LF_EACH_GROUP(k, groups) {
                     write<whole>(z[k], to_z + k * width, n);
-                    if (k > 0) mixture.gather(z[k], l[k]);
+                    if (k == 0) continue;
+                    mixture.gather(z[k], l[k]);
+                    total = total + l[k];
                 }
                 mixture.p.store(sum + at);
-                mixture.total.store(masks_sum + at);
+                total.store(masks_sum + at);
                 continue;
             }
             MaskPixel<V> masks, joint;
@@ -720,15 +713,18 @@ struct OutputsBackward {
                 LF_EACH_GROUP(k, groups) take(k);
                 LF_EACH_GROUP(k, groups) if (k > 0) l[k] = c.exponent(l[k] - l[0]);
                 calm_weights<fixed>(other, l, groups);
-                CalmMixture<V> mixture(other[0]);
+                BernoulliMixture<V> mixture;
+                mixture.p = other[0];
+                V total = constant<V>(1);
                 LF_EACH_GROUP(k, groups) {
                     other[k].store(other_at + groups_at + k * kOutputsBlock);
                     if (k == 0) continue;
                     l[k].store(masks_at + groups_at + k * kOutputsBlock);
                     mixture.gather(other[k], l[k]);
+                    total = total + l[k];
                 }
                 mixture.p.store(joint_at + at);
-                mixture.total.store(share_at + at);
+                total.store(share_at + at);
                 continue;
             }
             const V x = item.x.template load<V, whole>(r, 0, d, n);
