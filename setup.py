@@ -4,6 +4,7 @@ Environment:
     LADDERFAST_CPP=0           install without the extension; everything runs on the reference
     LADDERFAST_CUDA=auto|0|1   CUDA kernels: where torch has CUDA and nvcc is found (auto), never, or else fail
     TORCH_CUDA_ARCH_LIST       architectures, as for every torch extension; "8.0;9.0+PTX" where no GPU is seen
+    CXXFLAGS                   further options for the C++ compiler; they come last and win over ours
     MAX_JOBS                   compilers at once
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,8 @@ def extensions():
 
     sources = ["csrc/ops.cpp", "csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     version = f'-DLADDERFAST_TORCH_VERSION="{torch.__version__}"'
+    # Python's own options often ask for debugging information, which takes a third of the time that compiling takes.
+    last = ["-g0", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     cxx = [
         "-O3",
         "-std=c++20",
@@ -89,6 +93,7 @@ def extensions():
         "-Wno-psabi",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         version,
+        *last,
     ]
     include_dirs = ["csrc"]
     if importlib.util.find_spec("pybind11") is not None:  # torch carries pybind11's headers too
@@ -99,7 +104,7 @@ def extensions():
     autograd = cpp_extension.CppExtension(
         "ladderfast._autograd",
         ["csrc/autograd.cpp"],
-        extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-Wall", version]},
+        extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-Wall", version, *last]},
         **arguments,
     )
     if not cuda_wanted(torch):
