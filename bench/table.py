@@ -62,7 +62,17 @@ def machine_line(run: dict) -> str:
     where = info.get("gpu") or info.get("cpu", {}).get("brand_raw", info.get("machine", "?"))
     threads = "" if "gpu" in info else f", {info['threads']} threads"
     several = f" of {run['runs']} runs, each a process of its own" if run["runs"] > 1 else ""
-    return f"Measured {run['datetime'][:10]} on {where}{threads}, torch {info['torch']}; medians{several}."
+    return f"Measured {run['datetime'][:10]} on {where}{threads}, torch {info['torch']}{copying(run)}; medians{several}."
+
+
+def copying(run: dict) -> str:
+    """What the machine had to give at that time: how fast torch copied the most bytes of any case."""
+    cases = [bench["extra_info"] for bench in run["benchmarks"] if bench["extra_info"].get("copy_seconds")]
+    if not cases:
+        return ""
+    most = max(cases, key=lambda info: info["bytes_moved"])
+    speed = most["bytes_moved"] / most["copy_seconds"] / 1e9
+    return f", which copies {most['bytes_moved'] / 2**20:.0f} MiB at {speed:.0f} GB/s"
 
 
 def cases_of(run: dict) -> dict[tuple[str, ...], dict[str, dict]]:

@@ -52,14 +52,15 @@ def written(tmp_path: Path, monkeypatch, *runs: dict) -> str:
 
 def test_of_several_runs_the_median_and_the_range(tmp_path, monkeypatch):
     text = written(tmp_path, monkeypatch, run(2, 8), run(4, 8), run(1, 6, copy=2e-3))
-    assert "Measured 2026-01-02 on a machine, 2 threads, torch 2; medians of 3 runs" in text
+    measured = "Measured 2026-01-02 on a machine, 2 threads, torch 2, which copies 2 MiB at 2 GB/s; medians of 3 runs"
+    assert measured in text
     # ours 2, compiled 8; the ratios 4, 2 and 6; a copy takes 1 ms, and 2 MB in 2 ms are a GB a second
     assert "| an_op | (2, 3) float32 | both | 2 | 20 | 8 | 4.0 (2.0 to 6.0) | 1 | 50% | 50% | 1 | 1 |" in text
 
 
 def test_of_one_run_what_it_says(tmp_path, monkeypatch):
     text = written(tmp_path, monkeypatch, run(2, 8))
-    assert "torch 2; medians.\n" in text
+    assert "torch 2, which copies 2 MiB at 2 GB/s; medians.\n" in text
     assert "| 2 | 20 | 8 | 4.0 | 1 |" in text
 
 
