@@ -62,7 +62,8 @@ def machine_line(run: dict) -> str:
     where = info.get("gpu") or info.get("cpu", {}).get("brand_raw", info.get("machine", "?"))
     threads = "" if "gpu" in info else f", {info['threads']} threads"
     several = f" of {run['runs']} runs, each a process of its own" if run["runs"] > 1 else ""
-    return f"Measured {run['datetime'][:10]} on {where}{threads}, torch {info['torch']}{copying(run)}; medians{several}."
+    machine = f"{where}{threads}, torch {info['torch']}{copying(run)}"
+    return f"Measured {run['datetime'][:10]} on {machine}; medians{several}."
 
 
 def copying(run: dict) -> str:
