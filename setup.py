@@ -4,7 +4,7 @@ Environment:
     LADDERFAST_CPP=0           install without the extension; everything runs on the reference
     LADDERFAST_CUDA=auto|0|1   CUDA kernels: where torch has CUDA and nvcc is found (auto), never, or else fail
     TORCH_CUDA_ARCH_LIST       architectures, as for every torch extension; "8.0;9.0+PTX" where no GPU is seen
-    CXXFLAGS                   further options for the C++ compiler; they come last and win over ours
+    LADDERFAST_CXXFLAGS        further options for the C++ compiler, which win over ours: -g, -O0 (CXXFLAGS come first)
     MAX_JOBS                   compilers at once
 """
 
@@ -17,11 +17,12 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from typing import NoReturn
 
 from setuptools import setup
 
 
-def stop(message: str) -> None:
+def stop(message: str) -> NoReturn:
     sys.exit(f"\nladderfast: {message}\n")
 
 
@@ -30,6 +31,14 @@ def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         stop(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
     return value
+
+
+def options(name: str) -> list[str]:
+    value = os.environ.get(name, "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        stop(f"{name} is {value!r}, which is no list of options: {error}.")
 
 
 def nvcc_version(cuda_home: str | None) -> str | None:
@@ -80,8 +89,8 @@ def extensions():
 
     sources = ["csrc/ops.cpp", "csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     version = f'-DLADDERFAST_TORCH_VERSION="{torch.__version__}"'
-    # Python's own options often ask for debugging information, which takes a third of the time that compiling takes.
-    last = ["-g0", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    # Python's own options often ask for debugging information, which takes longer and fills the wheel.
+    last = ["-g0", *options("LADDERFAST_CXXFLAGS")]
     cxx = [
         "-O3",
         "-std=c++20",

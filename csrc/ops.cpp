@@ -94,6 +94,7 @@ void parallel_items_with_scratch(const Tensor& like, int64_t scratch, int64_t it
             f(items * i / ranges, items * (i + 1) / ranges, first == nullptr ? nullptr : first + i * scratch);
     });
 }
+
 Tensor new_like(const Tensor& t) { return t.is_contiguous() ? new_packed(t, t.sizes()) : torch::stable::empty_like(t); }
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 

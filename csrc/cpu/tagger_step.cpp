@@ -9,8 +9,10 @@
 // or, backward, packed in scratch, where rows of a width fall on few of that cache's sets.
 //
 // Floor: in float32 the inputs move 25 bytes for an element of z forward and 34 backward, the outputs 18 and 27. Two
-// AVX-512 cores of the machine in bench/results take, at 100 x 4 x 784, .27 and .42 ns an element for Bernoulli inputs
-// (.31 and .40 Gaussian), near the third-level cache's 100 GB/s, and .29 and .49 for Bernoulli outputs (.34 and .61).
+// AVX-512 cores of an AMD EPYC that nobody else uses take, at 100 x 4 x 784 and without the call, .27 and .42 ns an
+// element for Bernoulli inputs (.31 and .40 Gaussian), near the third-level cache's 100 GB/s, and .29 and .49 for
+// Bernoulli outputs (.34 and .61).
+// Beside others who use that cache, as on the machine in bench/results, they take more.
 // Of the latter's 58 cycles for a vector of 16 backward, 48 remain with all data in the first-level cache: 16 for the
 // weights, where multiplications and additions need 12 (chains are longer than the processor's window), 19 for the
 // gradients, 9 for `finish`. At 100 x 4 x 1024 scratch saves a quarter of the backward pass, at 40 x 4 x 4096 a third;
@@ -500,6 +502,7 @@ LF_HD void calm_weights(Vec<T>* z, Vec<T>* weights, int64_t groups) {
             if (k > 0) weights[k] = exp2_of_calm(weights[k]);
         }
 }
+
 template <bool gaussian, bool calm, int fixed, class T>
 struct OutputsPass {
     OutputsItem<gaussian, fixed, T> item;
