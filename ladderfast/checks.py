@@ -1,4 +1,4 @@
-"""What networks, data and objectives check alike of a number they are given."""
+"""What modules, networks, data and objectives check alike of a number they are given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 
 def check_whole(name: str, value: Any) -> None:
-    """TypeError unless value is a whole number."""
+    """TypeError unless value is a whole number, Python's or another library's; True and False are none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return
     try:
+        if isinstance(value, bool):
+            raise TypeError
         operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None

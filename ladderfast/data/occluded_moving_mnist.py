@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ladderfast.checks import check_whole
+
 from .dataset import DataSource
 from .digits import Digits
 from .mnist import MNIST
@@ -166,8 +168,7 @@ class OccludedMovingDigits(DataSource):
     ) -> None:
         check_seed(motion_seed, "motion_seed")
         for name, number in (("frames", frames), ("num_validation", num_validation)):
-            if not isinstance(number, int) or isinstance(number, bool):
-                raise TypeError(f"{name} must be a whole number, got {number!r}")
+            check_whole(name, number)
         if frames < 1:
             raise ValueError(f"frames must be at least 1, got {frames}")
         if not 0 <= num_validation < len(x_train):

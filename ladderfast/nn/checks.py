@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ladderfast.checks import check_whole
 from ladderfast.ops.checks import check_dense
 
 
 def whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    return value
+    check_whole(name, value)
+    return operator.index(value)
 
 
 def positive(name: str, value: Any) -> int:
-    if whole(name, value) < 1:
+    if (number := whole(name, value)) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return number
 
 
 def odd(name: str, value: Any) -> int:
-    if whole(name, value) < 1 or value % 2 == 0:
+    if (number := whole(name, value)) < 1 or number % 2 == 0:
         raise ValueError(f"{name} must be odd and positive, got {value}")
-    return value
+    return number
 
 
 def one_or_pair(name: str, value: Any) -> tuple[int, ...]:
@@ -43,8 +44,7 @@ def sample_shape(name: str, value: Any) -> tuple[int, ...]:
 
 
 def check_step(step: Any) -> None:
-    if not isinstance(step, int):
-        raise TypeError(f"step must be a whole number, got {step!r}")
+    check_whole("step", step)
     if step < 0:  # which would count from the end
         raise ValueError(f"step must not be negative, got {step}")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ladderfast.checks import check_whole
 from ladderfast.nn.ladder_decoder import LadderDecoderLayer
 from ladderfast.nn.ladder_encoder import LadderEncoderLayer, follow, unbiased
 from ladderfast.nn.noise import draw_seed, take_noise
@@ -99,8 +100,7 @@ class GammaHead(nn.Module):
             h: Tensor = self.encoder(x, want_z=False).h if self.training else self.encoder.evaluate(x)
             return h
         self._check("clean", clean)
-        if not isinstance(num_labelled, int):
-            raise TypeError(f"num_labelled must be a whole number, got {num_labelled!r}")
+        check_whole("num_labelled", num_labelled)
         if len(clean) < 2 or num_labelled < 0 or len(x) != num_labelled + len(clean):
             raise ValueError(
                 "x must hold num_labelled rows and then those of clean, which are at least two, got "
