@@ -90,7 +90,7 @@ struct StepInputs : TaggerPass<T> {
     template <class V, bool whole>
     LF_HD void softmax(MaskPixel<V>& masks, V* a, int64_t r, int64_t d, int64_t n) const {
         LF_EACH_GROUP(k, this->groups) {
-            a[k] = logit_exponent(this->m.template load<V, whole>(r, k, d, n));
+            a[k] = this->m.template load<V, whole>(r, k, d, n);
             masks.compare(a[k]);
         }
         LF_EACH_GROUP(k, this->groups) a[k] = masks.weigh(a[k]);
@@ -556,18 +556,18 @@ struct OutputsPass {
                 total.store(masks_sum + at);
                 continue;
             }
-            MaskPixel<V> masks, joint;
+            MaskPixel<V> masks;
+            MaskPixel<V, false> joint;
             LF_EACH_GROUP(k, groups) {
                 if constexpr (!gaussian) z[k] = logistic_of(z[k]);
                 write<whole>(z[k], to_z + k * width, n);
-                l[k] = logit_exponent(l[k]);
                 masks.compare(l[k]);
                 if constexpr (gaussian) z[k] = gaussian_exponent(x - z[k], scalars);
             }
             if constexpr (gaussian) {
                 LF_EACH_GROUP(k, groups) {
                     masks.weigh(l[k]);
-                    z[k] = (l[k] - masks.top) + z[k];
+                    z[k] = masks.exponent(l[k]) + z[k];
                     joint.compare(z[k]);
                 }
                 LF_EACH_GROUP(k, groups) joint.weigh(z[k]);
@@ -731,10 +731,11 @@ struct OutputsBackward {
                 continue;
             }
             const V x = item.x.template load<V, whole>(r, 0, d, n);
-            MaskPixel<V> masks, joint;
+            MaskPixel<V> masks;
+            MaskPixel<V, false> joint;
             LF_EACH_GROUP(k, groups) {
                 take(k);
-                l[k] = c.exponent(l[k] - c.mean_m);
+                l[k] = c.logit(l[k] - c.mean_m);
                 masks.compare(l[k]);
                 other[k] = gaussian ? gaussian_exponent(x - other[k], scalars) : logistic_of(other[k]);
             }
@@ -743,7 +744,7 @@ struct OutputsBackward {
                 const V weight = masks.weigh(l[k]);
                 weight.store(masks_at + groups_at + k * kOutputsBlock);
                 if constexpr (gaussian) {
-                    other[k] = (l[k] - masks.top) + other[k];
+                    other[k] = masks.exponent(l[k]) + other[k];
                     joint.compare(other[k]);
                 } else {
                     mixture.gather(other[k], weight);

@@ -23,12 +23,12 @@ struct StepInputs {
     __device__ __forceinline__ void softmax(const Plan& plan, const Place& p, int64_t r, MaskPixel<V>& masks,
                                             Kept<V, held>& a) const {
         LF_EACH_GROUP(k) {
-            const V l = logit_exponent(in.m.template load<whole>(p, r, k));
+            const V l = in.m.template load<whole>(p, r, k);
             if (held) a.at[k] = l;
             masks.compare(l);
         }
         LF_EACH_GROUP(k) {
-            const V weight = masks.weigh(held ? a.at[k] : logit_exponent(in.m.template load<whole>(p, r, k)));
+            const V weight = masks.weigh(held ? a.at[k] : in.m.template load<whole>(p, r, k));
             if (held) a.at[k] = weight;
         }
         masks.finish();
@@ -36,7 +36,7 @@ struct StepInputs {
     template <int held, bool whole>
     __device__ __forceinline__ V mask(const Place& p, int64_t r, int k, const MaskPixel<V>& masks,
                                       const Kept<V, held>& a) const {
-        return masks.mask(held ? a.at[k] : exp2_of(logit_exponent(in.m.template load<whole>(p, r, k)) - masks.top));
+        return masks.mask(held ? a.at[k] : masks.weight(in.m.template load<whole>(p, r, k)));
     }
     template <bool whole>
     __device__ __forceinline__ static void put(T* out, const Plan& plan, const Place& p, int64_t r, int k, const V& z,
@@ -370,25 +370,24 @@ struct OutputsForward {
     __device__ __forceinline__ void row(const Plan& plan, const Place& p, State& s, int64_t r) const {
         Kept<V, held> l, other;
         const V x = in.x.template load<whole>(p, r, 0);
-        MaskPixel<V> masks, joint;
+        MaskPixel<V> masks;
+        MaskPixel<V, false> joint;
         LF_EACH_GROUP(k) {
             const V out = in.template z_of<gaussian, whole>(s.columns, p, r, k);
-            const V logit = in.template logit_of<whole>(s.columns, p, r, k), exponent = logit_exponent(logit);
+            const V logit = in.template logit_of<whole>(s.columns, p, r, k);
             write<whole>(z, p, r * plan.groups + k, plan.pixels, out);
             write<whole>(logits, p, r * plan.groups + k, plan.pixels, logit);
-            masks.compare(exponent);
-            if (held) l.at[k] = exponent;
+            masks.compare(logit);
+            if (held) l.at[k] = logit;
             if (held) other.at[k] = out;
         }
         BernoulliMixture<V> mixture;
-        const auto exponent_of_mask = [&](int k) {
-            return held ? l.at[k] : logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
-        };
+        const auto logit_of = [&](int k) { return held ? l.at[k] : in.template logit_of<whole>(s.columns, p, r, k); };
         const auto joint_exponent = [&](int k, const V& out) {
-            return (exponent_of_mask(k) - masks.top) + gaussian_exponent(x - out, s.scalars);
+            return masks.exponent(logit_of(k)) + gaussian_exponent(x - out, s.scalars);
         };
         LF_EACH_GROUP(k) {
-            const V weight = masks.weigh(exponent_of_mask(k));
+            const V weight = masks.weigh(logit_of(k));
             const V out = held ? other.at[k] : in.template z_of<gaussian, whole>(s.columns, p, r, k);
             if constexpr (gaussian) {
                 const V exponent = joint_exponent(k, out);
@@ -442,23 +441,24 @@ struct OutputsBackward {
     template <int held, bool whole>
     __device__ __forceinline__ void row(const Plan& plan, const Place& p, State& s, int64_t r) const {
         const V x = in.x.template load<whole>(p, r, 0), grad = grad_nll.template load<whole>(p, r, 0);
-        MaskPixel<V> masks, joint;
-        const auto joint_exponent = [&](const V& exponent, const V& out) {
-            return (exponent - masks.top) + gaussian_exponent(x - out, s.scalars);
+        MaskPixel<V> masks;
+        MaskPixel<V, false> joint;
+        const auto joint_exponent = [&](const V& logit, const V& out) {
+            return masks.exponent(logit) + gaussian_exponent(x - out, s.scalars);
         };
-        LF_EACH_GROUP(k) masks.compare(logit_exponent(in.template logit_of<whole>(s.columns, p, r, k)));
+        LF_EACH_GROUP(k) masks.compare(in.template logit_of<whole>(s.columns, p, r, k));
         BernoulliMixture<V> mixture;
         LF_EACH_GROUP(k) {
-            const V exponent = logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
-            const V out = in.template z_of<gaussian, whole>(s.columns, p, r, k), weight = masks.weigh(exponent);
+            const V logit = in.template logit_of<whole>(s.columns, p, r, k);
+            const V out = in.template z_of<gaussian, whole>(s.columns, p, r, k), weight = masks.weigh(logit);
             if constexpr (gaussian)
-                joint.compare(joint_exponent(exponent, out));
+                joint.compare(joint_exponent(logit, out));
             else
                 mixture.gather(out, weight);
         }
         if constexpr (gaussian) {
             LF_EACH_GROUP(k)
-            joint.weigh(joint_exponent(logit_exponent(in.template logit_of<whole>(s.columns, p, r, k)),
+            joint.weigh(joint_exponent(in.template logit_of<whole>(s.columns, p, r, k),
                                        in.template z_of<true, whole>(s.columns, p, r, k)));
         }
         masks.finish();
@@ -471,15 +471,14 @@ struct OutputsBackward {
             if (finish && to_x != nullptr) grad_x = mixture.grad_x(grad);
         }
         LF_EACH_GROUP(k) {
-            const V exponent = logit_exponent(in.template logit_of<whole>(s.columns, p, r, k));
+            const V logit = in.template logit_of<whole>(s.columns, p, r, k);
             const V out = in.template z_of<gaussian, whole>(s.columns, p, r, k);
-            const V m = masks.mask(exp2_of(exponent - masks.top));
+            const V m = masks.mask(masks.weight(logit));
             V out_z = grad_z.template load<whole>(p, r, k), out_m;
             if constexpr (gaussian) {
                 V from_nll;
-                gaussian_logits_backward(grad, x - out, m,
-                                         joint.mask(exp2_of(joint_exponent(exponent, out) - joint.top)), s.scalars,
-                                         from_nll, out_m, sum_v);
+                gaussian_logits_backward(grad, x - out, m, joint.mask(joint.weight(joint_exponent(logit, out))),
+                                         s.scalars, from_nll, out_m, sum_v);
                 grad_x = grad_x - from_nll;
                 out_z = out_z + from_nll;
             } else {

@@ -294,22 +294,31 @@ struct BernoulliMixture {
     }
 };
 
-// Logits to the base 2, as exp2_of takes them.
+// A difference of logits to the base 2, as exp2_of takes it.
 template <class V>
 LF_HD V logit_exponent(V logit) {
     return logit * constant<V>(LF_TAGGER_LOG2E);
 }
 
-// Masks from logits: 1. top. 2. of a_k = 2^(l_k - top), total. m_k = a_k / total.
-template <class V>
+// Masks from logits: 1. top. 2. of a_k = exp(l_k - top), total. m_k = a_k / total. A difference of logits is made
+// before anything rounds them: a_k then errs by no more than its own size. Where not `natural`, l are exponents to the
+// base 2.
+template <class V, bool natural = true>
 struct MaskPixel {
     V top, total, share;
     V dot;  // in backward sum_k m_k grad_m_k
 
     LF_HD MaskPixel() : top(constant<V>(LF_TAGGER_LOWEST)), total(constant<V>(0)), dot(total) {}
     LF_HD void compare(V l) { top = larger(l, top); }
+    LF_HD V exponent(V l) const {
+        if constexpr (natural)
+            return logit_exponent(l - top);
+        else
+            return l - top;
+    }
+    LF_HD V weight(V l) const { return exp2_of(exponent(l)); }
     LF_HD V weigh(V l) {
-        const V a = exp2_of(l - top);
+        const V a = weight(l);
         total = total + a;
         return a;
     }
@@ -320,8 +329,8 @@ struct MaskPixel {
 };
 
 // The Gaussian mixture's cost from logits: nll = log(2 pi v) / 2 + log sum_k exp(l_k) - log sum_k exp(l_k) density_k,
-// whose sums are those of two MaskPixel, `masks` of l and `joint` of (l - masks.top) + y: y is not rounded by the size
-// of logits. In backward m and share are the two softmaxes. totals: masks.total / joint.total.
+// whose sums are those of two MaskPixel, `masks` of l and `joint` of masks.exponent(l) + y: y is not rounded by the
+// size of logits. In backward m and share are the two softmaxes. totals: masks.total / joint.total.
 template <class V>
 LF_HD V gaussian_logits_nll(V joint_top, V totals, const GaussianScalar<V>& s) {
     return s.offset - constant<V>(0.693147180559945309) * joint_top + log_of(totals);

@@ -85,7 +85,10 @@ class LadderMapping(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) < 2:
-            raise ValueError(f"layers must hold H and at least one width of the Ladder, got {list(widths)}")
+            raise ValueError(
+                "layers must hold H and at least one width of the Ladder, or [H] with an inner network, "
+                f"got {list(widths)}"
+            )
         self.widths, self.squash_v = tuple(widths), squash_v
         combinator = "gaussian_squashed" if squash_v else "gaussian"
         top = len(widths) - 1

@@ -286,6 +286,8 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], fields: Mapping[str, Any
     known = [*parser.get_defaults().keys(), *(f"{part}.class_path" for part in PARTS)]
     for field in flat:
         if field not in known:
+            if field == "data.data_dir":
+                raise ValueError(f"{source}: unknown field {field}: its data are not read from files")
             near = difflib.get_close_matches(field, known, 1)
             raise ValueError(
                 f"{source}: unknown field {field}" + (f"; did you mean {near[0]}?" if near else "")

@@ -55,20 +55,26 @@ def _larger(a, b):
 
 
 @triton.jit
+def _exponent(logit, top):
+    """Of a mask's weight, to the base 2: the difference is made before anything rounds the logits."""
+    return (logit - top) * LOG2E
+
+
+@triton.jit
 def _softmax(m_ptr, base, groups, pixels, mask, BLOCK: tl.constexpr):
-    """Top and share of the masks' weights 2^(logit log2 e - top)."""
+    """The largest logit, and the share of the masks' weights exp(logit - largest)."""
     top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     for k in range(groups):
-        top = _larger(_load(m_ptr, base + k * pixels, mask) * LOG2E, top)
+        top = _larger(_load(m_ptr, base + k * pixels, mask), top)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
-        total += tl.exp2(_load(m_ptr, base + k * pixels, mask) * LOG2E - top)
+        total += tl.exp2(_exponent(_load(m_ptr, base + k * pixels, mask), top))
     return top, 1.0 / total
 
 
 @triton.jit
 def _mask_of(m_ptr, at, top, share, mask):
-    return tl.exp2(_load(m_ptr, at, mask) * LOG2E - top) * share
+    return tl.exp2(_exponent(_load(m_ptr, at, mask), top)) * share
 
 
 @triton.jit
@@ -417,23 +423,23 @@ def _outputs_kernel(
         logit = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale
         _store(z_ptr, i * pixels + d, z, mask)
         _store(logits_ptr, i * pixels + d, logit, mask)
-        top = _larger(logit * LOG2E, top)
+        top = _larger(logit, top)
     if GAUSSIAN:
         for k in range(groups):
             i = row * groups + k
             e = x - ((_load(z_pre_ptr, i * z_group + d, mask) - z_mean) * z_scale + bias)
-            exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
-            joint_top = _larger((exponent - top) + (e * scale) * e, joint_top)
+            exponent = _exponent((_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale, top)
+            joint_top = _larger(exponent + (e * scale) * e, joint_top)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     mixture = tl.zeros([BLOCK], dtype=tl.float32)
     for k in range(groups):
         i = row * groups + k
         z = _squashed((_load(z_pre_ptr, i * z_group + d, mask) - z_mean) * z_scale + bias, GAUSSIAN)
-        exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
-        w = tl.exp2(exponent - top)
+        exponent = _exponent((_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale, top)
+        w = tl.exp2(exponent)
         total += w
         if GAUSSIAN:
-            mixture += tl.exp2((exponent - top) + ((x - z) * scale) * (x - z) - joint_top)
+            mixture += tl.exp2(exponent + ((x - z) * scale) * (x - z) - joint_top)
         else:
             mixture += w * z
     if GAUSSIAN:
@@ -500,24 +506,23 @@ def _outputs_backward_kernel(
         joint_top = tl.full([BLOCK], LOWEST, dtype=tl.float32)
         for k in range(groups):
             i = row * groups + k
-            exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
-            top = _larger(exponent, top)
+            top = _larger((_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale, top)
         if GAUSSIAN:
             for k in range(groups):
                 i = row * groups + k
-                exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
+                exponent = _exponent((_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale, top)
                 e = x - ((_load(z_pre_ptr, i * z_group + d, mask) - z_mean) * z_scale + bias)
-                joint_top = _larger((exponent - top) + (e * scale) * e, joint_top)
+                joint_top = _larger(exponent + (e * scale) * e, joint_top)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         mixture = tl.zeros([BLOCK], dtype=tl.float32)
         for k in range(groups):
             i = row * groups + k
-            exponent = (_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale * LOG2E
+            exponent = _exponent((_load(m_pre_ptr, i * m_group + d, mask) - m_mean) * m_scale, top)
             z = _squashed((_load(z_pre_ptr, i * z_group + d, mask) - z_mean) * z_scale + bias, GAUSSIAN)
-            w = tl.exp2(exponent - top)
+            w = tl.exp2(exponent)
             total += w
             if GAUSSIAN:
-                mixture += tl.exp2((exponent - top) + ((x - z) * scale) * (x - z) - joint_top)
+                mixture += tl.exp2(exponent + ((x - z) * scale) * (x - z) - joint_top)
             else:
                 mixture += w * z
         share = 1.0 / total
@@ -535,13 +540,13 @@ def _outputs_backward_kernel(
             i = row * groups + k
             of_m = _load(m_pre_ptr, i * m_group + d, mask) - m_mean
             of_z = _load(z_pre_ptr, i * z_group + d, mask) - z_mean
-            exponent = of_m * m_scale * LOG2E
+            exponent = _exponent(of_m * m_scale, top)
             z = _squashed(of_z * z_scale + bias, GAUSSIAN)
-            m = tl.exp2(exponent - top) * share
+            m = tl.exp2(exponent) * share
             out_z = _load(grad_z_ptr, i * pixels + d, mask)
             if GAUSSIAN:
                 e = x - z
-                part = tl.exp2((exponent - top) + (e * scale) * e - joint_top) * joint_share
+                part = tl.exp2(exponent + (e * scale) * e - joint_top) * joint_share
                 from_nll = -((grad * part) * (e * precision))
                 grad_x -= from_nll
                 sum_v += e * from_nll

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ladderfast
+from ladderfast.data import Digits
 from ladderfast.models import LadderNetwork
 from ladderfast.training import LadderObjective, Run, checkpoint
 
@@ -41,6 +42,7 @@ def quiet(recipe, **fields):
 
 def test_the_package_offers_run_and_imports_no_training_for_it():
     assert ladderfast.Run is Run
+    assert ladderfast.data.Digits is Digits
     with pytest.raises(AttributeError, match="no attribute 'Walk'"):
         _ = ladderfast.Walk
 

@@ -10,7 +10,7 @@ import ladderfast
 from ladderfast.cli import _others
 from ladderfast.data import Batch, GroupedImages
 from ladderfast.models import RTagger, Tagger, TaggerOutput
-from ladderfast.training import Run, TaggerObjective, read_recipe
+from ladderfast.training import Run, TaggerObjective, read_recipe, start
 from ladderfast.training.figures import PALETTE
 from ladderfast.training.mutual_information import adjusted_mutual_information
 from ladderfast.training.tagger_figures import group_grid
@@ -323,6 +323,12 @@ def test_a_run_starts_from_another_whose_layers_it_keeps(tmp_path):
         RuntimeWarning, match=r"have another shape .* start anew, among them project\.\S+: \(8.*\(9"
     ):
         Run(RECIPE, folder=None, **{**grown, "seed": 1, "model.layers": [9, 6, 4]})
+
+
+def test_networks_of_two_kinds_have_no_more_than_a_variance_in_common():
+    tagger = Tagger(8, [6, 4], binary=False)
+    with pytest.raises(ValueError, match="shares no parameter with this one but log_variance"):
+        start._take(tagger, {"log_variance": torch.zeros(()), "other": torch.zeros(6)}, Path("first"))
 
 
 def test_sequences_are_measured_on_the_frames_that_are_predicted():
