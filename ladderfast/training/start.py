@@ -119,7 +119,9 @@ def _take(model: nn.Module, given: dict[str, Any], folder: Path) -> None:
     own = model.state_dict()
     shared = {k: v for k, v in given.items() if k in own and k.rpartition(".")[2] != "noise_state"}
     taken = {k: v for k, v in shared.items() if v.shape == own[k].shape}
-    if not any(v.dim() > 0 for v in taken.values()):  # networks of two kinds may both have a variance, say
+    # Networks of two kinds may both have a number, a variance say.
+    numbers_alone = all(p.dim() == 0 for p in model.parameters())
+    if not any(numbers_alone or v.dim() > 0 for v in taken.values()):
         but = f" but {', '.join(taken)}" if taken else ""
         raise ValueError(f"start_from: the network in {folder} shares no parameter with this one{but}")
     if others := [k for k in shared if k not in taken]:
