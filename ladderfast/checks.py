@@ -9,14 +9,12 @@ from typing import Any
 
 def check_whole(name: str, value: Any) -> None:
     """TypeError unless value is a whole number, Python's or another library's; True and False are none."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        operator.index(value)
+        whole = not isinstance(value, bool) and operator.index(value) is not None
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+        whole = False
+    if not whole:
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
 def check_number(name: str, value: Any) -> None:

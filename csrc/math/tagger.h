@@ -300,8 +300,8 @@ LF_HD V logit_exponent(V logit) {
     return logit * constant<V>(LF_TAGGER_LOG2E);
 }
 
-// Masks from logits: 1. top. 2. of a_k = exp(l_k - top), total. m_k = a_k / total. A difference of logits is made
-// before anything rounds them: a_k then errs by no more than its own size. Where not `natural`, l are exponents to the
+// Masks from logits: 1. top. 2. of a_k = exp(l_k - top), total. m_k = a_k / total. The difference is made before
+// anything rounds the logits, whose size would else be that of the error. Where not `natural`, l are exponents to the
 // base 2.
 template <class V, bool natural = true>
 struct MaskPixel {
